@@ -1,0 +1,73 @@
+"""One class per way the job can be stopped; each message is one line that names the thing and the remedy."""
+
+
+class PipelineError(Exception):
+    """The job cannot go on; nothing was published."""
+
+
+class RunNotFoundError(PipelineError):
+    """The tracking server does not know the run, or has no FINISHED run to offer, or cannot be reached."""
+
+
+class ArtifactMissingError(PipelineError):
+    """The run's artifact folder, or a file that belongs to it, does not exist."""
+
+
+class NotAModelError(PipelineError):
+    """The folder exists but does not hold a model in a format that can be read."""
+
+
+class TruncatedFileError(PipelineError):
+    """A file of the artifact ends before bytes that its own index says it holds."""
+
+
+class CorruptFileError(PipelineError):
+    """A file of the artifact contradicts its own format."""
+
+
+class ChecksumError(CorruptFileError):
+    """Bytes do not match the checksum stored beside them."""
+
+
+class TowerMissingError(PipelineError):
+    """The model has no such tower, or the layer holds no single lookup and embedding."""
+
+
+class BadIdError(PipelineError):
+    """An id is empty, appears twice, is not UTF-8, or points to a row that the matrix does not have."""
+
+
+class BadVectorError(PipelineError):
+    """A vector holds NaN or infinity."""
+
+
+class ConfigError(PipelineError):
+    """Options that contradict each other, or an environment that cannot run the job."""
+
+
+class WarehouseError(PipelineError):
+    """The embedded warehouse, or an emulator, cannot be used."""
+
+
+class DatasetMissingError(PipelineError):
+    """The destination dataset does not exist."""
+
+
+class IncompatibleTableError(PipelineError):
+    """The destination table exists with another partitioning or other column types."""
+
+
+class PartitionTakenError(PipelineError):
+    """The partition holds rows of another run."""
+
+
+class DimensionChangedError(PipelineError):
+    """The table's latest partition holds vectors of another length."""
+
+
+class AuditError(PipelineError):
+    """The staging tables do not hold what the artifact holds."""
+
+
+class PublishError(PipelineError):
+    """BigQuery refused the publication for a reason that a retry does not mend."""

@@ -1,0 +1,153 @@
+"""What runs where the job is started: finds the model, checks the destination, submits or runs the graph."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+import uuid
+from contextlib import ExitStack
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
+
+from beam_pipeline import emulators, errors, preflight, publication
+from beam_pipeline.errors import ConfigError, PipelineError
+from beam_pipeline.files import open_file
+from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.options import Config
+from beam_pipeline.pipeline import Job, build
+from beam_pipeline.publication import Publication
+from beam_pipeline.runs import artifact_folder, find_run
+from beam_pipeline.terminal import Terminal
+
+
+def launch(config: Config) -> int:
+    """Runs the command line; returns the exit code: 0, or 1 with one line on stderr."""
+    try:
+        run(config)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was published", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: Config) -> None:
+    """Finds the model, checks the destination, runs the job.
+
+    Raises:
+        PipelineError: whatever stopped it; nothing was published and nothing is left behind.
+    """
+    started = time.monotonic()
+    terminal = Terminal()
+    mlflow_run = find_run(
+        run_id=config.run_id,
+        experiment_name=config.experiment_name,
+        run_name=config.run_name,
+        tracking_uri=config.tracking_uri,
+    )
+    folder = artifact_folder(mlflow_run, config.artifact_path)
+    if not config.local and not folder.startswith("gs://"):
+        raise ConfigError(
+            f"{config.runner} cannot read the local folder {folder} of run {mlflow_run.run_id}; use a run whose "
+            "artifacts are on gs://, or --runner=DirectRunner"
+        )
+    with ExitStack() as stack:
+        options = _beam_options(config)
+        cloud = options.view_as(GoogleCloudOptions)
+        if config.warehouse:
+            warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
+            cloud.temp_location = warehouse.temp_location
+            cloud.project = config.project or warehouse.project
+        if emulators.emulated():
+            emulators.connect()
+        project = _project(config, cloud)
+        if not (cloud.temp_location or "").startswith("gs://"):
+            raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
+        token = uuid.uuid4().hex[:12]
+        if not cloud.job_name:
+            cloud.job_name = f"historize-{mlflow_run.run_id}"[:50] + (f"-{token}" if config.local else "")
+        model = SavedModel(folder, open_file)
+        towers = tuple(
+            model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
+        )
+        destination = preflight.find_destination(
+            project, config.dataset, config.table_prefix, make_dataset=bool(config.warehouse)
+        )
+        client = publication.make_client(destination)
+        for tower in towers:
+            preflight.check_table(
+                client,
+                destination,
+                tower,
+                mlflow_run,
+                if_partition_taken=config.if_partition_taken,
+                allow_dimension_change=config.allow_dimension_change,
+            )
+        job = Job(
+            towers,
+            Publication(
+                destination=destination,
+                run=mlflow_run,
+                towers=tuple(tower.name for tower in towers),
+                temp_location=cloud.temp_location,
+                if_partition_taken=config.if_partition_taken,
+                partition_expiration_days=config.partition_expiration_days,
+                token=token,
+            ),
+        )
+        terminal.found(mlflow_run, towers, destination)
+        if not config.local:
+            pipeline = beam.Pipeline(options=options)
+            build(pipeline, job)
+            pipeline.run()
+            return
+        try:
+            pipeline = beam.Pipeline(options=options)
+            build(pipeline, job)
+            with terminal.progress(towers):
+                pipeline.run().wait_until_finish()
+        except BaseException as error:
+            publication.discard(client, job.publication, cloud.job_name)
+            if isinstance(error, Exception):
+                raise _reason(error) from error
+            raise
+        terminal.summary(mlflow_run, towers, destination, time.monotonic() - started)
+
+
+def _beam_options(config: Config) -> PipelineOptions:
+    options = PipelineOptions(list(config.beam_args))
+    # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
+    options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
+    return options
+
+
+def _project(config: Config, cloud: GoogleCloudOptions) -> str:
+    project = config.project or cloud.project
+    if not project and emulators.emulated():
+        project = emulators.PROJECT
+    if not project:
+        raise ConfigError(
+            "where to? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
+            "--temp_location=gs://BUCKET/FOLDER for BigQuery"
+        )
+    cloud.project = project
+    return project
+
+
+def _reason(error: Exception) -> PipelineError:
+    """Returns the error that stopped the job, which Beam hands over as the text of a traceback."""
+    if isinstance(error, PipelineError):
+        return error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    for line in reversed(lines):
+        named = re.match(r"beam_pipeline\.errors\.(\w+): (.*?)(?: \[while running .*\])?$", line)
+        if named:
+            return getattr(errors, named[1], PipelineError)(named[2])
+    logging.getLogger(__name__).debug("the job failed", exc_info=error)
+    last = lines[-1] if lines else type(error).__name__
+    return PipelineError(f"the job failed, nothing was published: {last}")

@@ -1,0 +1,26 @@
+"""Counters of the job: Beam's metrics, and the same numbers for a launcher that runs the job in its own process."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+from apache_beam.metrics.metric import Metrics
+
+NAMESPACE = "beam_pipeline"
+
+_lock = threading.Lock()
+_here: Counter[str] = Counter()
+
+
+def count(name: str, amount: int) -> None:
+    """Adds to a counter: `read-rows`, `read-bytes` or `write-rows-TOWER`."""
+    Metrics.counter(NAMESPACE, name).inc(amount)
+    with _lock:
+        _here[name] += amount
+
+
+def in_this_process(name: str) -> int:
+    """Returns what this process has counted so far; a bundle that failed counts too, so it is for progress alone."""
+    with _lock:
+        return _here[name]

@@ -1,0 +1,342 @@
+"""Publication: from loaded staging tables to one transaction, and why every crash point on the way is safe.
+
+Each launch of the job has an id, made inside the job graph and materialised before anything uses it. The names of
+staging tables and of publish jobs carry it, so two launches never meet, and a step that is retried finds its own
+work and nobody else's. Readers see the destination tables alone.
+
+prepare: a retry finds the staging tables made. They are this launch's and empty: making them again changes nothing.
+
+write: a load job takes the files of committed bundles alone; what a failed bundle wrote stays in the bucket. The job's
+id is deterministic, so a retried step finds the job instead of loading twice.
+
+wait: loads and copies of every tower are side inputs of the audit, which cannot start before all are done.
+
+audit: reads only. What does not match the artifact fails the job with nothing published.
+
+shape: after a crash the destination may have new columns and no new rows. That is additive: readers, older writers and
+a later launch all work with it.
+
+publish: BigQuery rolls a transaction back that is cut short. If it was committed and the worker died before it could
+say so: the job id is launch + attempt and is looked up before anything is submitted, so a committed publication is
+found, not repeated.
+
+clean: a retry deletes again; what is missing is fine. Nobody else's tables are touched. What a dead launch has left
+expires after 48 hours (tables) or is swept by a later launch (files).
+
+a new launch of the same run: the transaction deletes the run's rows before it inserts them: the same rows, once.
+
+Two publications at once, of the same run or of two, both update the lock table in their transactions. BigQuery
+cancels one of them; it starts over, and sees what the other has published.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+
+from apache_beam.io.filesystems import FileSystems
+from google.api_core.exceptions import BadRequest, Conflict, GoogleAPICallError, NotFound
+from google.cloud import bigquery
+
+from beam_pipeline import tables
+from beam_pipeline.errors import (
+    AuditError,
+    BadIdError,
+    DatasetMissingError,
+    IncompatibleTableError,
+    PartitionTakenError,
+    PublishError,
+)
+from beam_pipeline.runs import Run
+from beam_pipeline.tables import Destination
+
+STAGING_LIFE = timedelta(hours=48)
+"""How long the traces of a launch that died may stay: longer than a job runs, shorter than they would cost."""
+
+ATTEMPTS = 10
+_LOAD_FILES = "embedding_loads"
+_LOG = logging.getLogger(__name__)
+
+# Reasons after which BigQuery asks to submit the job again (https://cloud.google.com/bigquery/docs/error-messages).
+_TRANSIENT = ("backendError", "internalError", "jobBackendError", "jobInternalError", "jobRateLimitExceeded")
+_CONFLICT = "due to concurrent update"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a launch publishes, and where to.
+
+    Attributes:
+        destination: the tables.
+        run: the training.
+        towers: names of the towers, all published together.
+        temp_location: `gs://` folder for load files.
+        if_partition_taken: "fail", "replace" or "keep".
+        partition_expiration_days: for tables that are made; None keeps partitions forever.
+        token: part of every launch id of this pipeline; the launcher finds by it what a failed launch has left.
+    """
+
+    destination: Destination
+    run: Run
+    towers: tuple[str, ...]
+    temp_location: str
+    if_partition_taken: str
+    partition_expiration_days: int | None
+    token: str
+
+    @property
+    def load_files(self) -> str:
+        """Folder for the load files of this pipeline."""
+        return f"{self.temp_location.rstrip('/')}/{_LOAD_FILES}/{self.token}"
+
+
+def make_client(destination: Destination) -> bigquery.Client:
+    """Returns a client whose jobs run where the dataset is."""
+    return bigquery.Client(project=destination.project, location=destination.location)
+
+
+def partition_life(train_date: date, now: datetime) -> int:
+    """Returns the partition expiration of a staging table, in milliseconds.
+
+    BigQuery counts it from the partition's date, not from when the rows came: the 48 hours alone would delete the
+    rows of an older training as soon as they are loaded. The dataset's default would do the same.
+    """
+    start_of_day = datetime(train_date.year, train_date.month, train_date.day, tzinfo=UTC)
+    life = max(now - start_of_day, timedelta(0)) + STAGING_LIFE
+    return int(life.total_seconds() * 1000)
+
+
+def prepare(client: bigquery.Client, publication: Publication, launch: str) -> None:
+    """Makes the launch's staging tables, which expire by themselves.
+
+    Raises:
+        DatasetMissingError: the dataset was deleted meanwhile.
+    """
+    now = datetime.now(UTC)
+    for tower in publication.towers:
+        table = bigquery.Table(publication.destination.staging(tower, launch), schema=tables.schema_fields(tower))
+        table.time_partitioning = bigquery.TimePartitioning(
+            type_="DAY",
+            field=tables.PARTITION_COLUMN,
+            expiration_ms=partition_life(publication.run.train_date, now),
+        )
+        table.expires = now + STAGING_LIFE
+        try:
+            client.create_table(table, exists_ok=True)
+        except NotFound as error:
+            raise DatasetMissingError(f"dataset {table.project}.{table.dataset_id} does not exist") from error
+
+
+def audit(client: bigquery.Client, publication: Publication, launch: str, expected: dict[str, int]) -> None:
+    """Compares the staging tables with what the artifact holds: `expected` ids per tower, each once.
+
+    Raises:
+        BadIdError: an id appears twice; named.
+        AuditError: rows are missing or too many.
+    """
+    if _published(client, publication, launch):
+        return  # A retry after the transaction: the staging tables may be gone already.
+    for tower in publication.towers:
+        ((rows, ids),) = client.query_and_wait(tables.audit_sql(publication.destination, tower, launch))
+        if rows == expected[tower] and ids == rows:
+            continue
+        if rows == expected[tower]:
+            query = tables.duplicates_sql(publication.destination, tower, launch)
+            ((name, times),) = client.query_and_wait(query)
+            raise BadIdError(
+                f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
+                "remove the duplicates and train again"
+            )
+        raise AuditError(
+            f"tower {tower!r}: {rows:,} rows were loaded where the artifact holds {expected[tower]:,} ids; nothing was "
+            "published: start the job again, and report it if it happens twice"
+        )
+
+
+def shape(client: bigquery.Client, publication: Publication, _launch: str) -> None:
+    """Creates the destination tables, or adds the columns that they lack; changes nothing else.
+
+    Raises:
+        IncompatibleTableError: a table exists that cannot be used.
+    """
+    for tower in publication.towers:
+        wanted = bigquery.Table(publication.destination.table(tower), schema=tables.schema_fields(tower))
+        days = publication.partition_expiration_days
+        wanted.time_partitioning = bigquery.TimePartitioning(
+            type_="DAY",
+            field=tables.PARTITION_COLUMN,
+            expiration_ms=days * 24 * 3600 * 1000 if days else None,
+        )
+        wanted.clustering_fields = [f"{tower}_id"]
+        wanted.description = f"Embedding of each {tower} after each training; one partition is one model."
+        table = _create(client, wanted)
+        require_compatible(table, tower)
+        if added := tables.missing_columns(table, tower):
+            table.schema = [*table.schema, *added]
+            client.update_table(table, ["schema"])
+    destination = publication.destination
+    lock = bigquery.Table(
+        destination.lock,
+        schema=[bigquery.SchemaField("launch", "STRING"), bigquery.SchemaField("locked_at", "TIMESTAMP")],
+    )
+    lock.description = "Every publication updates this row first, so that two at once conflict instead of mixing."
+    _create(client, lock)
+    # Two launches may both find the table empty: two rows lock as well as one, since every row is updated.
+    ((rows,),) = client.query_and_wait(f"SELECT COUNT(*) FROM `{destination.lock}`")
+    if not rows:
+        client.query_and_wait(f"INSERT INTO `{destination.lock}` (launch) VALUES (NULL)")
+
+
+def require_compatible(table: bigquery.Table, tower: str) -> None:
+    """Raises IncompatibleTableError, with the differences spelled out, if a table cannot be a tower's history."""
+    if found := tables.differences(table, tower):
+        raise IncompatibleTableError(
+            f"table {table.project}.{table.dataset_id}.{table.table_id} cannot be used: {'; '.join(found)}; "
+            "rename it, or choose another name with --table_prefix or --dataset"
+        )
+
+
+def publish(
+    client: bigquery.Client, publication: Publication, launch: str, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Makes all towers visible in one transaction; if it was done before, finds that out and is done.
+
+    Raises:
+        PartitionTakenError: another run published into the partition meanwhile, and the job may not replace it.
+        PublishError: BigQuery refused for another reason, or conflicts did not end.
+    """
+    script = tables.publish_script(
+        publication.destination, publication.towers, publication.run, launch, publication.if_partition_taken
+    )
+    for attempt in range(ATTEMPTS):
+        job = _find_job(client, _job_id(launch, attempt)) or _start_job(client, _job_id(launch, attempt), script)
+        try:
+            job.result()
+            return
+        except GoogleAPICallError as error:
+            message = error.message or str(error)
+            if tables.TAKEN_MARK in message:
+                raise PartitionTakenError(
+                    f"partition {publication.run.train_date} was taken by another run while this job ran; nothing was "
+                    "published: choose with --if_partition_taken=replace or keep"
+                ) from error
+            reason = (job.error_result or {}).get("reason")
+            if _CONFLICT not in message and reason not in _TRANSIENT:
+                raise PublishError(f"BigQuery refused to publish (job {job.job_id}): {message}") from error
+            _LOG.info("publication attempt %d was cancelled, trying again: %s", attempt + 1, message)
+            # Conflicting launches drift apart: a random part of a growing span.
+            sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
+    raise PublishError(
+        f"partition {publication.run.train_date} was not published: {ATTEMPTS} attempts conflicted with other "
+        "publications; start the job again when fewer run at once"
+    )
+
+
+def clean(client: bigquery.Client, publication: Publication, launch: str, load_files: Iterable[str]) -> None:
+    """Drops the staging tables and the load files of a launch, and load files that dead launches left.
+
+    Args:
+        client: for the dataset.
+        publication: what was published.
+        launch: the launch id.
+        load_files: paths of the files that were loaded; a folder that holds one is deleted whole.
+    """
+    for tower in publication.towers:
+        client.delete_table(publication.destination.staging(tower, launch), not_found_ok=True)
+    # <root>/bq_load/<uuid>/<table>/<file>: a failed bundle's files lie beside those that were loaded.
+    for folder in {path.rsplit("/", 2)[0] for path in load_files}:
+        _delete_files(f"{folder}/**")
+    _delete_files(f"{publication.temp_location.rstrip('/')}/{_LOAD_FILES}/**", older_than=STAGING_LIFE)
+
+
+def discard(client: bigquery.Client, publication: Publication, job_name: str) -> None:
+    """Removes what a failed launch has left, for a launcher that is still there; a missing thing is fine.
+
+    Args:
+        client: for the dataset.
+        publication: what was to be published.
+        job_name: Beam's; its temporary tables are named after it.
+    """
+    destination = publication.destination
+    prefixes = [
+        *(destination.staging(tower, publication.token).rsplit(".", 1)[1] for tower in publication.towers),
+        f"beam_bq_job_LOAD_{job_name.replace('-', '')}",
+    ]
+    for table in client.list_tables(f"{destination.project}.{destination.dataset}"):
+        if table.table_id.startswith(tuple(prefixes)):
+            client.delete_table(table, not_found_ok=True)
+    _delete_files(f"{publication.load_files}/**")
+
+
+def _create(client: bigquery.Client, wanted: bigquery.Table) -> bigquery.Table:
+    """Returns the table, made if missing, never with an expiration that it was not asked to have."""
+    try:
+        return client.get_table(wanted.reference)
+    except NotFound:
+        pass
+    try:
+        table = client.create_table(wanted)
+    except Conflict:  # Another launch was faster.
+        return client.get_table(wanted.reference)
+    partitioning = table.time_partitioning
+    asked = wanted.time_partitioning.expiration_ms if wanted.time_partitioning else None
+    # A new table inherits the dataset's defaults, under which history vanishes without a trace. The API has no value
+    # for "never" at creation; ALTER TABLE has.
+    if table.expires or (partitioning and partitioning.expiration_ms and not asked):
+        options = ["expiration_timestamp = NULL"]
+        if partitioning and not asked:
+            options.append("partition_expiration_days = NULL")
+        name = f"{table.project}.{table.dataset_id}.{table.table_id}"
+        client.query_and_wait(f"ALTER TABLE `{name}` SET OPTIONS ({', '.join(options)})")
+        table = client.get_table(wanted.reference)
+    return table
+
+
+def _job_id(launch: str, attempt: int) -> str:
+    return f"publish_embeddings_{launch}_{attempt}"
+
+
+def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
+    try:
+        return client.get_job(job_id)  # type: ignore[return-value]
+    except NotFound:
+        return None
+
+
+def _start_job(client: bigquery.Client, job_id: str, script: str) -> bigquery.QueryJob:
+    try:
+        return client.query(script, job_id=job_id)
+    except Conflict:  # Submitted a moment ago, by a request whose answer was lost or by a duplicate of this step.
+        job = _find_job(client, job_id)
+        if job is None:
+            raise
+        return job
+    except BadRequest as error:
+        raise PublishError(f"BigQuery refused to publish (job {job_id}): {error.message}") from error
+
+
+def _published(client: bigquery.Client, publication: Publication, launch: str) -> bool:
+    """Whether one of the launch's publish jobs has committed."""
+    for attempt in range(ATTEMPTS):
+        job = _find_job(client, _job_id(launch, attempt))
+        if job is None:
+            return False
+        if job.state == "DONE" and not job.error_result:
+            return True
+    return False
+
+
+def _delete_files(pattern: str, older_than: timedelta | None = None) -> None:
+    found = FileSystems.match([pattern])[0].metadata_list
+    latest = time.time() - older_than.total_seconds() if older_than else None
+    paths = [
+        file.path
+        for file in found
+        if latest is None or (file.last_updated_in_seconds and file.last_updated_in_seconds < latest)
+    ]
+    if paths:
+        FileSystems.delete(paths)

@@ -1,0 +1,80 @@
+"""What a person at the terminal sees; plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from beam_pipeline import metrics
+from beam_pipeline.formats.artifact import Tower
+from beam_pipeline.runs import Run
+from beam_pipeline.tables import Destination
+
+_EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
+
+
+class Terminal:
+    """Prints to stdout; Beam's own lines go to stderr, where a supervising process finds them."""
+
+    def __init__(self) -> None:
+        logging.basicConfig()
+        # At a terminal Beam's INFO lines would bury everything else.
+        logging.getLogger().setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
+        for chatty in ("google.auth", "urllib3", "alembic", "mlflow"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+
+    def found(self, run: Run, towers: Sequence[Tower], destination: Destination) -> None:
+        """Prints what is going to be historized."""
+        print(f"experiment  {run.experiment_name}")
+        print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
+        for tower in towers:
+            matrix = tower.matrix
+            print(
+                f"{tower.name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} → "
+                f"{destination.table(tower.name)}",
+            )
+        sys.stdout.flush()
+
+    @contextmanager
+    def progress(self, towers: Sequence[Tower]) -> Iterator[None]:
+        """Shows rows done of total and rows per second while the job runs in this process."""
+        total = sum(tower.matrix.rows for tower in towers)
+        done = threading.Event()
+        thread = threading.Thread(target=self._show_progress, args=(total, done), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def summary(self, run: Run, towers: Sequence[Tower], destination: Destination, seconds: float) -> None:
+        """Prints what was published."""
+        for tower in towers:
+            rows = metrics.in_this_process(f"write-rows-{tower.name}")
+            print(f"published   {destination.table(tower.name)}, partition {run.train_date}: {rows:,} rows")
+        print(f"done        in {seconds:.1f} s", flush=True)
+
+    def _show_progress(self, total: int, done: threading.Event) -> None:
+        live = sys.stdout.isatty()
+        started, shown = time.monotonic(), -1
+        while True:
+            finished = done.wait(_EVERY_TERMINAL if live else _EVERY_LOG)
+            rows = metrics.in_this_process("read-rows")
+            if rows == shown and not (finished and live):
+                if finished:
+                    return
+                continue
+            shown = rows
+            rate = rows / max(time.monotonic() - started, 1e-9)
+            line = f"rows        {rows:,} of {total:,} ({rows / max(total, 1):.0%}), {rate:,.0f} rows/s"
+            if live:
+                print(f"\r\x1b[K{line}", end="\n" if finished else "", flush=True)
+            else:
+                print(line, flush=True)
+            if finished:
+                return

@@ -1,0 +1,122 @@
+"""Cutting vocabularies: any ids, any size of pieces, every row once."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError
+from beam_pipeline.files import ByteFile
+from beam_pipeline.formats import ids
+from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.wire import Span
+
+
+def varint(number):
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def make(encoding, names, *, rows=None, first_row=1, count=None, last_newline=True, padding=b"\0\1\2", numbers=None):
+    """Returns (tower, open_file) of a vocabulary in memory, its ids between two paddings."""
+    if encoding is Encoding.LINES:
+        data = b"".join(name + b"\n" for name in names)
+        data = data if last_newline else data[:-1]
+    else:
+        data = b"".join(b"\x42" + varint(len(name)) + name for name in names)
+    span = Span(len(padding), len(padding) + len(data))
+    rest = np.asarray(numbers if numbers is not None else [], "<i8").tobytes()
+    content = padding + data + padding + rest
+    row_numbers = Span(len(content) - len(rest), len(content)) if numbers is not None else None
+    rows = len(names) + first_row if rows is None else rows
+    tower = Tower(
+        "user",
+        "user_layer",
+        Matrix("weights", 0, rows, 1, "float32", 0),
+        Vocabulary("ids", span, encoding, first_row, count, row_numbers),
+    )
+    return tower, lambda path: ByteFile(path, io.BytesIO(content), len(content))
+
+
+def read_all(tower, open_file, piece_rows):
+    found, row = [], 0
+    for piece in ids.cut(tower, open_file, piece_rows * 4):
+        assert piece.first_row == row
+        assert 0 < piece.rows <= piece_rows
+        row += piece.rows
+        found += ids.read(piece, tower, open_file).to_pylist()
+    assert row == tower.matrix.rows
+    return found
+
+
+@given(
+    st.sampled_from(Encoding),
+    st.lists(st.binary(max_size=300).filter(lambda name: b"\n" not in name and b"\r" not in name), max_size=60),
+    st.integers(1, 70),
+    st.integers(0, 5),
+    st.integers(0, 20),
+    st.sampled_from([16, 64, 4096]),
+)
+@settings(max_examples=300)
+def test_every_id_once_in_order(encoding, names, piece_rows, first_row, spare, block):
+    tower, open_file = make(encoding, names, first_row=first_row, rows=len(names) + first_row + spare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ids, "_BLOCK", block)
+        assert read_all(tower, open_file, piece_rows) == names
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 13, 14, 15])
+def test_edges_of_a_piece(encoding, count):
+    names = [b"id%d" % i for i in range(count)]
+    assert read_all(*make(encoding, names), 7) == names
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 8])
+def test_the_last_line_needs_no_newline(count):
+    names = [b"id%d" % i for i in range(count)]
+    assert read_all(*make(Encoding.LINES, names, last_newline=False), 7) == names
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+def test_an_id_beyond_the_matrix_is_named(encoding):
+    names = [b"id%d" % i for i in range(20)]
+    tower, open_file = make(encoding, names, rows=18)
+    with pytest.raises(BadIdError, match=r"id 'id17' has row 18, but the matrix has only 18 rows"):
+        read_all(tower, open_file, 5)
+
+
+def test_a_count_that_is_not_kept():
+    tower, open_file = make(Encoding.PROTOBUF, [b"a", b"b"], count=3, rows=9)
+    with pytest.raises(CorruptFileError, match="has 2 ids, its graph says 3"):
+        read_all(tower, open_file, 5)
+
+
+def test_bytes_that_are_no_ids():
+    tower, open_file = make(Encoding.PROTOBUF, [b"a", b"b"], rows=9)
+    shifted = Tower(
+        tower.name,
+        tower.layer,
+        tower.matrix,
+        Vocabulary("ids", Span(tower.vocabulary.span.start + 1, tower.vocabulary.span.end), Encoding.PROTOBUF, 1),
+    )
+    with pytest.raises(CorruptFileError, match="no id at byte 4"):
+        read_all(shifted, open_file, 5)
+
+
+@pytest.mark.parametrize("long", [127, 128, 16383, 16384, 70000])
+def test_long_ids(long):
+    names = [b"a", b"x" * long, b"b"]
+    assert read_all(*make(Encoding.PROTOBUF, names), 2) == names
+
+
+def test_row_numbers_are_compared():
+    names = [b"a", b"b", b"c"]
+    assert read_all(*make(Encoding.PROTOBUF, names, numbers=[1, 2, 3]), 2) == names
+    with pytest.raises(NotAModelError, match=r"id 'b' has row 3 instead of 2"):
+        read_all(*make(Encoding.PROTOBUF, names, numbers=[1, 3, 2]), 2)
