@@ -148,6 +148,6 @@ def _reason(error: Exception) -> PipelineError:
         named = re.match(r"beam_pipeline\.errors\.(\w+): (.*?)(?: \[while running .*\])?$", line)
         if named:
             return getattr(errors, named[1], PipelineError)(named[2])
-    logging.getLogger(__name__).debug("the job failed", exc_info=error)
+    logging.getLogger(__name__).info("the job failed", exc_info=error)
     last = lines[-1] if lines else type(error).__name__
     return PipelineError(f"the job failed, nothing was published: {last}")

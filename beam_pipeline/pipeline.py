@@ -4,14 +4,13 @@ for each tower:  ReadTower ─► WriteStaging
 Launch ─► Prepare ─► (the writes) ─► Check, Audit ─► Shape ─► Publish ─► Clean
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.typehints.decorators import no_annotations
 
 from beam_pipeline import publication, transforms
 from beam_pipeline.formats.artifact import Tower
@@ -43,6 +42,7 @@ class _StepFn(beam.DoFn):
     def setup(self) -> None:
         self._client = publication.make_client(self._publication.destination)
 
+    @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
     def process(self, launch: str, *inputs: Any) -> Iterator[str]:
         self._step(self._client, self._publication, launch, *inputs)
         yield launch

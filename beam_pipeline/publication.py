@@ -309,7 +309,7 @@ def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
 
 def _start_job(client: bigquery.Client, job_id: str, script: str) -> bigquery.QueryJob:
     try:
-        return client.query(script, job_id=job_id)
+        return client.query(script, job_id=job_id, job_retry=None)
     except Conflict:  # Submitted a moment ago, by a request whose answer was lost or by a duplicate of this step.
         job = _find_job(client, job_id)
         if job is None:

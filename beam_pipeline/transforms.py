@@ -1,7 +1,5 @@
 """The transforms: pieces of a vocabulary in, batches of rows and reports out. Wiring only; formats are elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple

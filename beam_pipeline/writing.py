@@ -1,7 +1,5 @@
 """Writes a tower's batches into its staging table, through Beam's own `WriteToBigQuery`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any

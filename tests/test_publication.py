@@ -1,0 +1,122 @@
+"""Publishing against the answers of a real BigQuery; what emulators can run is in test_job.py."""
+
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+from fake_bigquery import ABORTED, BACKEND, DENIED, DONE, LOST_ANSWER, NOT_SERIALIZABLE, TAKEN, serve
+
+from beam_pipeline import publication
+from beam_pipeline.errors import PartitionTakenError, PublishError
+from beam_pipeline.publication import Publication, partition_life
+from beam_pipeline.runs import Run
+from beam_pipeline.tables import Destination
+
+RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://bucket/7/0123abcd/artifacts")
+WHAT = Publication(
+    Destination("my-project", "raw_prod", "EU", "two_tower"),
+    RUN,
+    ("user", "item"),
+    "gs://bucket/tmp",
+    "fail",
+    None,
+    "token",
+)
+
+
+def publish(client):
+    waits = []
+    publication.publish(client, WHAT, "launch1", sleep=waits.append)
+    return waits
+
+
+def test_one_job_publishes():
+    with serve(DONE) as (service, client):
+        assert publish(client) == []
+        assert service.submitted == ["publish_embeddings_launch1_0"]
+
+
+@pytest.mark.parametrize("conflict", [ABORTED, NOT_SERIALIZABLE, BACKEND])
+def test_a_cancelled_publication_starts_over_under_another_id(conflict):
+    with serve(conflict, conflict, DONE) as (service, client):
+        waits = publish(client)
+        assert service.submitted == [f"publish_embeddings_launch1_{n}" for n in range(3)]
+    assert 1 <= waits[0] <= 2 <= waits[1] <= 4
+
+
+def test_conflicts_that_do_not_end():
+    with serve(*[ABORTED] * publication.ATTEMPTS) as (_, client), pytest.raises(PublishError, match="10 attempts"):
+        publish(client)
+
+
+def test_a_retry_after_the_commit_finds_it():
+    with serve(DONE) as (service, client):
+        publish(client)
+        publish(client)
+        assert service.submitted == ["publish_embeddings_launch1_0"]
+
+
+def test_a_retry_after_a_conflict_goes_on_where_it_was():
+    with serve(ABORTED, DONE) as (service, client):
+        service.insert("publish_embeddings_launch1_0")
+        publish(client)
+        assert service.submitted == ["publish_embeddings_launch1_0", "publish_embeddings_launch1_1"]
+
+
+def test_a_job_that_a_twin_submitted_a_moment_ago(monkeypatch):
+    with serve(DONE) as (service, client):
+        service.insert("publish_embeddings_launch1_0")
+        answers = iter([None])
+        find = publication._find_job
+        # The twin's job is not there yet when it is looked up, and is when it is submitted: 409.
+        monkeypatch.setattr(publication, "_find_job", lambda *args: next(answers, find(*args)))
+        publish(client)
+        assert service.submitted == ["publish_embeddings_launch1_0"] * 2
+
+
+def test_an_answer_that_is_lost():
+    with serve(LOST_ANSWER) as (service, client):
+        publish(client)
+        assert set(service.submitted) == {"publish_embeddings_launch1_0"}
+
+
+def test_the_partition_was_taken_meanwhile():
+    with serve(TAKEN) as (service, client):
+        with pytest.raises(
+            PartitionTakenError, match=r"partition 2026-03-01 was taken by another run .*replace or keep"
+        ):
+            publish(client)
+        with pytest.raises(PartitionTakenError):  # A retry of the step does not submit it again.
+            publish(client)
+        assert len(service.submitted) == 1
+
+
+def test_a_refusal_is_not_tried_again():
+    with serve(DENIED) as (service, client):
+        with pytest.raises(
+            PublishError, match=r"refused to publish \(job publish_embeddings_launch1_0\).*Access Denied"
+        ):
+            publish(client)
+        assert len(service.submitted) == 1
+
+
+def test_a_published_launch_is_not_audited_again():
+    with serve(DONE) as (_, client):
+        publish(client)
+        # Its staging tables may be gone: any query would be an error here.
+        publication.audit(client, WHAT, "launch1", {"user": 1, "item": 1})
+
+
+def test_a_launch_whose_publication_was_cancelled_is_not_published():
+    with serve(ABORTED) as (service, client):
+        service.insert("publish_embeddings_launch1_0")
+        assert not publication._published(client, WHAT, "launch1")
+
+
+def test_staging_outlives_the_job_whatever_the_date():
+    now = datetime(2026, 3, 10, 12, tzinfo=UTC)
+    for day in (date(2026, 3, 10), date(2026, 3, 1), date(2019, 1, 1)):
+        start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        ends = start + timedelta(milliseconds=partition_life(day, now))
+        assert timedelta(hours=48) <= ends - now <= timedelta(hours=72)
+    # A clock that is behind the tracking server's.
+    assert partition_life(date(2026, 3, 11), now) == 48 * 3600 * 1000

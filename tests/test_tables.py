@@ -1,0 +1,150 @@
+from datetime import date
+
+import pytest
+from google.cloud import bigquery
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beam_pipeline import tables
+from beam_pipeline.runs import Run
+from beam_pipeline.tables import Destination
+
+DESTINATION = Destination("p", "raw_dev", "EU", "two_tower")
+RUN = Run("0123abcd", "it's; DROP", "7", "two_tower", date(2026, 3, 1), "gs://b/a")
+
+# The table of the first version: fewer columns, NULLABLE.
+FIRST_VERSION = [
+    bigquery.SchemaField("train_date", "DATE"),
+    bigquery.SchemaField("mlflow_run_id", "STRING"),
+    bigquery.SchemaField("mlflow_experiment_name", "STRING"),
+    bigquery.SchemaField("mlflow_run_name", "STRING"),
+    bigquery.SchemaField("user_id", "STRING"),
+    bigquery.SchemaField("user_embedding", "FLOAT64", mode="REPEATED"),
+]
+
+
+def table(schema, type_="DAY", field="train_date"):
+    made = bigquery.Table("p.raw_dev.two_tower_user_embedding", schema=schema)
+    made.time_partitioning = bigquery.TimePartitioning(type_=type_, field=field) if type_ else None
+    return made
+
+
+def test_names():
+    assert DESTINATION.table("user") == "p.raw_dev.two_tower_user_embedding"
+    assert DESTINATION.staging("item", "abc") == "p.raw_dev.two_tower_item_embedding_staging_abc"
+
+
+def test_schema():
+    assert [(c["name"], c["type"], c["mode"]) for c in tables.schema("item")] == [
+        ("train_date", "DATE", "REQUIRED"),
+        ("mlflow_experiment_id", "STRING", "REQUIRED"),
+        ("mlflow_experiment_name", "STRING", "REQUIRED"),
+        ("mlflow_run_id", "STRING", "REQUIRED"),
+        ("mlflow_run_name", "STRING", "REQUIRED"),
+        ("item_id", "STRING", "REQUIRED"),
+        ("item_embedding", "FLOAT64", "REPEATED"),
+    ]
+    assert {*tables.run_values(RUN)} == {c["name"] for c in tables.schema("item")[:-2]}
+
+
+def test_the_publish_script():
+    script = tables.publish_script(DESTINATION, ["user", "item"], RUN, "launch1", "fail")
+    columns = "train_date, mlflow_experiment_id, mlflow_experiment_name, mlflow_run_id, mlflow_run_name"
+    others = "train_date = DATE '2026-03-01' AND (mlflow_run_id IS NULL OR mlflow_run_id != '0123abcd')"
+    assert script.splitlines() == [
+        "BEGIN TRANSACTION;",
+        "UPDATE `p.raw_dev.two_tower_embedding_lock` SET launch = 'launch1', locked_at = CURRENT_TIMESTAMP() WHERE TRUE;",
+        f"SELECT IF(EXISTS(SELECT 1 FROM `p.raw_dev.two_tower_user_embedding` WHERE {others}), "
+        "ERROR('partition taken: p.raw_dev.two_tower_user_embedding'), 1);",
+        f"SELECT IF(EXISTS(SELECT 1 FROM `p.raw_dev.two_tower_item_embedding` WHERE {others}), "
+        "ERROR('partition taken: p.raw_dev.two_tower_item_embedding'), 1);",
+        "DELETE FROM `p.raw_dev.two_tower_user_embedding` WHERE train_date = DATE '2026-03-01';",
+        f"INSERT INTO `p.raw_dev.two_tower_user_embedding` ({columns}, user_id, user_embedding) SELECT {columns}, user_id, "
+        "user_embedding FROM `p.raw_dev.two_tower_user_embedding_staging_launch1`;",
+        "DELETE FROM `p.raw_dev.two_tower_item_embedding` WHERE train_date = DATE '2026-03-01';",
+        f"INSERT INTO `p.raw_dev.two_tower_item_embedding` ({columns}, item_id, item_embedding) SELECT {columns}, item_id, "
+        "item_embedding FROM `p.raw_dev.two_tower_item_embedding_staging_launch1`;",
+        "COMMIT TRANSACTION;",
+    ]
+
+
+@pytest.mark.parametrize("how", ["fail", "replace", "keep"])
+def test_the_publish_script_is_one_transaction(how):
+    statements = tables.publish_script(DESTINATION, ["user", "item"], RUN, "launch1", how).split(";\n")[:-1]
+    assert statements[0] == "BEGIN TRANSACTION"
+    assert statements[-1] == "COMMIT TRANSACTION"
+    assert statements[1].startswith("UPDATE `p.raw_dev.two_tower_embedding_lock`")
+    assert not any("TRANSACTION" in statement for statement in statements[1:-1])
+    assert [s for s in statements if "ERROR(" in s] == (statements[2:4] if how == "fail" else [])
+    deletes = [s for s in statements if s.startswith("DELETE")]
+    assert all(s.endswith("AND mlflow_run_id = '0123abcd'") == (how == "keep") for s in deletes)
+
+
+@pytest.mark.parametrize("value", ["it's", 'a"b', "a\\", "a;b", "a b", "", "a\n", "x" * 257, "`", "é"])
+def test_literals_that_could_end_early_are_refused(value):
+    with pytest.raises(ValueError, match="cannot stand in the publish script"):
+        tables.literal(value)
+
+
+@given(st.text())
+def test_a_literal_is_safe_or_refused(value):
+    try:
+        text = tables.literal(value)
+    except ValueError:
+        return
+    assert text == f"'{value}'"
+    assert not set(value) & set("'\"\\`;\n\r ")
+
+
+def test_literals():
+    assert tables.literal(date(2026, 3, 1)) == "DATE '2026-03-01'"
+    assert tables.literal("4e6f_A-b.c:d") == "'4e6f_A-b.c:d'"
+
+
+def test_the_first_version_can_be_used():
+    assert tables.differences(table(FIRST_VERSION), "user") == []
+    missing = tables.missing_columns(table(FIRST_VERSION), "user")
+    assert [(c.name, c.mode) for c in missing] == [("mlflow_experiment_id", "NULLABLE")]
+
+
+def test_our_own_table_can_be_used():
+    assert tables.differences(table(tables.schema_fields("user")), "user") == []
+    assert tables.missing_columns(table(tables.schema_fields("user")), "user") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"type_": None}, "it is not partitioned, not by DAY(train_date)"),
+        ({"type_": "MONTH"}, "it is partitioned by MONTH(train_date), not by DAY(train_date)"),
+        ({"field": "other"}, "it is partitioned by DAY(other), not by DAY(train_date)"),
+        ({"field": None}, "it is partitioned by DAY(_PARTITIONTIME), not by DAY(train_date)"),
+    ],
+)
+def test_another_partitioning_is_spelled_out(change, words):
+    assert tables.differences(table(FIRST_VERSION, **change), "user") == [words]
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (bigquery.SchemaField("user_id", "INT64"), "column user_id is INT64, not STRING"),
+        (bigquery.SchemaField("user_embedding", "FLOAT64"), "column user_embedding is NULLABLE, not REPEATED"),
+        (
+            bigquery.SchemaField("user_embedding", "NUMERIC", "REPEATED"),
+            "column user_embedding is NUMERIC, not FLOAT64",
+        ),
+        (bigquery.SchemaField("train_date", "TIMESTAMP"), "column train_date is TIMESTAMP, not DATE"),
+        (
+            bigquery.SchemaField("owner", "STRING", "REQUIRED"),
+            "column owner is REQUIRED, and this job does not write it",
+        ),
+    ],
+)
+def test_another_column_is_spelled_out(column, words):
+    schema = [c for c in FIRST_VERSION if c.name != column.name] + [column]
+    assert tables.differences(table(schema), "user") == [words]
+
+
+def test_more_columns_of_ones_own_are_fine():
+    assert tables.differences(table([*FIRST_VERSION, bigquery.SchemaField("note", "STRING")]), "user") == []
