@@ -99,6 +99,7 @@ def run(config: Config) -> None:
                 partition_expiration_days=config.partition_expiration_days,
                 token=token,
             ),
+            config.writer,
         )
         terminal.found(mlflow_run, towers, destination)
         if not config.local:

@@ -26,10 +26,12 @@ class Job:
     Attributes:
         towers: what is read.
         publication: what becomes of it.
+        writer: "columnar" or "rows".
     """
 
     towers: tuple[Tower, ...]
     publication: Publication
+    writer: str
 
 
 class _StepFn(beam.DoFn):
@@ -62,7 +64,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
     for tower in job.towers:
         read = pipeline | f"Read {tower.name}" >> ReadTower(tower)
         written = read["batches"] | f"Write {tower.name}" >> WriteStaging(
-            tower.name, job.publication, beam.pvalue.AsSingleton(prepared)
+            tower.name, job.publication, beam.pvalue.AsSingleton(prepared), job.writer
         )
         reports.append(read[transforms.REPORTS])
         waits += [written.destination_load_jobid_pairs, written.destination_copy_jobid_pairs]

@@ -158,7 +158,6 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
 
 def to_rows(batch: Batch, tower: str, constants: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields one row per id, as `WriteToBigQuery` takes them."""
-    metrics.count(f"write-rows-{tower}", len(batch.ids))
     for name, vector in zip(batch.ids.to_pylist(), batch.vectors.tolist(), strict=True):
         yield {**constants, f"{tower}_id": name, f"{tower}_embedding": vector}
 

@@ -359,7 +359,7 @@ class SavedModel:
                 if len(tokens) == vocabulary.first_row:
                     return tuple(tokens)
         raise NotAModelError(
-            f"{self.folder}: the {vocabulary.first_row} rows before the first id of {'.'.join(path)!r} have no names in "
+            f"{self.folder}: the {vocabulary.first_row} rows before the ids of {'.'.join(path)!r} have no names in "
             "keras_metadata.pb; leave out --include_oov"
         )
 

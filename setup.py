@@ -1,0 +1,82 @@
+"""The package and its dependencies: for `pip install`, and for Dataflow workers (`--setup_file ./setup.py`).
+
+Every dependency says why it is there. What only tests, demo or launcher import is an extra, so that workers stay
+small. Exact versions are in constraints.txt.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Read, not imported: the package's own imports are not installed yet when pip runs this file.
+INIT = Path(__file__).parent / "beam_pipeline" / "__init__.py"
+VERSION = re.search(r'^__version__ = "([^"]+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE).group(1)
+
+setup(
+    name="beam-pipeline",
+    version=VERSION,
+    description="Historizes the embeddings of a two-tower model in BigQuery.",
+    packages=find_packages(include=["beam_pipeline", "beam_pipeline.*"]),
+    package_data={"beam_pipeline": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        # The pipeline itself; `gcp` brings the Dataflow runner, gs:// files and WriteToBigQuery. One minor version:
+        # the columnar writer overrides a private method of its BigQuery sink, and the workers' image must match.
+        "apache-beam[gcp]~=2.77.0",
+        # Staging tables, audit and the publish transaction, which Beam's sink knows nothing of.
+        "google-cloud-bigquery>=3.40",
+        # The checksum of TensorFlow's checkpoints, in C: a Python loop would take minutes per gigabyte.
+        "google-crc32c>=1.5",
+        # Turns the bytes of an embedding matrix into rows, and widens them to float64.
+        "numpy>=1.26",
+        # Batches of ids and vectors, without a Python object per value.
+        "pyarrow>=14.0.1",
+        # Splits the ids that lie inside a SavedModel's graph with its C parser.
+        "protobuf>=5",
+    ],
+    extras_require={
+        # Where a job is started. Workers get byte ranges and need none of it.
+        "launcher": [
+            # Resolves the run, its experiment and its artifact.
+            "mlflow>=3.1",
+            # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
+            "setuptools>=64",
+        ],
+        # --warehouse: BigQuery and Cloud Storage on a laptop.
+        "warehouse": [
+            # The BigQuery emulator. Exact: the pipeline works around what this version cannot do.
+            "bqemulator==1.4.0",
+            # The Cloud Storage emulator: keeps objects as plain files, where bqemulator reads them for load jobs.
+            "gcp-storage-emulator>=2026.7.19",
+            # bqemulator's engine. Exact: extensions are built for one version.
+            "duckdb==1.5.5",
+            # Installs extensions from packages, where duckdb itself would download them when it starts.
+            "duckdb-extensions==1.5.5",
+            # bqemulator does not start without it.
+            "duckdb-extension-spatial==1.5.5",
+            # Reads the AVRO files of load jobs.
+            "duckdb-extension-avro==1.5.5",
+        ],
+        # Makes models: for the demo, and as what the tests compare with. Never for the pipeline.
+        "train": [
+            # As the trainer has it.
+            "tensorflow>=2.16",
+            # Keras 2, whose SavedModel is the artifact; TensorFlow itself brings Keras 3.
+            "tf-keras>=2.16",
+        ],
+        "test": [
+            "pytest>=8",
+            # A job that hangs (a client that retries for minutes) fails with a stack trace instead.
+            "pytest-timeout>=2.3",
+            # Property tests of the format readers and the chunking.
+            "hypothesis>=6",
+        ],
+        "lint": [
+            # Lint and format.
+            "ruff>=0.14",
+            # Types.
+            "mypy>=1.18",
+        ],
+    },
+)
