@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
-from beam_pipeline import emulators, errors, preflight, publication
+from beam_pipeline import emulators, errors, metrics, preflight, publication
 from beam_pipeline.errors import ConfigError, PipelineError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.saved_model import SavedModel
@@ -111,13 +111,15 @@ def run(config: Config) -> None:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
             with terminal.progress(towers):
-                pipeline.run().wait_until_finish()
+                result = pipeline.run()
+                result.wait_until_finish()
         except BaseException as error:
             publication.discard(client, job.publication, cloud.job_name)
             if isinstance(error, Exception):
                 raise _reason(error) from error
             raise
-        terminal.summary(mlflow_run, towers, destination, time.monotonic() - started)
+        rows = {tower.name: metrics.committed(result, f"write-rows-{tower.name}") for tower in towers}
+        terminal.summary(mlflow_run, rows, destination, time.monotonic() - started)
 
 
 def _beam_options(config: Config) -> PipelineOptions:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from apache_beam.metrics.metric import Metrics
+from apache_beam.metrics.metric import Metrics, MetricsFilter
+from apache_beam.runners.runner import PipelineResult
 
 NAMESPACE = "beam_pipeline"
 
@@ -24,3 +25,9 @@ def in_this_process(name: str) -> int:
     """Returns what this process has counted so far; a bundle that failed counts too, so it is for progress alone."""
     with _lock:
         return _here[name]
+
+
+def committed(result: PipelineResult, name: str) -> int:
+    """Returns a counter of a job that is done, each row counted once whatever was retried."""
+    counters = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE).with_name(name))["counters"]
+    return sum(counter.committed for counter in counters)

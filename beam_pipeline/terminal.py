@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from beam_pipeline import metrics
@@ -52,19 +52,19 @@ class Terminal:
             done.set()
             thread.join()
 
-    def summary(self, run: Run, towers: Sequence[Tower], destination: Destination, seconds: float) -> None:
-        """Prints what was published."""
-        for tower in towers:
-            rows = metrics.in_this_process(f"write-rows-{tower.name}")
-            print(f"published   {destination.table(tower.name)}, partition {run.train_date}: {rows:,} rows")
+    def summary(self, run: Run, rows: Mapping[str, int], destination: Destination, seconds: float) -> None:
+        """Prints what was published: rows per tower, partition, seconds."""
+        for tower, count in rows.items():
+            print(f"published   {destination.table(tower)}, partition {run.train_date}: {count:,} rows")
         print(f"done        in {seconds:.1f} s", flush=True)
 
     def _show_progress(self, total: int, done: threading.Event) -> None:
         live = sys.stdout.isatty()
         started, shown = time.monotonic(), -1
+        before = metrics.in_this_process("read-rows")  # of an earlier job in this process
         while True:
             finished = done.wait(_EVERY_TERMINAL if live else _EVERY_LOG)
-            rows = metrics.in_this_process("read-rows")
+            rows = metrics.in_this_process("read-rows") - before
             if rows == shown and not (finished and live):
                 if finished:
                     return

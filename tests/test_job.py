@@ -1,0 +1,669 @@
+"""The whole job against emulators: models by real tf-keras, a real MLflow store, compared with Keras row by row."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import pytest
+from google.cloud import bigquery
+
+from beam_pipeline import preflight, publication, tables, writing
+from beam_pipeline.launcher import launch
+from beam_pipeline.options import parse
+from beam_pipeline.tables import Destination
+
+MARCH_1 = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
+MARCH_2 = datetime(2026, 3, 2, 0, 30, tzinfo=UTC)
+
+
+class Job:
+    """Runs the job into a dataset of its own.
+
+    Attributes:
+        client: of the emulated BigQuery.
+        dataset: made for this test.
+    """
+
+    def __init__(self, client, dataset, store, temp_location):
+        self.client = client
+        self.dataset = dataset
+        self.destination = Destination(client.project, dataset, "US", "two_tower")
+        self._flags = [
+            f"--tracking_uri={store.uri}",
+            f"--dataset={dataset}",
+            f"--temp_location={temp_location}",
+        ]
+
+    def run(self, run_id, *flags):
+        """Runs in this process; returns the exit code."""
+        return launch(self.config(run_id, *flags))
+
+    def config(self, run_id, *flags):
+        return parse([*self._flags, *([f"--run_id={run_id}"] if run_id else []), *flags])
+
+    def command(self, run_id, *flags):
+        return [sys.executable, "-m", "beam_pipeline", *self._flags, f"--run_id={run_id}", *flags]
+
+    def subprocess(self, run_id, *flags, **options):
+        return subprocess.run(self.command(run_id, *flags), capture_output=True, text=True, check=False, **options)
+
+    def query(self, sql):
+        sql = sql.format(
+            user=f"{self.dataset}.two_tower_user_embedding", item=f"{self.dataset}.two_tower_item_embedding"
+        )
+        return [row.values() for row in self.client.query_and_wait(sql)]
+
+    def rows(self, tower, where="TRUE"):
+        """Returns (train_date, run id) → {id: vector}; asserts that no id is there twice."""
+        found = {}
+        sql = f"SELECT train_date, mlflow_run_id, {tower}_id, {tower}_embedding FROM {{{tower}}} WHERE {where}"
+        for day, run_id, name, vector in self.query(sql):
+            model = found.setdefault((str(day), run_id), {})
+            assert name not in model
+            model[name] = vector
+        return found
+
+    def published(self):
+        """Returns {(train_date, run id): (users, items)}; fails if one tower was published without the other."""
+        users, items = self.rows("user"), self.rows("item")
+        assert users.keys() == items.keys()
+        return {key: (len(users[key]), len(items[key])) for key in users}
+
+    def tables(self):
+        return {table.table_id for table in self.client.list_tables(self.dataset)}
+
+
+DESTINATION_TABLES = {"two_tower_user_embedding", "two_tower_item_embedding", "two_tower_embedding_lock"}
+
+
+@pytest.fixture
+def job(warehouse, store, request):
+    client = bigquery.Client(project=warehouse.project)
+    dataset = re.sub(r"\W", "_", request.node.name)[:80] + f"_{os.getpid()}"
+    client.create_dataset(dataset)
+    yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}")
+    client.delete_dataset(dataset, delete_contents=True)
+
+
+# What is published.
+
+
+@pytest.mark.parametrize("writer", ["columnar", "rows"])
+def test_every_row_is_what_keras_says(job, store, models, writer):
+    run = store.log(models("plain"), "plain", MARCH_1)
+    done = job.subprocess(run, f"--writer={writer}", env={**os.environ, "TZ": "Pacific/Auckland"})
+    assert done.returncode == 0, done.stderr
+    assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
+    assert job.rows("item") == {("2026-03-01", run): models("plain").rows("item")}
+    constants = "mlflow_experiment_id, mlflow_experiment_name, mlflow_run_id, mlflow_run_name"
+    for tower in ("user", "item"):
+        assert job.query(f"SELECT DISTINCT {constants} FROM {{{tower}}}") == [
+            (store.experiment_id, store.experiment, run, "plain")
+        ]
+    assert job.tables() == DESTINATION_TABLES
+    assert store.load_files(job.dataset) == []
+
+
+def test_both_writers_write_the_same(job, store, models):
+    run = store.log(models("plain"), "plain", MARCH_1)
+    assert job.run(run, "--writer=rows", "--table_prefix=a") == 0
+    assert job.run(run, "--writer=columnar", "--table_prefix=b") == 0
+    for tower in ("user", "item"):
+        columns = f"train_date, mlflow_experiment_name, mlflow_run_name, {tower}_id, {tower}_embedding"
+        by_rows, columnar = (
+            job.query(f"SELECT {columns} FROM {job.dataset}.{p}_{tower}_embedding ORDER BY {tower}_id") for p in "ab"
+        )
+        assert by_rows == columnar
+        assert len(by_rows) == len(models("plain").ids(tower))
+
+
+def test_the_tables(job, store, models):
+    assert job.run(store.log(models("longer"), "longer", MARCH_1)) == 0
+    for tower in ("user", "item"):
+        table = job.client.get_table(job.destination.table(tower))
+        assert [(c.name, c.field_type, c.mode) for c in table.schema] == [
+            (c.name, c.field_type, c.mode) for c in tables.schema_fields(tower)
+        ]
+        assert (table.time_partitioning.type_, table.time_partitioning.field) == ("DAY", "train_date")
+        assert table.time_partitioning.expiration_ms is None
+        assert table.clustering_fields == [f"{tower}_id"]
+
+
+def test_special_rows_and_other_layouts(job, store, models):
+    run = store.log(models("special"), "special", MARCH_1)
+    assert job.run(run) == 0
+    assert job.rows("user")[("2026-03-01", run)] == models("special").rows("user")
+    assert job.run(run, "--include_oov") == 0
+    with_oov = job.rows("user")[("2026-03-01", run)]
+    assert {*with_oov} - {*models("special").ids("user")} == {"nothing", "[UNK]", "[UNK]:1", "[UNK]:2"}
+
+
+def test_one_tower_alone_and_a_name_of_ones_own(job, store, models):
+    run = store.log(models("longer"), "longer", MARCH_1)
+    assert job.run(run, "--tower=movie=item_layer", "--table_prefix=films") == 0
+    ((rows,),) = job.query(f"SELECT COUNT(DISTINCT movie_id) FROM {job.dataset}.films_movie_embedding")
+    assert rows == 50
+
+
+def test_the_latest_finished_run_of_an_experiment(job, store, models):
+    old = store.log(models("longer"), "weekly", MARCH_1)
+    new = store.log(models("longer"), "weekly", MARCH_2)
+    store.log(models("longer"), "other", datetime(2026, 3, 3, tzinfo=UTC))
+    store.log(models("longer"), "weekly", datetime(2026, 3, 4, tzinfo=UTC), status="FAILED")
+    assert job.run(None, f"--experiment_name={store.experiment}", "--run_name=weekly") == 0
+    assert [*job.published()] == [("2026-03-02", new)]
+    assert old != new
+
+
+def test_artifacts_on_cloud_storage(job, store, models):
+    run = store.log(models("plain"), "on gs", MARCH_1, bucket=True)
+    assert job.run(run) == 0
+    assert job.rows("item") == {("2026-03-01", run): models("plain").rows("item")}
+
+
+def test_the_multi_load_path(job, store, models, monkeypatch):
+    """Above 15 TB or 10,000 files Beam loads temporary tables and copies them; here above a few kilobytes."""
+    run = store.log(models("plain"), "plain", MARCH_1)
+    options = writing.WriteStaging._sink_options
+    for writer in ("columnar", "rows"):
+        monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
+        monkeypatch.setattr(
+            writing.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 100_000}
+        )
+        monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", 10_000)
+        assert job.run(run, f"--writer={writer}") == 0
+        assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
+        assert job.tables() == DESTINATION_TABLES
+
+
+def test_no_tensorflow_in_a_whole_run(job, store, models, tmp_path):
+    run = store.log(models("longer"), "longer", MARCH_1)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('IMPORTED', 'tensorflow' in sys.modules, 'keras' in sys.modules))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = job.subprocess(run, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "IMPORTED False False"
+
+
+def test_help_imports_neither_tensorflow_nor_beam():
+    command = [sys.executable, "-X", "importtime", "-m", "beam_pipeline", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--if_partition_taken" in done.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & {"tensorflow", "keras", "apache_beam", "mlflow"}
+
+
+def test_what_a_person_sees(job, store, models):
+    run = store.log(models("plain"), "spring", MARCH_1)
+    done = job.subprocess(run)
+    table = f"{job.client.project}.{job.dataset}.two_tower"
+    out = done.stdout.splitlines()
+    assert out[:4] == [
+        f"experiment  {store.experiment}",
+        f"run         spring ({run}), trained 2026-03-01 UTC",
+        f"user        3,016 rows × 8 float32 → {table}_user_embedding",
+        f"item        2,015 rows × 8 float32 → {table}_item_embedding",
+    ]
+    assert re.fullmatch(r"rows        5,031 of 5,031 \(100%\), [\d,]+ rows/s", out[-4])
+    assert out[-3] == f"published   {table}_user_embedding, partition 2026-03-01: 3,015 rows"
+    assert out[-2] == f"published   {table}_item_embedding, partition 2026-03-01: 2,014 rows"
+    assert re.fullmatch(r"done        in \d+\.\d s", out[-1])
+    assert "INFO:apache_beam" in done.stderr
+
+
+# Reruns and neighbours.
+
+
+def test_the_same_run_again(job, store, models):
+    run = store.log(models("plain"), "plain", MARCH_1)
+    for _ in range(2):
+        assert job.run(run) == 0
+        assert job.published() == {("2026-03-01", run): (3015, 2014)}
+
+
+def test_partitions_beside_it_stay(job, store, models):
+    first = store.log(models("plain"), "first", MARCH_1)
+    second = store.log(models("retrained"), "second", MARCH_2)
+    assert job.run(first) == 0
+    assert job.run(second) == 0
+    assert job.run(second, "--if_partition_taken=replace") == 0
+    assert job.rows("user") == {
+        ("2026-03-01", first): models("plain").rows("user"),
+        ("2026-03-02", second): models("retrained").rows("user"),
+    }
+
+
+def test_a_taken_partition(job, store, models, capsys):
+    first = store.log(models("plain"), "first", MARCH_1)
+    second = store.log(models("retrained"), "second", MARCH_1)
+    assert job.run(first) == 0
+    assert job.run(second) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: partition 2026-03-01 of ")
+    assert f"holds 3,015 rows of run {first}; --if_partition_taken=replace" in error
+    assert [*job.published()] == [("2026-03-01", first)]
+    assert job.run(second, "--if_partition_taken=keep") == 0
+    assert {*job.published()} == {("2026-03-01", first), ("2026-03-01", second)}
+    # Now the partition holds another run, whichever of the two comes again.
+    assert job.run(first) == 1
+    assert job.run(first, "--if_partition_taken=keep") == 0
+    assert {*job.published()} == {("2026-03-01", first), ("2026-03-01", second)}
+    assert job.run(second, "--if_partition_taken=replace") == 0
+    assert [*job.published()] == [("2026-03-01", second)]
+    assert job.rows("item") == {("2026-03-01", second): models("retrained").rows("item")}
+
+
+def test_a_partition_taken_while_the_job_runs(job, store, models, capsys, monkeypatch):
+    first = store.log(models("plain"), "first", MARCH_1)
+    second = store.log(models("retrained"), "second", MARCH_1)
+    shape = publication.shape
+
+    def slow_shape(client, what, launch_id):
+        shape(client, what, launch_id)
+        if what.run.run_id == second and not job.published():
+            assert job.run(first) == 0
+
+    monkeypatch.setattr(publication, "shape", slow_shape)
+    assert job.run(second) == 1
+    assert "was taken by another run while this job ran" in capsys.readouterr().err.splitlines()[-1]
+    assert [*job.published()] == [("2026-03-01", first)]
+    assert job.tables() == DESTINATION_TABLES
+
+
+def test_several_runs_at_once(job, store, models):
+    runs = [store.log(models("plain"), "a", MARCH_1), store.log(models("retrained"), "b", MARCH_1)]
+    commands = [job.command(run, "--if_partition_taken=replace") for run in [*runs, runs[0]]]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], outputs
+    ((key, counts),) = job.published().items()
+    assert key[1] in runs
+    assert counts == (3015, 2014)
+    assert job.tables() == DESTINATION_TABLES
+
+
+# Tables that exist already.
+
+
+def first_version(job, tower, **changes):
+    fields = {
+        "train_date": "DATE",
+        "mlflow_run_id": "STRING",
+        "mlflow_experiment_name": "STRING",
+        "mlflow_run_name": "STRING",
+        f"{tower}_id": "STRING",
+    } | changes
+    schema = [bigquery.SchemaField(name, type_) for name, type_ in fields.items()]
+    schema.append(bigquery.SchemaField(f"{tower}_embedding", "FLOAT64", "REPEATED"))
+    table = bigquery.Table(job.destination.table(tower), schema=schema)
+    table.time_partitioning = bigquery.TimePartitioning(field="train_date")
+    return table
+
+
+def test_a_table_of_the_first_version_is_extended(job, store, models):
+    for tower in ("user", "item"):
+        job.client.create_table(first_version(job, tower))
+    job.query("INSERT INTO {user} VALUES (DATE '2026-02-01', 'old', 'two_tower', 'n', 'u1', [1.0,2,3,4,5,6,7,8])")
+    run = store.log(models("plain"), "plain", MARCH_1)
+    assert job.run(run) == 0
+    assert job.rows("user", "train_date > DATE '2026-02-01'") == {("2026-03-01", run): models("plain").rows("user")}
+    assert job.query("SELECT DISTINCT mlflow_experiment_id FROM {user} ORDER BY 1") == [
+        (None,),
+        (store.experiment_id,),
+    ]
+    ((old,),) = job.query("SELECT user_embedding FROM {user} WHERE mlflow_run_id = 'old'")
+    assert old == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+def test_an_incompatible_table_is_refused(job, store, models, capsys):
+    job.client.create_table(first_version(job, "item", item_id="INT64"))
+    assert job.run(store.log(models("plain"), "plain", MARCH_1)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "two_tower_item_embedding cannot be used: column item_id is INT" in error
+    assert "not STRING; rename it" in error
+    assert job.tables() == {"two_tower_item_embedding"}
+
+
+def test_another_vector_length(job, store, models, capsys):
+    assert job.run(store.log(models("plain"), "plain", MARCH_1)) == 0
+    longer = store.log(models("longer"), "longer", MARCH_2)
+    assert job.run(longer) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "vectors of 12 values, but the latest partition of" in error
+    assert "(2026-03-01) holds vectors of 8" in error
+    assert job.run(longer, "--allow_dimension_change") == 0
+    assert {len(v) for v in job.rows("user")[("2026-03-02", longer)].values()} == {12}
+
+
+# Bad input: one line, exit 1, nothing published, nothing left.
+
+
+def refused(job, capsys, run_id, *flags):
+    """Runs what must fail; returns its one line."""
+    before = job.tables()
+    assert job.run(run_id, *flags) == 1
+    error = capsys.readouterr().err.splitlines()
+    lines = [line for line in error if not re.match(r"(INFO|WARNING):| |<|Traceback|\w+(\.\w+)*Error", line)]
+    assert lines[-1].startswith("error: ")
+    assert job.tables() == before
+    return lines[-1]
+
+
+def test_unknown_runs(job, store, capsys):
+    assert "no run 'feedbeef" in refused(job, capsys, "feedbeef" * 4)
+    assert "no experiment 'nope' in" in refused(job, capsys, None, "--experiment_name=nope")
+    line = refused(job, capsys, None, f"--experiment_name={store.experiment}", "--run_name=nope")
+    assert "has no FINISHED run named 'nope'" in line
+
+
+def test_an_experiment_without_a_finished_run(job, store, models, capsys):
+    store.log(models("longer"), "running", MARCH_1, experiment="unfinished", status="RUNNING")
+    assert "has no FINISHED run;" in refused(job, capsys, None, "--experiment_name=unfinished")
+
+
+def test_a_tracking_server_that_is_not_there(job, capsys):
+    begin = datetime.now(UTC)
+    line = refused(job, capsys, "0" * 32, "--tracking_uri=http://127.0.0.1:9")
+    assert "MLflow at http://127.0.0.1:9 does not answer" in line
+    assert (datetime.now(UTC) - begin).total_seconds() < 30
+    assert "no MLflow store at sqlite:////no/such.db" in refused(
+        job, capsys, "0" * 32, "--tracking_uri=sqlite:////no/such.db"
+    )
+
+
+def test_a_tracking_server_that_never_answers(job, capsys):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begin = datetime.now(UTC)
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert "does not answer" in refused(job, capsys, "0" * 32, f"--tracking_uri={uri}")
+    assert (datetime.now(UTC) - begin).total_seconds() < 30
+
+
+def test_no_model_in_the_run(job, store, models, capsys):
+    run = store.log(models("longer"), "longer", MARCH_1)
+    line = refused(job, capsys, run, "--artifact_path=other")
+    assert "/other does not hold a model" in line
+    assert "--artifact_path" in line
+    shutil.rmtree(store.artifacts(run))
+    assert "does not hold a model" in refused(job, capsys, run)
+
+
+def test_a_tower_that_is_not_there(job, store, models, capsys):
+    run = store.log(models("longer"), "longer", MARCH_1)
+    line = refused(job, capsys, run, "--tower=user=user_layer", "--tower=item=film_layer")
+    assert "tower 'item': layer 'film_layer' does not exist" in line
+    assert "item_layer, user_layer" in line
+
+
+def data_file(model):
+    return next((model.folder / "variables").glob("*.data-*"))
+
+
+def test_truncated_weights(job, store, damaged, capsys):
+    model = damaged("plain")
+    with data_file(model).open("r+b") as file:
+        file.truncate(1000)
+    assert "has 1,000 bytes, but bytes" in refused(job, capsys, store.log(model, "cut", MARCH_1))
+
+
+def test_weights_cut_while_the_job_runs(job, store, damaged, capsys, monkeypatch):
+    model = damaged("plain")
+    run = store.log(model, "cut", MARCH_1)
+    prepare = publication.prepare
+
+    def cut(client, what, launch_id):
+        prepare(client, what, launch_id)
+        with next((store.artifacts(run) / "variables").glob("*.data-*")).open("r+b") as file:
+            file.truncate(1000)
+
+    monkeypatch.setattr(publication, "prepare", cut)
+    monkeypatch.setattr("beam_pipeline.transforms.read_piece", _after(cut, "beam_pipeline.transforms.read_piece"))
+    assert "has 1,000 bytes" in refused(job, capsys, run)
+
+
+def _after(step, name):
+    """The function `name`, once the pipeline has run a step that stages may run in any order with it."""
+    import beam_pipeline.transforms as module
+
+    original = module.read_piece
+
+    def wait(piece, tower, open_file):
+        with open(tower.matrix.path, "r+b") as file:
+            file.truncate(1000)
+        return original(piece, tower, open_file)
+
+    return wait
+
+
+@pytest.mark.parametrize("what", ["missing", "corrupt"])
+def test_a_bad_index(job, store, damaged, capsys, what):
+    model = damaged("plain")
+    index = model.folder / "variables" / "variables.index"
+    if what == "missing":
+        index.unlink()
+    else:
+        index.write_bytes(index.read_bytes()[:-1] + b"\0")
+    line = refused(job, capsys, store.log(model, what, MARCH_1))
+    assert "variables.index " + ("does not exist" if what == "missing" else "is not a checkpoint index") in line
+
+
+@pytest.mark.parametrize("at", [0, 5_000, 60_000, 160_000])
+@pytest.mark.parametrize("piece_bytes", [16 << 20, 1000])
+def test_weights_that_do_not_match_their_checksum(job, store, damaged, capsys, monkeypatch, at, piece_bytes):
+    monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", piece_bytes)
+    model = damaged("plain")
+    data = bytearray(data_file(model).read_bytes())
+    data[at] ^= 1
+    data_file(model).write_bytes(data)
+    line = refused(job, capsys, store.log(model, "flipped", MARCH_1))
+    assert "do not match the checkpoint's crc32c" in line
+
+
+def overwrite_vector(model, row, value):
+    """Writes a value into the item matrix, the second of the file, checksum and all left as they are."""
+    import numpy as np
+
+    data = bytearray(data_file(model).read_bytes())
+    start = 3016 * 8 * 4 + row * 8 * 4 + 12
+    data[start : start + 4] = np.float32(value).tobytes()
+    data_file(model).write_bytes(data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite(job, store, damaged, capsys, value):
+    model = damaged("plain")
+    overwrite_vector(model, 8, value)
+    line = refused(job, capsys, store.log(model, "diverged", MARCH_1))
+    assert "tower 'item': the vector of id 'item 7' (row 8) holds NaN or infinity" in line
+
+
+def rewrite_items(model, change):
+    path = model.folder / "assets" / "items.txt"
+    path.write_bytes(b"\n".join(change(path.read_bytes().split(b"\n")[:-1])) + b"\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ids: [*ids, b"one more"], "id 'one more' has row 2,015, but the matrix has only 2,015 rows"),
+        (lambda ids: [*ids[:9], b"", *ids[10:]], "the id of row 10 is empty"),
+        (lambda ids: [*ids[:9], ids[3], *ids[10:]], "id 'item 3' appears 2 times in the vocabulary"),
+        (lambda ids: [*ids[:9], b"\xff\xfe", *ids[10:]], "id '\\\\xff\\\\xfe' (row 10) is not UTF-8"),
+    ],
+)
+def test_bad_ids(job, store, damaged, capsys, change, words):
+    model = damaged("plain")
+    rewrite_items(model, change)
+    line = refused(job, capsys, store.log(model, "bad ids", MARCH_1))
+    assert f"tower 'item': {words}" in line
+
+
+def test_fewer_ids_than_rows_is_fine(job, store, damaged):
+    model = damaged("plain")
+    rewrite_items(model, lambda ids: ids[:-10])
+    run = store.log(model, "fewer", MARCH_1)
+    assert job.run(run) == 0
+    assert job.published() == {("2026-03-01", run): (3015, 2004)}
+
+
+def test_a_missing_dataset(job, store, models, capsys):
+    run = store.log(models("longer"), "longer", MARCH_1)
+    line = refused(job, capsys, run, "--dataset=raw_nowhere")
+    assert "raw_nowhere does not exist; make it where the bucket is: bq --location=EU mk --dataset" in line
+    assert "raw_nowhere" not in {dataset.dataset_id for dataset in job.client.list_datasets()}
+
+
+def test_a_local_artifact_on_a_distributed_runner(job, store, models, capsys):
+    run = store.log(models("longer"), "longer", MARCH_1)
+    line = refused(job, capsys, run, "--runner=DataflowRunner", "--region=europe-west1")
+    assert "DataflowRunner cannot read the local folder" in line
+
+
+def test_no_destination(store, models, capsys, monkeypatch):
+    for name in ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "GOOGLE_CLOUD_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    run = store.log(models("longer"), "longer", MARCH_1)
+    assert launch(parse([f"--run_id={run}", f"--tracking_uri={store.uri}"])) == 1
+    assert "--warehouse=DIR" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ids_are_data_in_every_query(job, store, damaged, capsys):
+    """Ids with quotes and backslashes survive the audit's own queries too."""
+    model = damaged("plain")
+    rewrite_items(model, lambda ids: [*ids[:8], b"it's `x` \\", b"it's `x` \\", *ids[10:]])
+    line = refused(job, capsys, store.log(model, "quotes", MARCH_1))
+    assert 'id "it\'s `x` \\\\" appears 2 times' in line
+
+
+# Readers see both towers or none.
+
+
+def watch(job, process):
+    """Polls both tables with one query until the process ends; returns all that was seen."""
+    sql = (
+        f"SELECT (SELECT COUNT(*) FROM {job.dataset}.two_tower_user_embedding), "
+        f"(SELECT COUNT(*) FROM {job.dataset}.two_tower_item_embedding)"
+    )
+    seen = set()
+    while process.poll() is None:
+        seen.update(row.values() for row in job.client.query_and_wait(sql))
+    return seen
+
+
+def test_a_reader_never_sees_one_tower_without_the_other(job, store, models):
+    first = store.log(models("longer"), "first", MARCH_1)
+    assert job.run(first) == 0
+    second = store.log(models("plain"), "second", MARCH_2)
+    command = job.command(second, "--allow_dimension_change")
+    seen = watch(job, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    seen.update(job.query("SELECT (SELECT COUNT(*) FROM {user}), (SELECT COUNT(*) FROM {item})"))
+    assert seen == {(50, 50), (50 + 3015, 50 + 2014)}
+
+
+def test_that_reader_notices_a_publication_in_two_jobs(job, store, models, tmp_path):
+    """The same reader against the publish script split in two: it must see the half."""
+    first = store.log(models("longer"), "first", MARCH_1)
+    assert job.run(first) == 0
+    second = store.log(models("plain"), "second", MARCH_2)
+    (tmp_path / "split.py").write_text(
+        "import sys, time\n"
+        "from beam_pipeline import publication, tables\n"
+        "def publish(client, what, launch, **options):\n"
+        "    for tower in what.towers:\n"
+        "        script = tables.publish_script(what.destination, [tower], what.run, launch, 'fail')\n"
+        "        client.query_and_wait(script)\n"
+        "        time.sleep(1)\n"
+        "publication.publish = publish\n"
+        "from beam_pipeline.launcher import launch\n"
+        "from beam_pipeline.options import parse\n"
+        "sys.exit(launch(parse(sys.argv[1:])))\n"
+    )
+    command = job.command(second, "--allow_dimension_change")
+    command = [sys.executable, str(tmp_path / "split.py"), *command[3:]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = watch(job, process)
+    assert process.returncode == 0, process.communicate()[0]
+    assert (50 + 3015, 50) in seen
+
+
+# A process that is killed at any step.
+
+STEPS = ["prepare", "write", "audit", "shape", "publish", "clean"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_killed_job_leaves_nothing_half_and_runs_again(job, store, models, tmp_path, step, when):
+    if step == "write" and when == "after":
+        pytest.skip("after the write is before the audit")
+    first = store.log(models("longer"), "first", MARCH_1)
+    assert job.run(first) == 0
+    second = store.log(models("plain"), "second", MARCH_2)
+    (tmp_path / "killed.py").write_text(
+        "import os, sys, time\n"
+        "from beam_pipeline import publication, columnar\n"
+        "step, when = sys.argv[1:3]\n"
+        "owner, name = (columnar, 'encode') if step == 'write' else (publication, step)\n"
+        "original = getattr(owner, name)\n"
+        "def stopped(*args, **options):\n"
+        "    if when == 'after':\n"
+        "        original(*args, **options)\n"
+        "    print('HERE', flush=True)\n"
+        "    time.sleep(600)\n"
+        "setattr(owner, name, stopped)\n"
+        "from beam_pipeline.launcher import launch\n"
+        "from beam_pipeline.options import parse\n"
+        "sys.exit(launch(parse(sys.argv[3:])))\n"
+    )
+    flags = job.command(second, "--allow_dimension_change")[3:]
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "killed.py"), step, when, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert any(line == "HERE\n" for line in process.stdout)
+    process.kill()
+    process.wait()
+    published = (step, when) in (("publish", "after"), ("clean", "before"), ("clean", "after"))
+    there = {("2026-03-01", first): (50, 50), **({("2026-03-02", second): (3015, 2014)} if published else {})}
+    assert job.published() == there
+    assert job.run(second, "--allow_dimension_change") == 0
+    assert job.published() == {("2026-03-01", first): (50, 50), ("2026-03-02", second): (3015, 2014)}
+    assert job.rows("user")[("2026-03-02", second)] == models("plain").rows("user")
+
+
+def test_an_interrupted_job_cleans_up(job, store, models, tmp_path):
+    run = store.log(models("plain"), "plain", MARCH_1)
+    (tmp_path / "slow.py").write_text(
+        "import sys, time\n"
+        "from beam_pipeline import publication\n"
+        "publication.audit = lambda *args: (print('HERE', flush=True), time.sleep(60))\n"
+        "from beam_pipeline.launcher import launch\n"
+        "from beam_pipeline.options import parse\n"
+        "sys.exit(launch(parse(sys.argv[1:])))\n"
+    )
+    command = [sys.executable, str(tmp_path / "slow.py"), *job.command(run)[3:]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(line == "HERE\n" for line in process.stdout)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "error: interrupted; nothing was published"
+    assert job.tables() == set()
+    assert store.load_files(job.dataset) == []
+
+
+def test_preflight_asks_for_the_dataset_only(job):
+    destination = preflight.find_destination(job.client.project, job.dataset, "two_tower")
+    assert destination.location == "US"
+    assert json.dumps(destination.table("user"))
