@@ -102,7 +102,7 @@ class WriteBatches(WriteToBigQuery):
         super().__init__(**options)
         self._constants = constants
 
-    def expand(self, batches: PCollection[Batch]) -> WriteResult:
+    def expand(self, batches: PCollection[Batch]) -> Any:
         """Applies the transform."""
         loads = _BatchFileLoads(
             constants=self._constants,
@@ -137,9 +137,9 @@ class _BatchFileLoads(BigQueryBatchFileLoads):
 
     # A private method of Beam: setup.py pins the version, and a test compares the files with the stock sink's.
     def _write_files(self, destination_data_kv_pc: PCollection[Any], file_prefix_pcv: Any) -> PCollection[Any]:
-        return destination_data_kv_pc | "WriteBatchesToFiles" >> beam.ParDo(
-            _WriteFilesFn(self.schema, self._constants, self.max_file_size), file_prefix_pcv
-        )
+        write = beam.ParDo(_WriteFilesFn(self.schema, self._constants, self.max_file_size), file_prefix_pcv)
+        files: PCollection[Any] = destination_data_kv_pc | "WriteBatchesToFiles" >> write
+        return files
 
 
 class _WriteFilesFn(beam.DoFn):

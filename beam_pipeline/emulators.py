@@ -63,7 +63,7 @@ def connect() -> None:
     project = os.environ.get("GOOGLE_CLOUD_PROJECT", PROJECT)
 
     def default(*_args: Any, **_options: Any) -> tuple[AnonymousCredentials, str]:
-        return AnonymousCredentials(), project  # type: ignore[no-untyped-call]
+        return AnonymousCredentials(), project
 
     # All of Google's libraries ask here; the real answer waits for a metadata server that is not there.
     google.auth.default = default
@@ -151,7 +151,7 @@ class Warehouse:
             start_new_session=True,
         )
         stack.callback(_stop, child)
-        assert child.stdout is not None  # noqa: S101 - for mypy
+        assert child.stdout is not None
         ports: dict[str, int] = _read_line(child.stdout, _START_SECONDS)
         if not ports:
             log.flush()

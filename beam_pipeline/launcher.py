@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 import time
 import uuid
@@ -25,15 +26,26 @@ from beam_pipeline.terminal import Terminal
 
 def launch(config: Config) -> int:
     """Runs the command line; returns the exit code: 0, or 1 with one line on stderr."""
+    # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(config)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _stopped(str(error), 1)
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was published", file=sys.stderr)
-        return 130
+        return _stopped(f"interrupted; {_WHOLE}", 130)
+    except Exception as error:
+        logging.getLogger(__name__).info("stopped by", exc_info=error)
+        return _stopped(f"{type(error).__name__}: {error}", 1)
     return 0
+
+
+_WHOLE = "the tables hold this training whole or not at all, start the job again"
+
+
+def _stopped(message: str, code: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return code
 
 
 def run(config: Config) -> None:
@@ -151,6 +163,8 @@ def _reason(error: Exception) -> PipelineError:
         named = re.match(r"beam_pipeline\.errors\.(\w+): (.*?)(?: \[while running .*\])?$", line)
         if named:
             return getattr(errors, named[1], PipelineError)(named[2])
-    logging.getLogger(__name__).info("the job failed", exc_info=error)
     last = lines[-1] if lines else type(error).__name__
-    return PipelineError(f"the job failed, nothing was published: {last}")
+    if last.startswith("KeyboardInterrupt"):
+        raise KeyboardInterrupt from error
+    logging.getLogger(__name__).info("the job failed", exc_info=error)
+    return PipelineError(f"the job failed: {last}; {_WHOLE}")

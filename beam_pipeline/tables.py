@@ -127,18 +127,19 @@ def differences(table: bigquery.Table, tower: str) -> list[str]:
 
 
 def missing_columns(table: bigquery.Table, tower: str) -> list[bigquery.SchemaField]:
-    """Returns the columns that a table lacks, NULLABLE (or REPEATED), as BigQuery allows them to be added."""
+    """Returns the columns that a table lacks."""
     existing = {column.name.lower() for column in table.schema}
-    return [
-        bigquery.SchemaField(
-            column.name,
-            column.field_type,
-            mode="REPEATED" if column.mode == "REPEATED" else "NULLABLE",
-            description=column.description,
-        )
-        for column in schema_fields(tower)
-        if column.name.lower() not in existing
+    return [column for column in schema_fields(tower) if column.name.lower() not in existing]
+
+
+def add_columns_sql(name: str, table: bigquery.Table, tower: str) -> str:
+    """Returns the statement that adds a table's missing columns, NULLABLE or REPEATED as BigQuery allows it."""
+    added = [
+        f"ADD COLUMN IF NOT EXISTS {column.name} "
+        + (f"ARRAY<{column.field_type}>" if column.mode == "REPEATED" else column.field_type)
+        for column in missing_columns(table, tower)
     ]
+    return f"ALTER TABLE `{name}` {', '.join(added)}"
 
 
 def literal(value: date | str) -> str:

@@ -98,8 +98,8 @@ def _checked_vectors(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: 
     if not finite.all():
         at = int(np.flatnonzero(~finite)[0])
         raise BadVectorError(
-            f"tower {tower.name!r}: the vector of id {ids.shown(names[at].as_py())} (row {piece.first_row + at:,}) holds "
-            "NaN or infinity; the training diverged, train again"
+            f"tower {tower.name!r}: the vector of id {ids.shown(names[at].as_py())} (row {piece.first_row + at:,}) "
+            "holds NaN or infinity; the training diverged, train again"
         )
     return vectors
 
@@ -141,7 +141,7 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
 
     tower: Tower
 
-    def expand(self, pbegin: PBegin) -> dict[str, PCollection[Any]]:
+    def expand(self, pbegin: PBegin) -> Any:
         """Applies the transform."""
         cut = (
             pbegin
