@@ -231,17 +231,6 @@ async def _run_emulators(directory: Path, port: int) -> int:
     from bqemulator.server import EmulatorServer
     from gcp_storage_emulator.server import create_server
 
-    storage = create_server("127.0.0.1", 0, data_dir=str(directory / "storage"), default_bucket=BUCKET)
-    storage.start()
-    storage_port = storage._api._httpd.server_port
-    # As the default bucket of a real project would, the emulator keeps deleted objects for a week.
-    no_soft_delete = urllib.request.Request(
-        f"http://127.0.0.1:{storage_port}/storage/v1/b/{BUCKET}",
-        json.dumps({"softDeletePolicy": {"retentionDurationSeconds": "0"}}).encode(),
-        {"Content-Type": "application/json"},
-        method="PATCH",
-    )
-    urllib.request.urlopen(no_soft_delete).close()
     bigquery = EmulatorServer(
         Settings(
             rest_port=port,
@@ -255,6 +244,18 @@ async def _run_emulators(directory: Path, port: int) -> int:
         )
     )
     await bigquery.start()
+    # Last: its thread would keep a process alive in which the other did not start.
+    storage = create_server("127.0.0.1", 0, data_dir=str(directory / "storage"), default_bucket=BUCKET)
+    storage.start()
+    storage_port = storage._api._httpd.server_port
+    # As a new bucket of a real project would, the emulator keeps deleted objects for a week.
+    no_soft_delete = urllib.request.Request(
+        f"http://127.0.0.1:{storage_port}/storage/v1/b/{BUCKET}",
+        json.dumps({"softDeletePolicy": {"retentionDurationSeconds": "0"}}).encode(),
+        {"Content-Type": "application/json"},
+        method="PATCH",
+    )
+    urllib.request.urlopen(no_soft_delete).close()
     print(json.dumps({"bigquery": bigquery.rest_port, "storage": storage_port}), file=announce, flush=True)
     await stopped.wait()
     await bigquery.stop()

@@ -82,7 +82,7 @@ def run(config: Config) -> None:
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
         token = uuid.uuid4().hex[:12]
         if not cloud.job_name:
-            cloud.job_name = f"historize-{mlflow_run.run_id}"[:50] + (f"-{token}" if config.local else "")
+            cloud.job_name = f"{publication.JOB_NAME}-{mlflow_run.run_id}"[:50] + (f"-{token}" if config.local else "")
         model = SavedModel(folder, open_file)
         towers = tuple(
             model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
@@ -113,6 +113,8 @@ def run(config: Config) -> None:
             ),
             config.writer,
         )
+        if config.warehouse:
+            publication.discard_all(client, job.publication)
         terminal.found(mlflow_run, towers, destination)
         if not config.local:
             pipeline = beam.Pipeline(options=options)

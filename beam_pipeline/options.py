@@ -15,7 +15,8 @@ IF_TAKEN = ("fail", "replace", "keep")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_DATASET = re.compile(r"(?:([a-z0-9.:-]{1,100})\.)?([A-Za-z0-9_]{1,1024})")
+_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
+_DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 
 
@@ -158,6 +159,8 @@ def parse(argv: Sequence[str]) -> Config:
         ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
+    if found.project and not re.fullmatch(_PROJECT, found.project):
+        ours.error(f"--project={found.project!r} is no project id")
     project, dataset = found.project, f"raw_{found.env}"
     if found.dataset:
         match = _DATASET.fullmatch(found.dataset)

@@ -57,6 +57,9 @@ from beam_pipeline.tables import Destination
 STAGING_LIFE = timedelta(hours=48)
 """How long the traces of a launch that died may stay: longer than a job runs, shorter than they would cost."""
 
+JOB_NAME = "historize"
+"""First part of the name of a job that was not given one."""
+
 ATTEMPTS = 10
 _LOAD_FILES = "embedding_loads"
 _LOG = logging.getLogger(__name__)
@@ -260,15 +263,14 @@ def discard(client: bigquery.Client, publication: Publication, job_name: str) ->
         publication: what was to be published.
         job_name: Beam's; its temporary tables are named after it.
     """
-    destination = publication.destination
-    prefixes = [
-        *(destination.staging(tower, publication.token).rsplit(".", 1)[1] for tower in publication.towers),
-        f"beam_bq_job_LOAD_{job_name.replace('-', '')}",
-    ]
-    for table in client.list_tables(f"{destination.project}.{destination.dataset}"):
-        if table.table_id.startswith(tuple(prefixes)):
-            client.delete_table(table, not_found_ok=True)
+    _drop_staging(client, publication, publication.token, job_name)
     _delete_files(f"{publication.load_files}/**")
+
+
+def discard_all(client: bigquery.Client, publication: Publication) -> None:
+    """Removes what any launch has left; for the embedded warehouse, where no other runs and nothing expires."""
+    _drop_staging(client, publication, "", JOB_NAME)
+    _delete_files(f"{publication.temp_location.rstrip('/')}/{_LOAD_FILES}/**")
 
 
 def _create(client: bigquery.Client, wanted: bigquery.Table) -> bigquery.Table:
@@ -293,6 +295,17 @@ def _create(client: bigquery.Client, wanted: bigquery.Table) -> bigquery.Table:
         client.query_and_wait(f"ALTER TABLE `{name}` SET OPTIONS ({', '.join(options)})")
         table = client.get_table(wanted.reference)
     return table
+
+
+def _drop_staging(client: bigquery.Client, publication: Publication, token: str, job_name: str) -> None:
+    destination = publication.destination
+    prefixes = [
+        *(destination.staging(tower, token).rsplit(".", 1)[1] for tower in publication.towers),
+        f"beam_bq_job_LOAD_{job_name.replace('-', '')}",  # Beam's temporary tables
+    ]
+    for table in client.list_tables(f"{destination.project}.{destination.dataset}"):
+        if table.table_id.startswith(tuple(prefixes)):
+            client.delete_table(table, not_found_ok=True)
 
 
 def _job_id(launch: str, attempt: int) -> str:

@@ -107,7 +107,7 @@ def _checked_vectors(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: 
 class _CutFn(beam.DoFn):
     def process(self, tower: Tower) -> Iterator[Any]:
         try:
-            yield from ids.cut(tower, open_file)
+            yield from ids.cut(tower, open_file, ids.PIECE_BYTES)
         except PipelineError as problem:
             yield beam.pvalue.TaggedOutput(REPORTS, Report(tower.name, 0, problem=problem))
 

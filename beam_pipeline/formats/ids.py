@@ -44,7 +44,7 @@ class Piece:
     ids: Span | None
 
 
-def cut(tower: Tower, open_file: OpenFile, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
+def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
     """Yields pieces that cover every row of the matrix exactly once, in row order.
 
     Raises:

@@ -1,0 +1,103 @@
+"""The transforms in a pipeline, and what their reports add up to."""
+
+import dataclasses
+
+import apache_beam as beam
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.testing.util import assert_that, equal_to
+
+from beam_pipeline import metrics
+from beam_pipeline.errors import AuditError, BadIdError, BadVectorError, ChecksumError
+from beam_pipeline.files import open_file
+from beam_pipeline.formats import ids
+from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.transforms import REPORTS, ReadTower, Report, expected_ids, read_piece, to_rows
+
+
+def tower_of(model, name):
+    return SavedModel(str(model.folder), open_file).tower(name, f"{name}_layer")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(ids, "PIECE_BYTES", 1000)
+
+
+@pytest.mark.parametrize("name", ["plain", "special", "one"])
+@pytest.mark.parametrize("tower", ["user", "item"])
+def test_read_tower_emits_every_row(models, small_pieces, name, tower):
+    model = models(name)
+    with TestPipeline(runner=FnApiRunner()) as pipeline:
+        read = pipeline | ReadTower(tower_of(model, tower))
+        rows = read["batches"] | beam.FlatMap(to_rows, tower, {"day": 1})
+        expected = [
+            {"day": 1, f"{tower}_id": key, f"{tower}_embedding": vector} for key, vector in model.rows(tower).items()
+        ]
+        assert_that(rows, equal_to(expected))
+
+
+def test_counters(models, small_pieces):
+    pipeline = TestPipeline(runner=FnApiRunner())
+    _ = pipeline | ReadTower(tower_of(models("special"), "user"))
+    result = pipeline.run()
+    assert metrics.committed(result, "read-rows") == 150
+    assert metrics.committed(result, "read-bytes") == 150 * 16
+
+
+def reports_of(tower, piece_bytes=500):
+    return [read_piece(piece, tower, open_file)[1] for piece in ids.cut(tower, open_file, piece_bytes)]
+
+
+def test_all_reports_together_give_the_number_of_ids(models):
+    tower = tower_of(models("special"), "user")
+    reports = reports_of(tower)
+    assert len(reports) > 4
+    assert expected_ids(reversed(reports), [tower]) == {"user": 100}
+
+
+@pytest.mark.parametrize("change", [lambda r: r[1:], lambda r: r[:-1], lambda r: r[:2] + r[3:], lambda r: [*r, r[2]]])
+def test_a_report_that_is_missing_or_double(models, change):
+    tower = tower_of(models("special"), "user")
+    with pytest.raises(AuditError, match="rows"):
+        expected_ids(change(reports_of(tower)), [tower])
+
+
+def test_pieces_whose_checksums_do_not_add_up(models):
+    tower = tower_of(models("special"), "user")
+    reports = reports_of(tower)
+    reports[2] = dataclasses.replace(reports[2], crc32c=reports[2].crc32c ^ 1)
+    with pytest.raises(ChecksumError, match="tower 'user' do not match the checkpoint's crc32c"):
+        expected_ids(reports, [tower])
+
+
+def test_the_first_problem_is_told_and_the_others_counted():
+    problems = [BadIdError("second"), BadVectorError("first"), BadIdError("third")]
+    reports = [Report("user", row, problem=problem) for row, problem in zip([7, 3, 9], problems, strict=True)]
+    with pytest.raises(BadVectorError, match=r"^first \(and 2 more problems\)$"):
+        expected_ids(reports, [])
+
+
+def test_a_problem_is_reported_not_raised(damaged, small_pieces):
+    model = damaged("plain")
+    items = model.folder / "assets" / "items.txt"
+    items.write_bytes(items.read_bytes().replace(b"item 7\n", b"\n") + b"one more\n")
+
+    def check(reports):
+        assert sorted(str(r.problem).split(": ")[1][:12] for r in reports if r.problem) == [
+            "id 'one more",
+            "the id of ro",
+        ]
+
+    with TestPipeline(runner=FnApiRunner()) as pipeline:
+        read = pipeline | ReadTower(tower_of(model, "item"))
+        assert_that(read[REPORTS], check)
+
+
+def test_an_empty_vocabulary(damaged):
+    model = damaged("plain")
+    (model.folder / "assets" / "items.txt").write_bytes(b"")
+    tower = tower_of(model, "item")
+    with pytest.raises(BadIdError, match="tower 'item' has no ids"):
+        expected_ids(reports_of(tower), [tower])
