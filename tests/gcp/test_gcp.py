@@ -1,0 +1,195 @@
+"""What only the real services can prove; each test says what the emulators could not show."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from datetime import UTC, date, datetime
+
+import pytest
+from google.api_core.exceptions import Conflict
+from google.cloud import bigquery
+
+from beam_pipeline import publication, tables
+from beam_pipeline.publication import Publication
+from beam_pipeline.runs import Run
+
+DAY = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
+
+
+def command(warehouse, store, run, *flags):
+    return [
+        sys.executable,
+        "-m",
+        "beam_pipeline",
+        f"--run_id={run}",
+        f"--tracking_uri={store.uri}",
+        f"--dataset={warehouse.project}.{warehouse.dataset}",
+        f"--table_prefix={warehouse.prefix}",
+        f"--temp_location={warehouse.temp_location}",
+        *flags,
+    ]
+
+
+def rows_of(client, destination, tower, run):
+    sql = (
+        f"SELECT {tower}_id, {tower}_embedding FROM `{destination.table(tower)}` "
+        "WHERE train_date = '2026-03-01' AND mlflow_run_id = @run"
+    )
+    config = bigquery.QueryJobConfig(query_parameters=[bigquery.ScalarQueryParameter("run", "STRING", run)])
+    return {row[0]: row[1] for row in client.query_and_wait(sql, job_config=config)}
+
+
+@pytest.mark.parametrize("writer", ["columnar", "rows"])
+def test_the_job_with_real_load_jobs(warehouse, destination, client, store, models, writer):
+    """That BigQuery takes the Avro files, the staging tables' expirations and the publish script."""
+    run = store.log(models("plain"), writer, DAY)
+    flags = ["--if_partition_taken=keep", f"--writer={writer}", f"--project={warehouse.project}"]
+    subprocess.run(command(warehouse, store, run, *flags), check=True)
+    for tower in ("user", "item"):
+        assert rows_of(client, destination, tower, run) == models("plain").rows(tower)
+    left = [t.table_id for t in client.list_tables(warehouse.dataset) if "_staging_" in t.table_id]
+    assert not [name for name in left if name.startswith(warehouse.prefix)]
+
+
+@pytest.mark.skipif("BEAM_PIPELINE_GCP_REGION" not in os.environ, reason="set BEAM_PIPELINE_GCP_REGION for Dataflow")
+def test_the_job_on_dataflow(warehouse, destination, client, store, models):
+    """That the graph runs on workers that share nothing with the launcher."""
+    run = store.log(models("plain"), "dataflow", DAY, bucket=True)
+    flags = [
+        "--runner=DataflowRunner",
+        f"--project={warehouse.project}",
+        f"--region={os.environ['BEAM_PIPELINE_GCP_REGION']}",
+        "--setup_file=./setup.py",
+        "--if_partition_taken=keep",
+    ]
+    subprocess.run(command(warehouse, store, run, *flags), check=True)
+    # The launcher has returned; the job is waited for by its result.
+    for _ in range(120):
+        try:
+            if rows_of(client, destination, "item", run):
+                break
+        except Exception:
+            pass
+        threading.Event().wait(10)
+    assert rows_of(client, destination, "user", run) == models("plain").rows("user")
+
+
+@pytest.fixture
+def staged(warehouse, destination, client):
+    """A function that stages two rows of a run and returns (Publication, launch id), ready to be published."""
+
+    def stage(run_id, how):
+        run = Run(run_id, "n", "1", "e", date(2026, 3, 2), "gs://b/a")
+        what = Publication(destination, run, ("user", "item"), warehouse.temp_location, how, None, "token")
+        launch = uuid.uuid4().hex[:24]
+        publication.prepare(client, what, launch)
+        publication.shape(client, what, launch)
+        for tower in what.towers:
+            rows = ", ".join(f"(DATE '2026-03-02', '1', 'e', '{run_id}', 'n', 'id{i}', [1.0, {i}.0])" for i in (1, 2))
+            client.query_and_wait(f"INSERT INTO `{destination.staging(tower, launch)}` VALUES {rows}")
+        return what, launch
+
+    return stage
+
+
+def test_publications_at_once_end_as_if_one_after_the_other(staged, client, destination):
+    """That two transactions conflict on the lock table, and that the cancelled one is recognised and starts over."""
+    ready = [staged(f"run{n}", "replace") for n in range(4)]
+    threads = [threading.Thread(target=publication.publish, args=(client, *each)) for each in ready]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for tower in ("user", "item"):
+        sql = f"SELECT mlflow_run_id, COUNT(*) FROM `{destination.table(tower)}` WHERE train_date = '2026-03-02' GROUP BY 1"
+        ((_, count),) = [row.values() for row in client.query_and_wait(sql)]
+        assert count == 2
+
+
+def test_a_taken_partition_stops_the_transaction(staged, client):
+    """That ERROR() aborts the script, with a message in which it is recognised."""
+    publication.publish(client, *staged("first", "replace"))
+    with pytest.raises(publication.PartitionTakenError):
+        publication.publish(client, *staged("second", "fail"))
+
+
+def test_a_job_id_is_used_once(client):
+    """That BigQuery answers 409 to a job id that exists."""
+    job_id = f"beam_pipeline_test_{uuid.uuid4().hex}"
+    client.query("SELECT 1", job_id=job_id, job_retry=None).result()
+    with pytest.raises(Conflict):
+        client.query("SELECT 1", job_id=job_id, job_retry=None)
+
+
+def test_readers_see_a_transaction_whole(staged, client, destination):
+    """That one query over both tables never sees one tower without the other."""
+    publication.publish(client, *staged("before", "replace"))
+    what, launch = staged("after", "replace")
+    sql = " UNION ALL ".join(
+        f"SELECT '{tower}', mlflow_run_id, COUNT(*) FROM `{destination.table(tower)}` WHERE train_date = '2026-03-02' GROUP BY 2"
+        for tower in ("user", "item")
+    )
+    thread = threading.Thread(target=publication.publish, args=(client, what, launch))
+    thread.start()
+    while thread.is_alive():
+        seen = {row.values() for row in client.query_and_wait(sql)}
+        assert len(seen) == 2
+        assert len({run for _, run, _ in seen}) == 1
+
+
+def test_no_expiration_is_inherited(warehouse, destination, client):
+    """That a table made in a dataset with default expirations keeps its partitions."""
+    dataset = bigquery.Dataset(f"{warehouse.project}.{warehouse.prefix}_defaults")
+    dataset.location = destination.location
+    dataset.default_table_expiration_ms = 3600 * 1000
+    dataset.default_partition_expiration_ms = 3600 * 1000
+    client.create_dataset(dataset)
+    try:
+        there = dataclasses.replace(destination, dataset=dataset.dataset_id)
+        run = Run("r", "n", "1", "e", date(2020, 1, 1), "gs://b/a")
+        what = Publication(there, run, ("user",), warehouse.temp_location, "fail", None, "token")
+        publication.prepare(client, what, "launch")
+        row = "(DATE '2020-01-01', '1', 'e', 'r', 'n', 'id', [1.0])"
+        client.query_and_wait(f"INSERT INTO `{there.staging('user', 'launch')}` VALUES {row}")
+        publication.audit(client, what, "launch", {"user": 1})
+        publication.shape(client, what, "launch")
+        table = client.get_table(there.table("user"))
+        assert table.expires is None
+        assert table.time_partitioning.expiration_ms is None
+    finally:
+        client.delete_dataset(dataset, delete_contents=True)
+
+
+def test_the_first_version_is_extended(warehouse, destination, client):
+    """That BigQuery takes the ALTER TABLE."""
+    name = f"{destination.table('old')}"
+    schema = [field for field in tables.schema_fields("old") if field.name != "mlflow_experiment_id"]
+    table = bigquery.Table(name, schema=schema)
+    table.time_partitioning = bigquery.TimePartitioning(field="train_date")
+    client.create_table(table)
+    client.query_and_wait(tables.add_columns_sql(name, client.get_table(name), "old"))
+    assert tables.missing_columns(client.get_table(name), "old") == []
+
+
+def test_the_latest_partition_is_found_in_the_metadata(staged, client, destination):
+    """That INFORMATION_SCHEMA.PARTITIONS answers as the preflight expects."""
+    publication.publish(client, *staged("latest", "replace"))
+    config = bigquery.QueryJobConfig(
+        query_parameters=[bigquery.ScalarQueryParameter("table", "STRING", destination.table("user").rsplit(".", 1)[1])]
+    )
+    ((latest,),) = client.query_and_wait(tables.latest_partition_sql(destination), job_config=config)
+    assert latest == "20260302"
+
+
+def test_vector_search(staged, client, destination):
+    """That the column is one that VECTOR_SEARCH takes."""
+    publication.publish(client, *staged("search", "replace"))
+    table = destination.table("item")
+    sql = (
+        f"SELECT base.item_id FROM VECTOR_SEARCH((SELECT item_id, item_embedding FROM `{table}` WHERE train_date = "
+        f"'2026-03-02'), 'item_embedding', (SELECT [1.0, 1.0] AS item_embedding), top_k => 1, distance_type => 'COSINE')"
+    )
+    assert [row.values() for row in client.query_and_wait(sql)] == [("id1",)]
