@@ -19,7 +19,7 @@ from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats.artifact import Encoding, Tower
 from beam_pipeline.formats.wire import Span, read_varint
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 """Vectors of a piece, about: small enough for any worker's memory, large enough for a range request to pay."""
 
 _BLOCK = 4 << 20
