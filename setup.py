@@ -51,8 +51,6 @@ setup(
             "gcp-storage-emulator>=2026.7.19",
             # bqemulator's engine. Exact: extensions are built for one version.
             "duckdb==1.5.5",
-            # Installs extensions from packages, where duckdb itself would download them when it starts.
-            "duckdb-extensions==1.5.5",
             # bqemulator does not start without it.
             "duckdb-extension-spatial==1.5.5",
             # Reads the AVRO files of load jobs.

@@ -119,7 +119,7 @@ def run(config: Config) -> None:
         if not config.local:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
-            pipeline.run()
+            terminal.submitted(pipeline.run(), config.runner)
             return
         try:
             pipeline = beam.Pipeline(options=options)

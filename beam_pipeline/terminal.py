@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from apache_beam.runners.runner import PipelineResult
+
 from beam_pipeline import metrics
 from beam_pipeline.formats.artifact import Tower
 from beam_pipeline.runs import Run
@@ -38,6 +40,11 @@ class Terminal:
                 f"{destination.table(tower.name)}",
             )
         sys.stdout.flush()
+
+    def submitted(self, result: PipelineResult, runner: str) -> None:
+        """Prints where the job runs, which goes on without this process."""
+        job_id = getattr(result, "job_id", None)
+        print(f"submitted   to {runner}" + (f", job {job_id()}" if callable(job_id) else ""), flush=True)
 
     @contextmanager
     def progress(self, towers: Sequence[Tower]) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The transforms: pieces of a vocabulary in, batches of rows and reports out. Wiring only; formats are elsewhere."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import apache_beam as beam
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-from apache_beam.pvalue import PBegin, PCollection
+from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
+from apache_beam.transforms.window import GlobalWindows
 
 from beam_pipeline import crc32c, metrics
 from beam_pipeline.errors import (
@@ -109,21 +111,51 @@ class _CutFn(beam.DoFn):
         try:
             yield from ids.cut(tower, open_file, ids.PIECE_BYTES)
         except PipelineError as problem:
-            yield beam.pvalue.TaggedOutput(REPORTS, Report(tower.name, 0, problem=problem))
+            yield TaggedOutput(REPORTS, Report(tower.name, 0, problem=problem))
 
 
 class _ReadFn(beam.DoFn):
+    """Reads pieces one ahead: while a batch is encoded and written, a second thread reads the next.
+
+    Two batches are in memory at a time, whatever the number of pieces.
+    """
+
     def __init__(self, tower: Tower) -> None:
         self._tower = tower
 
+    def setup(self) -> None:
+        self._reader = ThreadPoolExecutor(1)
+
+    def start_bundle(self) -> None:
+        self._ahead: Future[tuple[Batch | None, Report]] | None = None
+
     def process(self, piece: Piece) -> Iterator[Any]:
+        before, self._ahead = self._ahead, self._reader.submit(self._read, piece)
+        if before:
+            yield from self._outputs(before.result())
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if self._ahead:
+            for output in self._outputs(self._ahead.result()):
+                if isinstance(output, TaggedOutput):
+                    yield TaggedOutput(output.tag, GlobalWindows.windowed_value(output.value))
+                else:
+                    yield GlobalWindows.windowed_value(output)
+
+    def teardown(self) -> None:
+        self._reader.shutdown()
+
+    def _read(self, piece: Piece) -> tuple[Batch | None, Report]:
         try:
-            batch, report = read_piece(piece, self._tower, open_file)
+            return read_piece(piece, self._tower, open_file)
         except PipelineError as problem:
-            batch, report = None, Report(piece.tower, piece.first_row, problem=problem)
+            return None, Report(piece.tower, piece.first_row, problem=problem)
+
+    def _outputs(self, read: tuple[Batch | None, Report]) -> Iterator[Any]:
+        batch, report = read
         metrics.count("read-rows", report.rows)
         metrics.count("read-bytes", report.bytes)
-        yield beam.pvalue.TaggedOutput(REPORTS, report)
+        yield TaggedOutput(REPORTS, report)
         if batch is not None:
             yield batch
 

@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from google.cloud import bigquery
 
-from beam_pipeline import tables, writing
+from beam_pipeline import publication, tables, writing
 from beam_pipeline.launcher import launch
 from beam_pipeline.options import parse
 from beam_pipeline.tables import Destination
@@ -302,6 +302,21 @@ def test_several_runs_at_once(job, store, models):
     assert key[1] in runs
     assert counts == (3015, 2014)
     assert job.tables() == DESTINATION_TABLES
+
+
+def test_load_files_of_dead_launches_are_swept(job, store, models, monkeypatch):
+    from google.cloud import storage
+
+    bucket = storage.Client().bucket("warehouse")
+    folder = f"tmp/{job.dataset}"
+    bucket.blob(f"{folder}/embedding_loads/dead/bq_load/1/t/file").upload_from_string(b"x")
+    bucket.blob(f"{folder}/other").upload_from_string(b"x")
+    run = store.log(models("longer"), "longer", MARCH_1)
+    assert job.run(run) == 0
+    assert len(store.load_files(job.dataset)) == 2  # too young to be swept
+    monkeypatch.setattr(publication, "STAGING_LIFE", timedelta(0))
+    assert job.run(run) == 0
+    assert store.load_files(job.dataset) == [f"{folder}/other"]
 
 
 # Tables that exist already.
