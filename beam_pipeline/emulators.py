@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,8 @@ BUCKET = "warehouse"
 
 _START_SECONDS = 90
 _STOP_SECONDS = 10
-_VARIABLES = ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "GOOGLE_CLOUD_PROJECT")
+_VARIABLES = ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "GOOGLE_CLOUD_PROJECT", "no_proxy")
+_FOREIGN = ("BQEMU_", "STORAGE_BASE", "STORAGE_DIR")
 
 
 def emulated(environ: Mapping[str, str] = os.environ) -> bool:
@@ -104,7 +106,10 @@ class Warehouse:
             self._start(stack)
             before = {name: os.environ.get(name) for name in _VARIABLES}
             stack.callback(_set_environment, before)
-            _set_environment(dict(zip(_VARIABLES, (self.bigquery_url, self.storage_url, PROJECT), strict=True)))
+            # Behind a proxy, the clients would ask it for this machine's own address.
+            direct = ",".join(filter(None, (before["no_proxy"] or os.environ.get("NO_PROXY"), "127.0.0.1")))
+            values = (self.bigquery_url, self.storage_url, PROJECT, direct)
+            _set_environment(dict(zip(_VARIABLES, values, strict=True)))
             self._stack = stack.pop_all()
         return self
 
@@ -136,6 +141,15 @@ class Warehouse:
     def _start(self, stack: contextlib.ExitStack) -> None:
         if importlib.util.find_spec("bqemulator") is None or importlib.util.find_spec("gcp_storage_emulator") is None:
             raise WarehouseError("the emulators are not installed; pip install 'beam-pipeline[warehouse]'")
+        if self._port:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", self._port))
+                except OSError as error:
+                    raise WarehouseError(
+                        f"port {self._port} cannot be used: {error.strerror}; name another with --port, or --port=0"
+                    ) from error
         log_path = self._directory / "emulators.log"
         log = stack.enter_context(log_path.open("w"))
         child = subprocess.Popen(
@@ -147,7 +161,11 @@ class Warehouse:
             # A stray settings file of bqemulator's in the current folder must not matter, nor Ctrl-C reach the child:
             # the job has to clean up first.
             cwd=self._directory,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            # Nor must their variables: they could open the emulators to the network, or move the objects away.
+            env={
+                **{name: value for name, value in os.environ.items() if not name.upper().startswith(_FOREIGN)},
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            },
             start_new_session=True,
         )
         stack.callback(_stop, child)
@@ -233,7 +251,9 @@ async def _run_emulators(directory: Path, port: int) -> int:
 
     bigquery = EmulatorServer(
         Settings(
+            rest_host="127.0.0.1",
             rest_port=port,
+            grpc_host="127.0.0.1",
             grpc_port=0,
             persistence_mode=PersistenceMode.PERSISTENT,
             data_dir=directory / "bigquery",
@@ -248,18 +268,20 @@ async def _run_emulators(directory: Path, port: int) -> int:
     storage = create_server("127.0.0.1", 0, data_dir=str(directory / "storage"), default_bucket=BUCKET)
     storage.start()
     storage_port = storage._api._httpd.server_port
-    # As a new bucket of a real project would, the emulator keeps deleted objects for a week.
-    no_soft_delete = urllib.request.Request(
-        f"http://127.0.0.1:{storage_port}/storage/v1/b/{BUCKET}",
-        json.dumps({"softDeletePolicy": {"retentionDurationSeconds": "0"}}).encode(),
-        {"Content-Type": "application/json"},
-        method="PATCH",
-    )
-    urllib.request.urlopen(no_soft_delete).close()
-    print(json.dumps({"bigquery": bigquery.rest_port, "storage": storage_port}), file=announce, flush=True)
-    await stopped.wait()
-    await bigquery.stop()
-    storage.stop()
+    try:
+        # As a new bucket of a real project would, the emulator keeps deleted objects for a week.
+        no_soft_delete = urllib.request.Request(
+            f"http://127.0.0.1:{storage_port}/storage/v1/b/{BUCKET}",
+            json.dumps({"softDeletePolicy": {"retentionDurationSeconds": "0"}}).encode(),
+            {"Content-Type": "application/json"},
+            method="PATCH",
+        )
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(no_soft_delete).close()
+        print(json.dumps({"bigquery": bigquery.rest_port, "storage": storage_port}), file=announce, flush=True)
+        await stopped.wait()
+    finally:
+        await bigquery.stop()
+        storage.stop()
     lock.close()
     return 0
 

@@ -178,8 +178,8 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
         wanted.description = f"Embedding of each {tower} after each training; one partition is one model."
         table = _create(client, wanted)
         require_compatible(table, tower)
-        if tables.missing_columns(table, tower):
-            client.query_and_wait(tables.add_columns_sql(publication.destination.table(tower), table, tower))
+        for statement in tables.add_columns_sql(publication.destination.table(tower), table, tower):
+            client.query_and_wait(statement)
     destination = publication.destination
     lock = bigquery.Table(
         destination.lock,

@@ -132,14 +132,13 @@ def missing_columns(table: bigquery.Table, tower: str) -> list[bigquery.SchemaFi
     return [column for column in schema_fields(tower) if column.name.lower() not in existing]
 
 
-def add_columns_sql(name: str, table: bigquery.Table, tower: str) -> str:
-    """Returns the statement that adds a table's missing columns, NULLABLE or REPEATED as BigQuery allows it."""
-    added = [
-        f"ADD COLUMN IF NOT EXISTS {column.name} "
+def add_columns_sql(name: str, table: bigquery.Table, tower: str) -> list[str]:
+    """Returns the statements that add a table's missing columns, NULLABLE or REPEATED as BigQuery allows it."""
+    return [
+        f"ALTER TABLE `{name}` ADD COLUMN IF NOT EXISTS {column.name} "
         + (f"ARRAY<{column.field_type}>" if column.mode == "REPEATED" else column.field_type)
         for column in missing_columns(table, tower)
     ]
-    return f"ALTER TABLE `{name}` {', '.join(added)}"
 
 
 def literal(value: date | str) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -92,6 +93,34 @@ def test_emulators_that_do_not_start(tmp_path, monkeypatch):
     ):
         pass
     assert children_of(tmp_path) == []
+
+
+def test_variables_that_are_not_for_the_emulators(tmp_path):
+    """A proxy, and settings of the emulators that would open them to the network or move the objects away."""
+    code = (
+        "from google.cloud import bigquery, storage\n"
+        "from beam_pipeline import emulators\n"
+        f"with emulators.Warehouse({str(tmp_path)!r}):\n"
+        "    emulators.connect()\n"
+        "    storage.Client().bucket('warehouse').blob('a').upload_from_string('x', retry=None)\n"
+        "    assert [row.x for row in bigquery.Client().query_and_wait('SELECT 1 AS x', retry=None)] == [1]\n"
+    )
+    closed = "http://127.0.0.1:9"
+    environment = os.environ | {"BQEMU_REST_HOST": "192.0.2.1", "STORAGE_DIR": "away", "http_proxy": closed}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    assert (tmp_path / "storage" / ".cloudstorage" / "warehouse" / "a").exists()
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(WarehouseError, match=f"port {port} cannot be used: .*; name another"),
+            emulators.Warehouse(str(tmp_path), port),
+        ):
+            pass
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -170,7 +170,8 @@ def test_the_first_version_is_extended(warehouse, destination, client):
     table = bigquery.Table(name, schema=schema)
     table.time_partitioning = bigquery.TimePartitioning(field="train_date")
     client.create_table(table)
-    client.query_and_wait(tables.add_columns_sql(name, client.get_table(name), "old"))
+    for statement in tables.add_columns_sql(name, client.get_table(name), "old"):
+        client.query_and_wait(statement)
     assert tables.missing_columns(client.get_table(name), "old") == []
 
 
