@@ -28,7 +28,9 @@ from apache_beam.transforms.window import GlobalWindows
 from beam_pipeline.transforms import Batch
 
 BLOCK_BYTES = 1 << 20
-"""Of an Avro block, about; BigQuery takes 16 MB at most."""
+"""Of vectors in an Avro block."""
+
+_LARGEST_BLOCK = 8 << 20  # BigQuery takes 16 MB.
 
 _MAGIC = b"Obj\x01"
 _EPOCH = date(1970, 1, 1)
@@ -46,47 +48,55 @@ def file_header(schema: dict[str, Any], sync: bytes) -> bytes:
     return _MAGIC + _long(len(metadata)) + entries + _long(0) + sync
 
 
-def encode(batch: Batch, constants: list[date | str]) -> pa.Array:
+def encode(batch: Batch, constants: list[date | str], start: int = 0, end: int | None = None) -> pa.Array:
     """Returns the Avro record of each row of a batch as one binary array, in row order.
 
     A record is the constant columns, the id, and the vector as an array of doubles, all of them REQUIRED or REPEATED.
 
     Args:
-        batch: n rows.
+        batch: the rows.
         constants: values of the columns before the id, the same in every row.
+        start: the first row.
+        end: the row after the last; None for all.
     """
-    rows, dimension = batch.vectors.shape
+    vectors = np.ascontiguousarray(batch.vectors[start:end], "<f8")
+    ids = batch.ids[start:end]
+    rows, dimension = vectors.shape
     prefix = b"".join(_long((v - _EPOCH).days) if isinstance(v, date) else _bytes(v.encode()) for v in constants)
-    vectors = np.ascontiguousarray(batch.vectors, "<f8")
-    doubles = pa.Array.from_buffers(pa.binary(8 * dimension), rows, [None, pa.py_buffer(vectors)])
-    count, end = _long(dimension), _long(0)
-    if not dimension:  # An empty array is its end alone.
-        count = b""
-    parts = [
+    offsets = np.arange(0, (rows + 1) * 8 * dimension, 8 * dimension, dtype=np.int32)
+    doubles = pa.Array.from_buffers(pa.binary(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(vectors)])
+    return pc.binary_join_element_wise(
         pa.scalar(prefix, pa.binary()),
-        _longs(pc.binary_length(batch.ids).to_numpy(zero_copy_only=False)),
-        batch.ids.cast(pa.binary()),
-        pa.scalar(count, pa.binary()),
-        doubles.cast(pa.binary()),
-        pa.scalar(end, pa.binary()),
+        _longs(pc.binary_length(ids).to_numpy(zero_copy_only=False)),
+        ids.cast(pa.binary()),
+        pa.scalar(_long(dimension), pa.binary()),
+        doubles,
+        pa.scalar(_long(0), pa.binary()),  # the end of an array
         pa.scalar(b"", pa.binary()),  # the separator
-    ]
-    return pc.binary_join_element_wise(*parts)
+    )
 
 
-def blocks(records: pa.Array, sync: bytes, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes | memoryview]:
-    """Yields the bytes of Avro blocks that hold the records, none longer than `block_bytes` unless one record is."""
-    _, offsets_buffer, data = records.buffers()
-    offsets = np.frombuffer(offsets_buffer, np.int32)[records.offset : records.offset + len(records) + 1]
-    body = memoryview(data)
-    row = 0
-    while row < len(records):
-        end = int(np.searchsorted(offsets, offsets[row] + block_bytes, side="right")) - 1
-        end = min(max(end, row + 1), len(records))
-        yield _long(end - row) + _long(int(offsets[end] - offsets[row]))
-        yield body[offsets[row] : offsets[end]]
-        yield sync
-        row = end
+def blocks(batch: Batch, constants: list[date | str], sync: bytes) -> Iterator[bytes | memoryview]:
+    """Yields the bytes of Avro blocks that hold a batch.
+
+    Rows are widened, encoded and yielded a block at a time, which stays in the processor's cache and keeps memory to a
+    block beside the batch. A block has BLOCK_BYTES of vectors and whatever their ids take, which is cut further where
+    ids are very long.
+    """
+    step = max(1, BLOCK_BYTES // (8 * batch.vectors.shape[1]))
+    for start in range(0, len(batch.ids), step):
+        records = encode(batch, constants, start, start + step)
+        _, offsets_buffer, data = records.buffers()
+        offsets = np.frombuffer(offsets_buffer, np.int32)[: len(records) + 1]
+        body = memoryview(data)
+        row = 0
+        while row < len(records):
+            end = int(np.searchsorted(offsets, offsets[row] + _LARGEST_BLOCK, side="right")) - 1
+            end = max(end, row + 1)
+            yield _long(end - row) + _long(int(offsets[end] - offsets[row]))
+            yield body[offsets[row] : offsets[end]]
+            yield sync
+            row = end
 
 
 class WriteBatches(WriteToBigQuery):
@@ -143,8 +153,9 @@ class _BatchFileLoads(BigQueryBatchFileLoads):
 
 
 class _WriteFilesFn(beam.DoFn):
-    """Writes (destination, Batch) to files of `max_bytes` at most and emits (destination, (path, size)) of each.
+    """Writes (destination, Batch) to files and emits (destination, (path, size)) of each.
 
+    A file that has reached `max_bytes` is closed before the next batch.
     A file is open for as long as the bundle lasts, so small pieces share one.
     """
 
@@ -158,15 +169,14 @@ class _WriteFilesFn(beam.DoFn):
 
     def process(self, element: tuple[Any, Batch], file_prefix: str) -> Iterator[Any]:
         destination = get_hashable_destination(element[0])
-        records = encode(element[1], self._constants)
         file = self._files.get(destination)
-        if file and file.size + records.nbytes > self._max_bytes:
+        if file and file.size >= self._max_bytes:
             yield destination, self._files.pop(destination).close()
             file = None
         if file is None:
             folder = FileSystems.join(file_prefix, destination.replace(":", "."))
             file = self._files[destination] = _AvroFile(folder, avro_schema(self._schema))
-        file.write(records)
+        file.write(element[1], self._constants)
 
     def finish_bundle(self) -> Iterator[Any]:
         for destination, file in self._files.items():
@@ -185,8 +195,8 @@ class _AvroFile:
         )
         self.size = self._stream.write(file_header(schema, self._sync))
 
-    def write(self, records: pa.Array) -> None:
-        for part in blocks(records, self._sync):
+    def write(self, batch: Batch, constants: list[date | str]) -> None:
+        for part in blocks(batch, constants, self._sync):
             self._stream.write(part)
             self.size += len(part)
 

@@ -6,7 +6,6 @@ import logging
 import re
 import signal
 import sys
-import time
 import uuid
 from contextlib import ExitStack
 
@@ -54,7 +53,6 @@ def run(config: Config) -> None:
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
-    started = time.monotonic()
     terminal = Terminal()
     mlflow_run = find_run(
         run_id=config.run_id,
@@ -133,7 +131,7 @@ def run(config: Config) -> None:
                 raise _reason(error) from error
             raise
         rows = {tower.name: metrics.committed(result, f"write-rows-{tower.name}") for tower in towers}
-        terminal.summary(mlflow_run, rows, destination, time.monotonic() - started)
+        terminal.summary(mlflow_run, rows, destination)
 
 
 def _beam_options(config: Config) -> PipelineOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 from apache_beam.metrics.metric import Metrics, MetricsFilter
@@ -12,6 +13,7 @@ NAMESPACE = "beam_pipeline"
 
 _lock = threading.Lock()
 _here: Counter[str] = Counter()
+_first: dict[str, float] = {}
 
 
 def count(name: str, amount: int) -> None:
@@ -19,6 +21,13 @@ def count(name: str, amount: int) -> None:
     Metrics.counter(NAMESPACE, name).inc(amount)
     with _lock:
         _here[name] += amount
+        _first.setdefault(name, time.monotonic())
+
+
+def first_in_this_process(name: str) -> float:
+    """Returns when a counter was first added to, on the clock of `time.monotonic`."""
+    with _lock:
+        return _first.get(name, time.monotonic())
 
 
 def in_this_process(name: str) -> int:

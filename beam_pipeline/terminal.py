@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from apache_beam.runners.runner import PipelineResult
 
-from beam_pipeline import metrics
+from beam_pipeline import STARTED, metrics
 from beam_pipeline.formats.artifact import Tower
 from beam_pipeline.runs import Run
 from beam_pipeline.tables import Destination
@@ -59,11 +59,14 @@ class Terminal:
             done.set()
             thread.join()
 
-    def summary(self, run: Run, rows: Mapping[str, int], destination: Destination, seconds: float) -> None:
-        """Prints what was published: rows per tower, partition, seconds."""
+    def summary(self, run: Run, rows: Mapping[str, int], destination: Destination) -> None:
+        """Prints what was published: rows per tower, partition, seconds since the process began."""
         for tower, count in rows.items():
             print(f"published   {destination.table(tower)}, partition {run.train_date}: {count:,} rows")
-        print(f"done        in {seconds:.1f} s", flush=True)
+        first = metrics.first_in_this_process("read-bytes") - STARTED
+        print(
+            f"done        in {time.monotonic() - STARTED:.1f} s, the first vectors read after {first:.1f} s", flush=True
+        )
 
     def _show_progress(self, total: int, done: threading.Event) -> None:
         live = sys.stdout.isatty()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import apache_beam as beam
 import google_crc32c
@@ -28,11 +28,33 @@ from beam_pipeline.formats.ids import Piece
 REPORTS = "reports"
 
 
-class Batch(NamedTuple):
-    """Rows of a tower: ids as an Arrow string array [n], vectors as float64 [n, dimension]."""
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a tower.
+
+    A batch that was read is pickled as the description of where it was read, and read again where it is unpickled:
+    Beam pickles elements merely to estimate their size, which would copy every vector several times.
+
+    Attributes:
+        ids: Arrow string array [n].
+        vectors: floats of any width [n, dimension]; float64 holds each exactly.
+        source: the piece and the tower that it was read from.
+    """
 
     ids: pa.Array
     vectors: np.ndarray
+    source: tuple[Piece, Tower] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns how to make the batch again."""
+        return (_read_again, self.source) if self.source else (Batch, (self.ids, self.vectors))
+
+
+def _read_again(piece: Piece, tower: Tower) -> Batch:
+    batch, _ = read_piece(piece, tower, open_file)
+    if batch is None:
+        raise AuditError(f"tower {tower.name!r}: rows at {piece.first_row:,} had ids and have none: the file changed")
+    return batch
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,8 @@ def read_piece(piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch |
     if not len(names):
         return None, report
     vectors = matrix.decode(raw)
-    return Batch(_checked_ids(names, piece, tower), _checked_vectors(vectors, names, piece, tower)), report
+    ids_and_vectors = _checked_ids(names, piece, tower), _checked_vectors(vectors, names, piece, tower)
+    return Batch(*ids_and_vectors, source=(piece, tower)), report
 
 
 def _checked_ids(names: pa.Array, piece: Piece, tower: Tower) -> pa.Array:
@@ -190,7 +213,7 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
 
 def to_rows(batch: Batch, tower: str, constants: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields one row per id, as `WriteToBigQuery` takes them."""
-    for name, vector in zip(batch.ids.to_pylist(), batch.vectors.tolist(), strict=True):
+    for name, vector in zip(batch.ids.to_pylist(), batch.vectors.astype(float).tolist(), strict=True):
         yield {**constants, f"{tower}_id": name, f"{tower}_embedding": vector}
 
 

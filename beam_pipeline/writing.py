@@ -12,8 +12,9 @@ from beam_pipeline.columnar import WriteBatches
 from beam_pipeline.publication import Publication
 from beam_pipeline.transforms import Batch, to_rows
 
-MAX_FILE_BYTES = 256 << 20
-"""BigQuery reads load files in parallel; Beam's own limit of 4 TB would make one file of a whole bundle."""
+MAX_FILE_BYTES = 192 << 20
+"""BigQuery reads load files in parallel; Beam's own limit of 4 TB would make one file of a whole bundle.
+The batch that reaches it is finished: files stay below 256 MB."""
 
 
 @dataclass

@@ -22,10 +22,9 @@ RUN = Run("0123abcd", "a run é", "7", "two_tower", date(2026, 3, 1), "gs://b/a"
 SYNC = bytes(range(16))
 
 
-def columnar_file(batch, constants, block_bytes=columnar.BLOCK_BYTES):
-    records = columnar.encode(batch, constants)
+def columnar_file(batch, constants):
     schema = columnar.avro_schema({"fields": tables.schema("user")})
-    return columnar.file_header(schema, SYNC) + b"".join(columnar.blocks(records, SYNC, block_bytes))
+    return columnar.file_header(schema, SYNC) + b"".join(columnar.blocks(batch, constants, SYNC))
 
 
 def stock_file(batch, constants):
@@ -57,14 +56,20 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
     st.integers(1, 70),
     st.data(),
     st.integers(1, 5000),
+    st.integers(1, 5000),
     st.dates(date(1600, 1, 1), date(9000, 1, 1)),
+    st.sampled_from(["<f8", "<f4", "<f2"]),
 )
-def test_the_file_is_what_the_stock_sink_writes(names, dimension, data, block_bytes, day):
+def test_the_file_is_what_the_stock_sink_writes(names, dimension, data, block, largest, day, dtype):
     values = data.draw(st.lists(finite, min_size=dimension, max_size=dimension))
-    vectors = np.array([np.roll(values, i) for i in range(len(names))])
+    with np.errstate(over="ignore"):
+        vectors = np.nan_to_num(np.array([np.roll(values, i) for i in range(len(names))]).astype(dtype))
     batch = Batch(pa.array(names, pa.string()), vectors)
     constants = {**tables.run_values(RUN), "train_date": day}
-    assert read(columnar_file(batch, [*constants.values()], block_bytes)) == read(stock_file(batch, constants))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columnar, "BLOCK_BYTES", block)
+        patch.setattr(columnar, "_LARGEST_BLOCK", largest)
+        assert read(columnar_file(batch, [*constants.values()])) == read(stock_file(batch, constants))
 
 
 def test_slices_and_other_layouts():
@@ -73,12 +78,12 @@ def test_slices_and_other_layouts():
     assert read(columnar_file(batch, [*constants.values()])) == read(stock_file(batch, constants))
 
 
-def test_blocks_keep_to_their_size():
-    batch = Batch(pa.array([f"id{i}" for i in range(10_000)]), np.zeros((10_000, 64)))
-    records = columnar.encode(batch, [*tables.run_values(RUN).values()])
-    bodies = [len(part) for part in columnar.blocks(records, SYNC)][1::3]
-    assert max(bodies) <= columnar.BLOCK_BYTES < 16 << 20
-    assert min(bodies[:-1]) > columnar.BLOCK_BYTES - 1000
+@pytest.mark.parametrize(("rows", "length"), [(10_000, 10), (200, 100_000), (10, 3_000_000)])
+def test_blocks_keep_to_their_size(rows, length):
+    batch = Batch(pa.array([f"{i}".rjust(length, "x") for i in range(rows)]), np.zeros((rows, 64), "<f4"))
+    bodies = [len(part) for part in columnar.blocks(batch, [*tables.run_values(RUN).values()], SYNC)][1::3]
+    assert max(bodies) < 9 << 20 < 16 << 20
+    assert sum(bodies) > rows * (length + 512)
 
 
 def test_beam_still_has_what_is_overridden():

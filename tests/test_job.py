@@ -226,7 +226,7 @@ def test_what_a_person_sees(job, store, models):
     assert re.fullmatch(r"rows        5,031 of 5,031 \(100%\), [\d,]+ rows/s", out[-4])
     assert out[-3] == f"published   {table}_user_embedding, partition 2026-03-01: 3,015 rows"
     assert out[-2] == f"published   {table}_item_embedding, partition 2026-03-01: 2,014 rows"
-    assert re.fullmatch(r"done        in \d+\.\d s", out[-1])
+    assert re.fullmatch(r"done        in \d+\.\d s, the first vectors read after \d+\.\d s", out[-1])
     assert "INFO:apache_beam" in done.stderr
 
 

@@ -1,6 +1,7 @@
 """The transforms in a pipeline, and what their reports add up to."""
 
 import dataclasses
+import pickle
 
 import apache_beam as beam
 import pytest
@@ -36,6 +37,16 @@ def test_read_tower_emits_every_row(models, small_pieces, name, tower):
             {"day": 1, f"{tower}_id": key, f"{tower}_embedding": vector} for key, vector in model.rows(tower).items()
         ]
         assert_that(rows, equal_to(expected))
+
+
+def test_a_batch_is_pickled_as_its_source(models):
+    tower = tower_of(models("plain"), "user")
+    piece = list(ids.cut(tower, open_file, 8 << 20))[1]
+    batch, _ = read_piece(piece, tower, open_file)
+    pickled = pickle.dumps(batch)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled).ids == batch.ids
+    assert (pickle.loads(pickled).vectors == batch.vectors).all()
 
 
 def test_counters(models, small_pieces):

@@ -47,12 +47,12 @@ class Matrix:
         return self.dimension * {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
     def decode(self, raw: bytes) -> np.ndarray:
-        """Returns whole rows as float64 [rows, dimension]; every format widens to it exactly."""
+        """Returns whole rows [rows, dimension] as the floats that they are, without a copy; bfloat16 as float32."""
         if self.dtype == "bfloat16":  # The upper half of a float32, which NumPy has no name for.
             flat = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
         else:
             flat = np.frombuffer(raw, np.dtype(self.dtype).newbyteorder("<"))
-        return flat.reshape(-1, self.dimension).astype("<f8")
+        return flat.reshape(-1, self.dimension)
 
 
 @dataclass(frozen=True)
