@@ -20,12 +20,13 @@ for package in sorted(
 endef
 export WRITE_LOCK
 
-.PHONY: help demo test lint lock test-gcp gcp-variables clean
+.PHONY: help demo test lint bench lock test-gcp gcp-variables clean
 
 help:
 	@echo 'make demo      train a small model twice, historize both, show the history (in demo/)'
 	@echo 'make test      run all tests'
 	@echo 'make lint      check style, format and types'
+	@echo 'make bench     measure against the ways this replaces; writes docs/benchmark.md (half an hour, on a quiet machine)'
 	@echo 'make lock      resolve all dependencies afresh into constraints.txt (Python 3.11)'
 	@echo 'make test-gcp PROJECT=… DATASET=… BUCKET=…   run what only the real services can prove'
 	@echo 'make clean     delete .venv, demo and caches'
@@ -37,7 +38,7 @@ $(VENV): setup.py constraints.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	lock=$$($(BIN)/python -c 'import sys; print("-cconstraints.txt" if sys.version_info[:2] == (3, 11) else "")') && \
-	$(BIN)/python -m pip install -qq $$lock -e '.[launcher,warehouse,train,test,lint]'
+	$(BIN)/python -m pip install -qq $$lock -e '.[launcher,warehouse,train,test,bench,lint]'
 	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
@@ -59,13 +60,16 @@ lint: $(VENV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)
+	$(BIN)/python benchmarks/bench.py
+
 # Resolved from setup.py alone, ignoring the old lock and what is installed.
 lock:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock is for Python 3.11")'
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json \
-		'.[launcher,warehouse,train,test,lint]'
+		'.[launcher,warehouse,train,test,bench,lint]'
 	.venv-lock/bin/python -c "$$WRITE_LOCK" > constraints.txt
 	rm -rf .venv-lock
 
@@ -77,4 +81,4 @@ test-gcp: gcp-variables $(VENV)
 		$(BIN)/python -m pytest tests/gcp
 
 clean:
-	rm -rf .venv .venv-lock demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lock demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -70,6 +70,12 @@ setup(
             # Property tests of the format readers and the chunking.
             "hypothesis>=6",
         ],
+        "bench": [
+            # The script that is measured against.
+            "pandas>=2",
+            # The plot.
+            "matplotlib>=3.8",
+        ],
         "lint": [
             # Lint and format.
             "ruff>=0.14",
