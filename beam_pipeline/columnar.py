@@ -8,7 +8,9 @@ Avro schema: the files hold what the stock sink would have written.
 
 import json
 import secrets
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
 from typing import Any, BinaryIO
 
@@ -31,6 +33,7 @@ BLOCK_BYTES = 1 << 20
 """Of vectors in an Avro block."""
 
 _LARGEST_BLOCK = 8 << 20  # BigQuery takes 16 MB.
+_BLOCKS_AHEAD = 8
 
 _MAGIC = b"Obj\x01"
 _EPOCH = date(1970, 1, 1)
@@ -76,8 +79,8 @@ def encode(batch: Batch, constants: list[date | str], start: int = 0, end: int |
     )
 
 
-def blocks(batch: Batch, constants: list[date | str], sync: bytes) -> Iterator[bytes | memoryview]:
-    """Yields the bytes of Avro blocks that hold a batch.
+def blocks(batch: Batch, constants: list[date | str], sync: bytes) -> Iterator[tuple[bytes | memoryview, ...]]:
+    """Yields the bytes of Avro blocks that hold a batch, each as its head, its records and its end.
 
     Rows are widened, encoded and yielded a block at a time, which stays in the processor's cache and keeps memory to a
     block beside the batch. A block has BLOCK_BYTES of vectors and whatever their ids take, which is cut further where
@@ -93,9 +96,8 @@ def blocks(batch: Batch, constants: list[date | str], sync: bytes) -> Iterator[b
         while row < len(records):
             end = int(np.searchsorted(offsets, offsets[row] + _LARGEST_BLOCK, side="right")) - 1
             end = max(end, row + 1)
-            yield _long(end - row) + _long(int(offsets[end] - offsets[row]))
-            yield body[offsets[row] : offsets[end]]
-            yield sync
+            head = _long(end - row) + _long(int(offsets[end] - offsets[row]))
+            yield head, body[offsets[row] : offsets[end]], sync
             row = end
 
 
@@ -185,6 +187,8 @@ class _WriteFilesFn(beam.DoFn):
 
 
 class _AvroFile:
+    """An Avro file whose blocks a second thread writes, while the next ones are encoded."""
+
     def __init__(self, folder: str, schema: dict[str, Any]) -> None:
         self._sync = secrets.token_bytes(16)
         self._path = FileSystems.join(folder, secrets.token_hex(16))
@@ -194,14 +198,21 @@ class _AvroFile:
             self._path, "application/avro", compression_type=CompressionTypes.UNCOMPRESSED
         )
         self.size = self._stream.write(file_header(schema, self._sync))
+        self._writer = ThreadPoolExecutor(1)
+        self._unwritten: deque[Future[Any]] = deque()
 
     def write(self, batch: Batch, constants: list[date | str]) -> None:
-        for part in blocks(batch, constants, self._sync):
-            self._stream.write(part)
-            self.size += len(part)
+        for block in blocks(batch, constants, self._sync):
+            if len(self._unwritten) == _BLOCKS_AHEAD:
+                self._unwritten.popleft().result()
+            self._unwritten.append(self._writer.submit(self._stream.writelines, block))
+            self.size += sum(map(len, block))
 
     def close(self) -> tuple[str, int]:
-        """Returns (path, size)."""
+        """Returns (path, size), once everything is written."""
+        for write in self._unwritten:
+            write.result()
+        self._writer.shutdown()
         self._stream.close()
         return self._path, self.size
 

@@ -36,6 +36,8 @@ WAYS = {
     "d": "limit: same bytes, nothing in between",
 }
 INFORMATIVE = {"a-rows": "this pipeline, --writer=rows"}
+PHASES = "a-phases"
+"""Way (a) once more at each size, with a note of when each of its phases ends; not among the runs."""
 SAMPLE_SECONDS = 0.05
 EARLY_SAMPLE_SECONDS = 0.005
 """While a process is young: the limit at the smallest size is over before a second sample."""
@@ -230,6 +232,7 @@ def command_of(way, model, work, output_bytes):
     text = json.dumps(model)
     return {
         "a": [*ways, "pipeline", text, f"--tracking_uri={tracking_uri(work)}"],
+        "a-phases": [*ways, "phases", text, f"--tracking_uri={tracking_uri(work)}"],
         "a-rows": [*ways, "pipeline", text, f"--tracking_uri={tracking_uri(work)}", "--writer=rows"],
         "b": [*ways, "script", text],
         "c": [*ways, "naive", text],
@@ -290,6 +293,8 @@ class Bench:
                     output_bytes = run["bytes"]
                 if run["failed"] and way in ways:
                     ways.remove(way)
+        if "a" in self.args.ways:
+            self._run_way(PHASES, size, 1, model, output_bytes)
         if rows > LARGE_ROWS and not self.args.keep:
             shutil.rmtree(Path(model["folder"]).parent.parent)
 
@@ -585,10 +590,32 @@ unless the command says otherwise. MB are 10⁶ bytes.
 
 ![rows against seconds, and rows against peak memory](benchmark.png)
 
+## Where the time of (a) goes
+
+One run more at each size, by `benchmarks/phases.py`: seconds since the process began, and the peak of its memory so
+far.
+
+{phases}
+
+## The writers alone
+
 Encoding and writing is compared alone, in CPU seconds of one process: rows of {dimension} floats, in the form in which
 the job has them, to one local file. Beam's `AvroRowWriter` gets {encoded_rows:,} dicts and is asked for its position
 after each, as `WriteToBigQuery` does; ours gets ten times as many rows, in batches of 16 MB of vectors.
 """
+
+
+def phase_tables(logs):
+    """Returns what phases.py has printed at each size."""
+    found = sorted(logs.glob(f"{PHASES}-*-1.log"), key=lambda log: int(log.name.split("-")[2].split("x")[0]))
+    tables = []
+    for log in found:
+        rows, dimension = log.name.split("-")[2].split("x")
+        text = log.read_text()
+        if "\nphase " in text:
+            table = text[text.rindex("\nphase ") + 1 :].rstrip()
+            tables.append(f"{size_name((int(rows), int(dimension)))}:\n\n```\n{table}\n```")
+    return "\n\n".join(tables)
 
 
 def report(results, docs, args):
@@ -601,6 +628,7 @@ def report(results, docs, args):
         inline=INLINE_ROWS / 1e6,
         ratios=ratio_table(results),
         runs=run_table(results),
+        phases=phase_tables(Path(args.work) / "logs"),
         dimension=results.dimension,
         encoded_rows=ENCODED_ROWS,
     )

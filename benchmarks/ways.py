@@ -1,6 +1,7 @@
 """The ways that bench.py compares, each a program of its own: `python ways.py WAY …`.
 
     pipeline  MODEL [ARGUMENT …]   (a) python -m beam_pipeline, as it is
+    phases    MODEL [ARGUMENT …]   the same, noting when each phase ends (phases.py)
     script    MODEL                (b) the way before: TensorFlow, pandas, load_table_from_dataframe
     naive     MODEL                (c) a Beam pipeline as one writes it first: Create the rows, WriteToBigQuery as JSON
     limit     MODEL BYTES          (d) reads the same bytes, writes as many as (a), nothing in between
@@ -28,7 +29,12 @@ BLOCK_BYTES = 8 << 20
 FILE_BYTES = 256 << 20
 
 
-def pipeline(model, *arguments):
+def phases(model, *arguments):
+    """Runs (a) under phases.py."""
+    pipeline(model, *arguments, program="phases.py")
+
+
+def pipeline(model, *arguments, program=None):
     """Runs the real command line; of its surroundings BigQuery and the bucket alone are replaced."""
     import runpy
 
@@ -41,7 +47,10 @@ def pipeline(model, *arguments):
         f"--temp_location={local_bucket.BUCKET}tmp",
         *arguments,
     ]
-    runpy.run_module("beam_pipeline", run_name="__main__", alter_sys=True)
+    if program:
+        runpy.run_path(str(Path(__file__).with_name(program)), run_name="__main__")
+    else:
+        runpy.run_module("beam_pipeline", run_name="__main__", alter_sys=True)
 
 
 def script(model):
@@ -170,11 +179,11 @@ def encode(writer, rows, dimension):
         for first in range(0, rows, step):
             count = min(step, rows - first)
             names = pa.array([f"user-{number:08}" for number in range(first, first + count)])
-            batch = Batch(names, random.random((count, dimension), "f4").astype("f8"))
+            batch = Batch(names, random.random((count, dimension), "f4"))
             if writer == "columnar":
                 started = time.process_time()
-                for part in columnar.blocks(columnar.encode(batch, list(constants.values())), sync):
-                    file.write(part)
+                for block in columnar.blocks(batch, list(constants.values()), sync):
+                    file.writelines(block)
             else:
                 dicts = list(to_rows(batch, "user", constants))
                 started = time.process_time()
@@ -211,7 +220,9 @@ def main():
     way, *arguments = sys.argv[1:]
     if way != "encode":
         arguments[0] = json.loads(arguments[0])
-    {"pipeline": pipeline, "script": script, "naive": naive, "limit": limit, "encode": encode}[way](*arguments)
+    {"pipeline": pipeline, "phases": phases, "script": script, "naive": naive, "limit": limit, "encode": encode}[way](
+        *arguments
+    )
 
 
 if __name__ == "__main__":

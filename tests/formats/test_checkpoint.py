@@ -7,6 +7,7 @@ import google_crc32c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wire_format import field, varint
 
 from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError, PipelineError
 from beam_pipeline.files import ByteFile
@@ -35,14 +36,6 @@ def files(**contents):
         return ByteFile(path, io.BytesIO(by_path[path]), len(by_path[path]))
 
     return open_file
-
-
-def varint(number):
-    out = bytearray()
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
 
 
 def mask(crc):
@@ -109,14 +102,11 @@ def test_golden_string():
     st.integers(1, 20),
 )
 def test_any_table_is_read_back(variables, block_size, restart_interval):
-    entries = [(b"", varint(1 << 3) + varint(3))]
+    entries = [(b"", field(1, 3))]
     expected = {}
     for key, (shape, offset, crc) in sorted(variables.items(), key=lambda pair: pair[0].encode()):
-        dims = b"".join(
-            varint(2 << 3 | 2) + varint(len(dim)) + dim for dim in (varint(1 << 3) + varint(size) for size in shape)
-        )
-        value = varint(1 << 3) + varint(1) + varint(2 << 3 | 2) + varint(len(dims)) + dims
-        value += varint(3 << 3) + varint(2) + varint(4 << 3) + varint(offset) + varint(5 << 3) + varint(offset + 1)
+        dims = b"".join(field(2, field(1, size)) for size in shape)
+        value = field(1, 1) + field(2, dims) + field(3, 2) + field(4, offset) + field(5, offset + 1)
         value += varint(6 << 3 | 5) + mask(crc).to_bytes(4, "little")
         entries.append((key.encode(), value))
         expected[key] = Entry(1, tuple(shape), 2, offset, offset + 1, crc)
@@ -147,7 +137,7 @@ def test_a_cut_index_is_refused(length):
 
 
 def test_variants_that_are_not_supported():
-    big_endian = table([(b"", varint(1 << 3) + varint(1) + varint(2 << 3) + varint(1))], 1)
+    big_endian = table([(b"", field(1, 1) + field(2, 1))], 1)
     with pytest.raises(NotAModelError, match="big-endian"):
         checkpoint.read_bundle("bundle", files(index=big_endian))
     with pytest.raises(CorruptFileError, match="has no header"):

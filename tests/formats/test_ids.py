@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wire_format import field
 
 from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError
 from beam_pipeline.files import ByteFile
@@ -14,21 +15,13 @@ from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.wire import Span
 
 
-def varint(number):
-    out = bytearray()
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
-
-
 def make(encoding, names, *, rows=None, first_row=1, count=None, last_newline=True, padding=b"\0\1\2", numbers=None):
     """Returns (tower, open_file) of a vocabulary in memory, its ids between two paddings."""
     if encoding is Encoding.LINES:
         data = b"".join(name + b"\n" for name in names)
         data = data if last_newline else data[:-1]
     else:
-        data = b"".join(b"\x42" + varint(len(name)) + name for name in names)
+        data = b"".join(field(8, name) for name in names)
     span = Span(len(padding), len(padding) + len(data))
     rest = np.asarray(numbers if numbers is not None else [], "<i8").tobytes()
     content = padding + data + padding + rest
