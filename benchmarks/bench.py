@@ -601,7 +601,7 @@ far.
 
 Encoding and writing is compared alone, in CPU seconds of one process: rows of {dimension} floats, in the form in which
 the job has them, to one local file. Beam's `AvroRowWriter` gets {encoded_rows:,} dicts and is asked for its position
-after each, as `WriteToBigQuery` does; ours gets ten times as many rows, in batches of 16 MB of vectors.
+after each, as `WriteToBigQuery` does; ours gets ten times as many rows, in batches of 8 MB of vectors.
 """
 
 

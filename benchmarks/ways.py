@@ -152,7 +152,7 @@ def limit(model, size):
 def encode(writer, rows, dimension):
     """Encodes rows as Avro into one file; both writers start from what the job hands them.
 
-    That is batches for ours and dicts for Beam's, made before the clock starts, 16 MB of vectors at a time. The stock
+    That is batches for ours and dicts for Beam's, made before the clock starts, 8 MB of vectors at a time. The stock
     sink asks its writer for the position after each row, to compare it with the file size limit; so does this.
     """
     import numpy as np
