@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-
-from apache_beam.runners.runner import PipelineResult
+from typing import Any
 
 from beam_pipeline import STARTED, metrics
 from beam_pipeline.formats.artifact import Tower
@@ -41,10 +40,11 @@ class Terminal:
             )
         sys.stdout.flush()
 
-    def submitted(self, result: PipelineResult, runner: str) -> None:
+    def submitted(self, result: Any, runner: str) -> None:
         """Prints where the job runs, which goes on without this process."""
-        job_id = getattr(result, "job_id", None)
-        print(f"submitted   to {runner}" + (f", job {job_id()}" if callable(job_id) else ""), flush=True)
+        # Dataflow's result has a job; where --template_location asked for a description instead, it has none.
+        job = f", job {result.job_id()}" if getattr(result, "has_job", False) else ""
+        print(f"submitted   to {runner}{job}", flush=True)
 
     @contextmanager
     def progress(self, towers: Sequence[Tower]) -> Iterator[None]:
