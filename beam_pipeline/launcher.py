@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
@@ -19,7 +19,7 @@ from beam_pipeline.formats.saved_model import SavedModel
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
-from beam_pipeline.runs import artifact_folder, find_run
+from beam_pipeline.runs import Run, artifact_folder, find_run
 from beam_pipeline.terminal import Terminal
 
 
@@ -75,63 +75,75 @@ def run(config: Config) -> None:
             cloud.project = config.project or warehouse.project
         if emulators.emulated():
             emulators.connect()
-        project = _project(config, cloud)
+        cloud.project = _project(config, cloud)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        token = uuid.uuid4().hex[:12]
-        if not cloud.job_name:
-            cloud.job_name = f"{publication.JOB_NAME}-{mlflow_run.run_id}"[:50] + (f"-{token}" if config.local else "")
-        model = SavedModel(folder, open_file)
-        towers = tuple(
-            model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
-        )
-        destination = preflight.find_destination(
-            project, config.dataset, config.table_prefix, make_dataset=bool(config.warehouse)
-        )
-        client = publication.make_client(destination)
-        for tower in towers:
-            preflight.check_table(
-                client,
-                destination,
-                tower,
-                mlflow_run,
-                if_partition_taken=config.if_partition_taken,
-                allow_dimension_change=config.allow_dimension_change,
-            )
-        job = Job(
-            towers,
-            Publication(
-                destination=destination,
-                run=mlflow_run,
-                towers=tuple(tower.name for tower in towers),
-                temp_location=cloud.temp_location,
-                if_partition_taken=config.if_partition_taken,
-                partition_expiration_days=config.partition_expiration_days,
-                token=token,
-            ),
-            config.writer,
-        )
-        if config.warehouse:
-            publication.discard_all(client, job.publication)
-        terminal.found(mlflow_run, towers, destination)
-        if not config.local:
+        job = _plan(config, mlflow_run, folder, cloud)
+        terminal.found(mlflow_run, job.towers, job.publication.destination)
+        name = cloud.job_name or f"{publication.JOB_NAME}-{mlflow_run.run_id}"[:50]
+        # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
+        cloud.job_name = f"{name}-{job.publication.token}" if config.local else name
+        if config.local:
+            _run_here(job, options, terminal)
+        else:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
             terminal.submitted(pipeline.run(), config.runner)
-            return
+
+
+def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions) -> Job:
+    """Reads the model's towers and checks that they can be published; writes nothing."""
+    with closing(SavedModel(folder, open_file)) as model:
+        towers = tuple(
+            model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
+        )
+    destination = preflight.find_destination(
+        cloud.project, config.dataset, config.table_prefix, make_dataset=bool(config.warehouse)
+    )
+    client = publication.make_client(destination)
+    for tower in towers:
+        preflight.check_table(
+            client,
+            destination,
+            tower,
+            mlflow_run,
+            if_partition_taken=config.if_partition_taken,
+            allow_dimension_change=config.allow_dimension_change,
+        )
+    what = Publication(
+        destination=destination,
+        run=mlflow_run,
+        towers=tuple(tower.name for tower in towers),
+        temp_location=cloud.temp_location,
+        if_partition_taken=config.if_partition_taken,
+        partition_expiration_days=config.partition_expiration_days,
+        token=uuid.uuid4().hex[:12],
+    )
+    if config.warehouse:
+        publication.discard_all(client, what)
+    return Job(towers, what, config.writer)
+
+
+def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
+    """Runs the job in this process and waits for it; cleans up after it if it fails."""
+    destination = job.publication.destination
+    try:
+        pipeline = beam.Pipeline(options=options)
+        build(pipeline, job)
+        with terminal.progress(job.towers):
+            result = pipeline.run()
+            result.wait_until_finish()
+    except BaseException as error:
+        job_name = options.view_as(GoogleCloudOptions).job_name
         try:
-            pipeline = beam.Pipeline(options=options)
-            build(pipeline, job)
-            with terminal.progress(towers):
-                result = pipeline.run()
-                result.wait_until_finish()
-        except BaseException as error:
-            publication.discard(client, job.publication, cloud.job_name)
-            if isinstance(error, Exception):
-                raise _reason(error) from error
-            raise
-        rows = {tower.name: metrics.committed(result, f"write-rows-{tower.name}") for tower in towers}
-        terminal.summary(mlflow_run, rows, destination)
+            publication.discard(publication.make_client(destination), job.publication, job_name)
+        except Exception as left:  # What stopped the job is what has to be told.
+            logging.getLogger(__name__).warning("staging tables and load files are left, they expire: %s", left)
+        if isinstance(error, Exception):
+            raise _reason(error) from error
+        raise
+    rows = {tower.name: metrics.committed(result, f"write-rows-{tower.name}") for tower in job.towers}
+    terminal.summary(job.publication.run, rows, destination)
 
 
 def _beam_options(config: Config) -> PipelineOptions:
@@ -150,7 +162,6 @@ def _project(config: Config, cloud: GoogleCloudOptions) -> str:
             "where to? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
             "--temp_location=gs://BUCKET/FOLDER for BigQuery"
         )
-    cloud.project = project
     return project
 
 

@@ -22,6 +22,7 @@ from beam_pipeline.formats.wire import Span, read_varint
 PIECE_BYTES = 8 << 20
 """Vectors of a piece, about: small enough for any worker's memory, large enough for a range request to pay."""
 
+_MAX_IDS_BYTES = 1 << 30
 _BLOCK = 4 << 20
 _STRING_TAG = 8 << 3 | 2  # TensorProto.string_val, length-delimited
 _LONGEST_HEADER = 11  # a tag and a varint of 64 bits
@@ -49,7 +50,7 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
 
     Raises:
         BadIdError: an id has a row beyond the matrix; named, with its row.
-        CorruptFileError: the vocabulary is not where the artifact says.
+        CorruptFileError: the vocabulary is not where the artifact says, or no vocabulary.
     """
     matrix, vocabulary = tower.matrix, tower.vocabulary
     rows = max(1, piece_bytes // matrix.row_bytes)
@@ -58,6 +59,11 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
     with open_file(vocabulary.path) as file:
         cuts = _line_cuts if vocabulary.encoding is Encoding.LINES else _string_cuts
         for ids, end in cuts(file, vocabulary.span, rows):
+            if end - start > _MAX_IDS_BYTES:
+                raise CorruptFileError(
+                    f"{vocabulary.path}: {ids:,} ids of tower {tower.name!r} take {end - start:,} bytes, more than a "
+                    f"worker reads at once ({_MAX_IDS_BYTES:,}): is that a vocabulary?"
+                )
             if row + ids > matrix.rows:
                 first_beyond = max(0, matrix.rows - row)
                 name = decode(vocabulary.encoding, file.read(start, end - start), ids)[first_beyond].as_py()

@@ -102,6 +102,12 @@ def test_bytes_that_are_no_ids():
         read_all(shifted, open_file, 5)
 
 
+def test_a_file_that_is_no_vocabulary(monkeypatch):
+    monkeypatch.setattr(ids, "_MAX_IDS_BYTES", 1000)
+    with pytest.raises(CorruptFileError, match="1 ids of tower 'user' take 2,001 bytes"):
+        read_all(*make(Encoding.LINES, [b"x" * 2000]), 5)
+
+
 @pytest.mark.parametrize("long", [127, 128, 16383, 16384, 70000])
 def test_long_ids(long):
     names = [b"a", b"x" * long, b"b"]
