@@ -1,5 +1,6 @@
 """The embedded warehouse as a person uses it: one job after the other, and a command that serves the folder."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
@@ -21,8 +23,14 @@ def client_of(url):
 
 
 def children_of(directory):
-    found = subprocess.run(["pgrep", "-f", f"emulators --child .*{directory}"], capture_output=True, text=True)
-    return found.stdout.split()
+    """Returns the processes that run emulators of a folder; by /proc, since not every machine has pgrep."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            arguments = path.read_bytes().split(b"\0")
+            if b"--child" in arguments and str(directory).encode() in arguments:
+                found.append(path.parent.name)
+    return found
 
 
 @pytest.fixture(scope="module")
