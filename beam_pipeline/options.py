@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from beam_pipeline import __version__
 from beam_pipeline.formats.artifact import DEFAULT_TOWERS
@@ -65,7 +66,7 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         """Prints one line, not the whole usage: it is read in a log at night. Exits 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 

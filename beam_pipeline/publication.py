@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from typing import cast
 
 from apache_beam.io.filesystems import FileSystems
 from google.api_core.exceptions import BadRequest, Conflict, GoogleAPICallError, NotFound
@@ -314,7 +315,7 @@ def _job_id(launch: str, attempt: int) -> str:
 
 def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
     try:
-        return client.get_job(job_id)  # type: ignore[return-value]
+        return cast(bigquery.QueryJob, client.get_job(job_id))
     except NotFound:
         return None
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlparse
 from beam_pipeline.errors import ConfigError, RunNotFoundError
 
 if TYPE_CHECKING:
+    from mlflow import entities
     from mlflow.tracking import MlflowClient
 
 # MLflow's own defaults (7 retries, 120 s each) let a wrong host take many minutes to fail.
@@ -71,13 +72,14 @@ def find_run(
                     f"no experiment {experiment_name!r} in {_shown(uri)}; there are: {known or 'none'}"
                 )
             experiment = named
-            run = _latest_finished(client, experiment.experiment_id, run_name)
-            if run is None:
+            latest = _latest_finished(client, experiment.experiment_id, run_name)
+            if latest is None:
                 called = f" named {run_name!r}" if run_name else ""
                 raise RunNotFoundError(
                     f"experiment {experiment_name!r} in {_shown(uri)} has no FINISHED run{called}; "
                     "let a training finish, or name one with --run_id"
                 )
+            run = latest
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST" or error.error_code == "INVALID_PARAMETER_VALUE":
             raise RunNotFoundError(f"no run {run_id!r} in {_shown(uri)}; check --run_id and --tracking_uri") from error
@@ -122,7 +124,7 @@ def artifact_folder(run: Run, artifact_path: str) -> str:
     return f"{root}/{artifact_path}" if artifact_path else root
 
 
-def _latest_finished(client: MlflowClient, experiment_id: str, run_name: str | None):  # type: ignore[no-untyped-def]  # noqa: ANN202 - MLflow's Run
+def _latest_finished(client: MlflowClient, experiment_id: str, run_name: str | None) -> entities.Run | None:
     token = None
     while True:
         page = client.search_runs(
