@@ -59,7 +59,8 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         # Materialised: whatever is retried later sees the same id.
         | "Keep" >> beam.Reshuffle()
     )
-    prepared = launch | "Prepare" >> beam.ParDo(_StepFn(publication.prepare, job))
+    # Every step ends in a Reshuffle: what it did is not done again because a later one is retried.
+    prepared = launch | "Prepare" >> beam.ParDo(_StepFn(publication.prepare, job)) | "Prepared" >> beam.Reshuffle()
     waits, load_files, reports = [], [], []
     for tower in job.towers:
         read = pipeline | f"Read {tower.name}" >> ReadTower(tower)
@@ -80,7 +81,6 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         >> beam.ParDo(
             _StepFn(_audit, job), beam.pvalue.AsSingleton(expected), *(beam.pvalue.AsIter(jobs) for jobs in waits)
         )
-        # After each of these, what was done is not done again because a later step is retried.
         | "Audited" >> beam.Reshuffle()
         | "Shape" >> beam.ParDo(_StepFn(publication.shape, job))
         | "Shaped" >> beam.Reshuffle()

@@ -62,7 +62,6 @@ JOB_NAME = "historize"
 """First part of the name of a job that was not given one."""
 
 ATTEMPTS = 10
-_LOAD_FILES = "embedding_loads"
 _LOG = logging.getLogger(__name__)
 
 # Reasons after which BigQuery asks to submit the job again (https://cloud.google.com/bigquery/docs/error-messages).
@@ -93,9 +92,14 @@ class Publication:
     token: str
 
     @property
+    def all_load_files(self) -> str:
+        """Folder for the load files of every pipeline with this temp location."""
+        return f"{self.temp_location.rstrip('/')}/embedding_loads"
+
+    @property
     def load_files(self) -> str:
         """Folder for the load files of this pipeline."""
-        return f"{self.temp_location.rstrip('/')}/{_LOAD_FILES}/{self.token}"
+        return f"{self.all_load_files}/{self.token}"
 
 
 def make_client(destination: Destination) -> bigquery.Client:
@@ -216,7 +220,8 @@ def publish(
         publication.destination, publication.towers, publication.run, launch, publication.if_partition_taken
     )
     for attempt in range(ATTEMPTS):
-        job = _find_job(client, _job_id(launch, attempt)) or _start_job(client, _job_id(launch, attempt), script)
+        job_id = _job_id(launch, attempt)
+        job = _find_job(client, job_id) or _start_job(client, job_id, script)
         try:
             job.result()
             return
@@ -229,7 +234,7 @@ def publish(
                 ) from error
             reason = (job.error_result or {}).get("reason")
             if _CONFLICT not in message and reason not in _TRANSIENT:
-                raise PublishError(f"BigQuery refused to publish (job {job.job_id}): {message}") from error
+                raise PublishError(f"BigQuery refused to publish (job {job_id}): {message}") from error
             _LOG.info("publication attempt %d was cancelled, trying again: %s", attempt + 1, message)
             # Conflicting launches drift apart: a random part of a growing span.
             sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
@@ -252,8 +257,8 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
         client.delete_table(publication.destination.staging(tower, launch), not_found_ok=True)
     # <root>/bq_load/<uuid>/<table>/<file>: a failed bundle's files lie beside those that were loaded.
     for folder in {path.rsplit("/", 2)[0] for path in load_files}:
-        _delete_files(f"{folder}/**")
-    _delete_files(f"{publication.temp_location.rstrip('/')}/{_LOAD_FILES}/**", older_than=STAGING_LIFE)
+        _delete_files(folder)
+    _delete_files(publication.all_load_files, older_than=STAGING_LIFE)
 
 
 def discard(client: bigquery.Client, publication: Publication, job_name: str) -> None:
@@ -265,13 +270,13 @@ def discard(client: bigquery.Client, publication: Publication, job_name: str) ->
         job_name: Beam's; its temporary tables are named after it.
     """
     _drop_staging(client, publication, publication.token, job_name)
-    _delete_files(f"{publication.load_files}/**")
+    _delete_files(publication.load_files)
 
 
 def discard_all(client: bigquery.Client, publication: Publication) -> None:
     """Removes what any launch has left; for the embedded warehouse, where no other runs and nothing expires."""
     _drop_staging(client, publication, "", JOB_NAME)
-    _delete_files(f"{publication.temp_location.rstrip('/')}/{_LOAD_FILES}/**")
+    _delete_files(publication.all_load_files)
 
 
 def _create(client: bigquery.Client, wanted: bigquery.Table) -> bigquery.Table:
@@ -343,8 +348,8 @@ def _published(client: bigquery.Client, publication: Publication, launch: str) -
     return False
 
 
-def _delete_files(pattern: str, older_than: timedelta | None = None) -> None:
-    found = FileSystems.match([pattern])[0].metadata_list
+def _delete_files(folder: str, older_than: timedelta | None = None) -> None:
+    found = FileSystems.match([f"{folder}/**"])[0].metadata_list
     latest = time.time() - older_than.total_seconds() if older_than else None
     paths = [
         file.path

@@ -132,6 +132,14 @@ def read_bundle(prefix: str, open_file: OpenFile) -> Bundle:
     return Bundle(prefix, shards, entries)
 
 
+def read_shape(file: ByteFile, span: Span) -> list[int]:
+    """Returns the length of each dimension of a `TensorShapeProto` (tensorflow/core/framework/tensor_shape.proto)."""
+    return [
+        next((size for number, size in wire.scan(file, dim) if number == 1 and isinstance(size, int)), 0)
+        for dim in wire.spans(file, span, 2)
+    ]
+
+
 def _handle(data: bytes, at: int) -> tuple[int, int, int]:
     """Returns (offset, size, position after) of a BlockHandle."""
     offset, at = wire.read_varint(data, at)
@@ -184,9 +192,7 @@ def _entry(message: ByteFile) -> Entry:
         if isinstance(value, int):
             numbers[number] = value
         elif number == 2:
-            for dim in wire.spans(message, value, 2):
-                sizes = [size for found, size in wire.scan(message, dim) if found == 1 and isinstance(size, int)]
-                shape.append(sizes[0] if sizes else 0)
+            shape = read_shape(message, value)
         elif number == 7:
             sliced = True
     return Entry(

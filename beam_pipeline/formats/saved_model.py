@@ -369,13 +369,12 @@ class SavedModel:
         tensor = self._constants().get(operation or "")
         if tensor is None:
             raise CorruptFileError(f"{where}: constant {operation!r} is not in the graph; log the model again")
-        dtype, sizes = 0, []
+        dtype, sizes = 0, list[int]()
         for number, value in wire.scan(self._file, tensor):
             if number == 1 and isinstance(value, int):
                 dtype = value
             elif number == 2 and isinstance(value, Span):
-                for dim in wire.spans(self._file, value, 2):
-                    sizes.append(next((v for n, v in wire.scan(self._file, dim) if n == 1 and isinstance(v, int)), 0))
+                sizes = checkpoint.read_shape(self._file, value)
             elif number > 2:  # Shape and type come first; what follows may be a hundred million strings.
                 break
         if len(sizes) != 1:
