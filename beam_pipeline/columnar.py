@@ -107,10 +107,11 @@ class WriteBatches(WriteToBigQuery):
     Files that fit one load job are loaded into the destination directly, although its name is computed while the job
     runs; Beam's own transform would load a temporary table and copy it.
 
-    Takes the arguments of `WriteToBigQuery` for FILE_LOADS with AVRO, and `constants`: the columns before the id.
+    Takes the arguments of `WriteToBigQuery` for FILE_LOADS with AVRO, and `constants`: the columns before the id, by
+    run id.
     """
 
-    def __init__(self, *, constants: list[date | str], **options: Any) -> None:
+    def __init__(self, *, constants: dict[str, list[date | str]], **options: Any) -> None:
         super().__init__(**options)
         self._constants = constants
 
@@ -127,6 +128,7 @@ class WriteBatches(WriteToBigQuery):
             max_partition_size=self.max_partition_size,
             custom_gcs_temp_location=self.custom_gcs_temp_location,
             table_side_inputs=self.table_side_inputs,
+            additional_bq_parameters=self.additional_bq_parameters,
             test_client=self.test_client,
             validate=self._validate,
         )
@@ -140,7 +142,7 @@ class WriteBatches(WriteToBigQuery):
 
 
 class _BatchFileLoads(BigQueryBatchFileLoads):
-    def __init__(self, *, constants: list[date | str], **options: Any) -> None:
+    def __init__(self, *, constants: dict[str, list[date | str]], **options: Any) -> None:
         super().__init__(**options)
         self._constants = constants
         # Beam takes every computed destination for many destinations. Here it is one, so one load job needs no
@@ -161,7 +163,7 @@ class _WriteFilesFn(beam.DoFn):
     A file is open for as long as the bundle lasts, so small pieces share one.
     """
 
-    def __init__(self, schema: dict[str, Any], constants: list[date | str], max_bytes: int) -> None:
+    def __init__(self, schema: dict[str, Any], constants: dict[str, list[date | str]], max_bytes: int) -> None:
         self._schema = schema
         self._constants = constants
         self._max_bytes = max_bytes
@@ -178,7 +180,7 @@ class _WriteFilesFn(beam.DoFn):
         if file is None:
             folder = FileSystems.join(file_prefix, destination.replace(":", "."))
             file = self._files[destination] = _AvroFile(folder, avro_schema(self._schema))
-        file.write(element[1], self._constants)
+        file.write(element[1], self._constants[element[1].run_id])
 
     def finish_bundle(self) -> Iterator[Any]:
         for destination, file in self._files.items():

@@ -11,15 +11,16 @@ from contextlib import ExitStack, closing
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
+from google.cloud import bigquery
 
-from beam_pipeline import emulators, errors, metrics, preflight, publication
+from beam_pipeline import emulators, errors, metrics, preflight, publication, tag
 from beam_pipeline.errors import ConfigError, PipelineError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.saved_model import SavedModel
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run, artifact_folder, find_run
+from beam_pipeline.runs import Run, Training, artifact_folder, find_run
 from beam_pipeline.terminal import Terminal
 
 
@@ -78,72 +79,95 @@ def run(config: Config) -> None:
         cloud.project = _project(config, cloud)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        job = _plan(config, mlflow_run, folder, cloud)
-        terminal.found(mlflow_run, job.towers, job.publication.destination)
+        token = uuid.uuid4().hex[:12]
         name = cloud.job_name or f"{publication.JOB_NAME}-{mlflow_run.run_id}"[:50]
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
-        cloud.job_name = f"{name}-{job.publication.token}" if config.local else name
+        cloud.job_name = f"{name}-{token}" if config.local else name
+        cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
+        job = _prepare(config, mlflow_run, folder, cloud, token)
+        client = publication.make_client(job.publication.destination, job.publication)
+        findings = preflight.examine(
+            client,
+            job.publication,
+            allow_dimension_change=config.allow_dimension_change,
+            distributed=not config.local,
+        )
+        terminal.report(job.publication, findings, as_json=config.plan == "json")
+        if config.plan and config.plan != "json":
+            terminal.sql(job.publication)
+        if findings.error:
+            raise findings.error
+        if config.plan:
+            return
+        if config.warehouse:
+            publication.discard_all(client, job.publication)
         if config.local:
             _run_here(job, options, terminal)
+            if config.tag_run:
+                _tag(config, job, client)
         else:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
             terminal.submitted(pipeline.run(), config.runner)
 
 
-def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions) -> Job:
-    """Reads the model's towers and checks that they can be published; writes nothing."""
+def _prepare(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions, token: str) -> Job:
+    """Reads the model's towers and finds where they go; writes nothing."""
     with closing(SavedModel(folder, open_file)) as model:
         towers = tuple(
             model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
         )
+    staging = config.staging_dataset
     destination = preflight.find_destination(
-        cloud.project, config.dataset, config.table_prefix, make_dataset=bool(config.warehouse)
+        cloud.project,
+        config.dataset,
+        config.table_prefix,
+        staging_dataset=staging and (staging if "." in staging else f"{cloud.project}.{staging}"),
+        make_dataset=bool(config.warehouse),
     )
-    client = publication.make_client(destination)
-    for tower in towers:
-        preflight.check_table(
-            client,
-            destination,
-            tower,
-            mlflow_run,
-            if_partition_taken=config.if_partition_taken,
-            allow_dimension_change=config.allow_dimension_change,
-        )
     what = Publication(
         destination=destination,
-        run=mlflow_run,
-        towers=tuple(tower.name for tower in towers),
+        trainings=(Training(mlflow_run, folder, towers),),
         temp_location=cloud.temp_location,
         if_partition_taken=config.if_partition_taken,
+        token=token,
+        job_name=cloud.job_name,
         partition_expiration_days=config.partition_expiration_days,
-        token=uuid.uuid4().hex[:12],
+        require_partition_filter=config.require_partition_filter,
+        kms_key=config.kms_key,
     )
-    if config.warehouse:
-        publication.discard_all(client, what)
-    return Job(towers, what, config.writer)
+    return Job(what, config.writer)
 
 
 def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
     """Runs the job in this process and waits for it; cleans up after it if it fails."""
-    destination = job.publication.destination
     try:
         pipeline = beam.Pipeline(options=options)
         build(pipeline, job)
-        with terminal.progress(job.towers):
+        with terminal.progress(job.publication):
             result = pipeline.run()
             result.wait_until_finish()
     except BaseException as error:
         job_name = options.view_as(GoogleCloudOptions).job_name
         try:
-            publication.discard(publication.make_client(destination), job.publication, job_name)
+            client = publication.make_client(job.publication.destination, job.publication)
+            publication.discard(client, job.publication, job_name)
         except Exception as left:  # What stopped the job is what has to be told.
             logging.getLogger(__name__).warning("staging tables and load files are left, they expire: %s", left)
         if isinstance(error, Exception):
             raise _reason(error) from error
         raise
-    rows = {tower.name: metrics.committed(result, f"write-rows-{tower.name}") for tower in job.towers}
-    terminal.summary(job.publication.run, rows, destination)
+    rows = {tower: metrics.committed(result, f"write-rows-{tower}") for tower in job.publication.towers}
+    terminal.summary(job.publication, rows)
+
+
+def _tag(config: Config, job: Job, client: bigquery.Client) -> None:
+    """Tags the runs; what is published stays published if MLflow refuses."""
+    for training in job.publication.trainings:
+        try:
+            tag.tag(client, job.publication.destination, training.run.run_id, config.tracking_uri)
+        except PipelineError as error:
+            print(f"warning: published, but the run has no tags: {error}", file=sys.stderr)
 
 
 def _beam_options(config: Config) -> PipelineOptions:

@@ -18,6 +18,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
+_KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 
 
@@ -40,6 +41,11 @@ class Config:
     allow_dimension_change: bool = False
     include_oov: bool = False
     writer: str = "columnar"
+    staging_dataset: str | None = None
+    require_partition_filter: bool = False
+    kms_key: str | None = None
+    tag_run: bool = False
+    plan: str | None = None
     warehouse: str | None = None
     runner: str = "DirectRunner"
     beam_args: tuple[str, ...] = ()
@@ -71,22 +77,59 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of our own flags."""
-    result = _Parser(
-        prog="python -m beam_pipeline",
-        description="Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
-        "both at once and never twice, as one partition of two BigQuery tables.",
-        epilog=_EPILOG,
+def base_parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Returns a parser whose errors are one line, and which takes no abbreviated flags."""
+    return _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+
+
+def add_tracking(group: argparse._ActionsContainer) -> None:
+    """Adds the flags that say where MLflow is."""
+    group.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
+
+
+def add_destination(group: argparse._ActionsContainer) -> None:
+    """Adds the flags that say where the tables are."""
+    group.add_argument("--env", default="dev", choices=("dev", "stg", "prod"), help="dataset raw_ENV (default: dev)")
+    group.add_argument("--dataset", help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used")
+    group.add_argument(
+        "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embedding (default: %(default)s)"
+    )
+
+
+def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
+    """Returns project and dataset that the flags name; exits 2 if they are malformed."""
+    if found.project and not re.fullmatch(_PROJECT, found.project):
+        ours.error(f"--project={found.project!r} is no project id")
+    if not _NAME.fullmatch(found.table_prefix):
+        ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
+    if not found.dataset:
+        return found.project, f"raw_{found.env}"
+    match = _DATASET.fullmatch(found.dataset)
+    if not match:
+        ours.error(f"--dataset={found.dataset!r}: DATASET or PROJECT.DATASET, of letters, digits and _")
+    return match[1] or found.project, match[2]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of our own flags."""
+    result = base_parser(
+        "python -m beam_pipeline",
+        "Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
+        "both at once and never twice, as one partition of two BigQuery tables.",
+        _EPILOG,
     )
     result.add_argument("--version", action="version", version=__version__)
     model = result.add_argument_group("which model (one of the two)")
     model.add_argument("--run_id", help="MLflow run")
     model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run")
     model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
-    model.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
+    add_tracking(model)
     model.add_argument(
         "--artifact_path", default="model", help="model folder inside the run's artifacts (default: %(default)s)"
     )
@@ -101,11 +144,7 @@ def parser() -> argparse.ArgumentParser:
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
     )
     target = result.add_argument_group("where to")
-    target.add_argument("--env", default="dev", choices=("dev", "stg", "prod"), help="dataset raw_ENV (default: dev)")
-    target.add_argument("--dataset", help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used")
-    target.add_argument(
-        "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embedding (default: %(default)s)"
-    )
+    add_destination(target)
     target.add_argument(
         "--if_partition_taken",
         default="fail",
@@ -137,6 +176,31 @@ def parser() -> argparse.ArgumentParser:
         help="instead of Google Cloud: BigQuery and Cloud Storage emulators that run with the job and keep their data "
         "in DIR",
     )
+    target.add_argument("--staging_dataset", help="DATASET or PROJECT.DATASET for staging tables, in the same location")
+    target.add_argument(
+        "--require_partition_filter",
+        action="store_true",
+        help="set when a table is made: queries must name a train_date",
+    )
+    target.add_argument(
+        "--kms_key",
+        metavar="KEY",
+        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table and load job, and of the "
+        "Dataflow job; files in the bucket have the bucket's own default key",
+    )
+    target.add_argument(
+        "--tag_run",
+        action="store_true",
+        help="tag the MLflow run with table, partition and rows, where this process waits for the job; elsewhere "
+        "python -m beam_pipeline.tag does it afterwards",
+    )
+    result.add_argument(
+        "--plan",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job would go",
+    )
     result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
     result.add_argument("--project", help=argparse.SUPPRESS)
     return result
@@ -156,19 +220,13 @@ def parse(argv: Sequence[str]) -> Config:
     if found.run_id and (found.experiment_name or found.run_name):
         ours.error("--run_id names one run; leave out --experiment_name and --run_name")
     towers = _towers(ours, found.tower)
-    if not _NAME.fullmatch(found.table_prefix):
-        ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
-    if found.project and not re.fullmatch(_PROJECT, found.project):
-        ours.error(f"--project={found.project!r} is no project id")
-    project, dataset = found.project, f"raw_{found.env}"
-    if found.dataset:
-        match = _DATASET.fullmatch(found.dataset)
-        if not match:
-            ours.error(f"--dataset={found.dataset!r}: DATASET or PROJECT.DATASET, of letters, digits and _")
-        else:
-            project, dataset = match[1] or project, match[2]
+    project, dataset_name = dataset(ours, found)
+    if found.staging_dataset and not _DATASET.fullmatch(found.staging_dataset):
+        ours.error(f"--staging_dataset={found.staging_dataset!r}: DATASET or PROJECT.DATASET")
+    if found.kms_key and not _KMS_KEY.fullmatch(found.kms_key):
+        ours.error(f"--kms_key={found.kms_key!r}: projects/P/locations/L/keyRings/R/cryptoKeys/K")
     config = Config(
         run_id=found.run_id,
         experiment_name=found.experiment_name,
@@ -178,13 +236,18 @@ def parse(argv: Sequence[str]) -> Config:
         towers=towers,
         env=found.env,
         project=project,
-        dataset=dataset,
+        dataset=dataset_name,
         table_prefix=found.table_prefix,
         if_partition_taken=found.if_partition_taken,
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
         include_oov=found.include_oov,
         writer=found.writer,
+        staging_dataset=found.staging_dataset,
+        require_partition_filter=found.require_partition_filter,
+        kms_key=found.kms_key,
+        tag_run=found.tag_run,
+        plan=found.plan,
         warehouse=found.warehouse,
         runner=found.runner,
         beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),

@@ -13,9 +13,9 @@ import apache_beam as beam
 from apache_beam.typehints.decorators import no_annotations
 
 from beam_pipeline import publication, transforms
-from beam_pipeline.formats.artifact import Tower
-from beam_pipeline.publication import Publication
-from beam_pipeline.transforms import ReadTower, Report
+from beam_pipeline.publication import Publication, Tallies
+from beam_pipeline.runs import Training
+from beam_pipeline.transforms import ReadTower, Report, Tally
 from beam_pipeline.writing import WriteStaging
 
 
@@ -24,12 +24,10 @@ class Job:
     """All that the graph needs to know.
 
     Attributes:
-        towers: what is read.
-        publication: what becomes of it.
+        publication: what is read, and what becomes of it.
         writer: "columnar" or "rows".
     """
 
-    towers: tuple[Tower, ...]
     publication: Publication
     writer: str
 
@@ -42,7 +40,7 @@ class _StepFn(beam.DoFn):
         self._publication = job.publication
 
     def setup(self) -> None:
-        self._client = publication.make_client(self._publication.destination)
+        self._client = publication.make_client(self._publication.destination, self._publication)
 
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
     def process(self, launch: str, *inputs: Any) -> Iterator[str]:
@@ -62,29 +60,27 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
     # Every step ends in a Reshuffle: what it did is not done again because a later one is retried.
     prepared = launch | "Prepare" >> beam.ParDo(_StepFn(publication.prepare, job)) | "Prepared" >> beam.Reshuffle()
     waits, load_files, reports = [], [], []
-    for tower in job.towers:
-        read = pipeline | f"Read {tower.name}" >> ReadTower(tower)
-        written = read["batches"] | f"Write {tower.name}" >> WriteStaging(
-            tower.name, job.publication, beam.pvalue.AsSingleton(prepared), job.writer
+    trainings = job.publication.trainings
+    for number, tower in enumerate(job.publication.towers):
+        read = pipeline | f"Read {tower}" >> ReadTower({t.run.run_id: t.towers[number] for t in trainings})
+        written = read["batches"] | f"Write {tower}" >> WriteStaging(
+            tower, job.publication, beam.pvalue.AsSingleton(prepared), job.writer
         )
         reports.append(read[transforms.REPORTS])
         waits += [written.destination_load_jobid_pairs, written.destination_copy_jobid_pairs]
         load_files.append(written.destination_file_pairs)
-    expected = (
+    tallies = beam.pvalue.AsSingleton(
         pipeline
         | "All" >> beam.Create([None])
-        | "Check" >> beam.Map(_check, job.towers, beam.pvalue.AsIter(reports | "Reports" >> beam.Flatten()))
+        | "Check" >> beam.Map(_check, trainings, beam.pvalue.AsIter(reports | "Reports" >> beam.Flatten()))
     )
     _ = (
         prepared
-        | "Audit"
-        >> beam.ParDo(
-            _StepFn(_audit, job), beam.pvalue.AsSingleton(expected), *(beam.pvalue.AsIter(jobs) for jobs in waits)
-        )
+        | "Audit" >> beam.ParDo(_StepFn(_audit, job), tallies, *(beam.pvalue.AsIter(jobs) for jobs in waits))
         | "Audited" >> beam.Reshuffle()
         | "Shape" >> beam.ParDo(_StepFn(publication.shape, job))
         | "Shaped" >> beam.Reshuffle()
-        | "Publish" >> beam.ParDo(_StepFn(publication.publish, job))
+        | "Publish" >> beam.ParDo(_StepFn(publication.publish, job), tallies)
         | "Published" >> beam.Reshuffle()
         | "Clean" >> beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
     )
@@ -94,12 +90,12 @@ def _new_launch(token: str) -> str:
     return token + uuid.uuid4().hex[:12]
 
 
-def _check(_: None, towers: Sequence[Tower], reports: Iterable[Report]) -> dict[str, int]:
-    return transforms.expected_ids(reports, towers)
+def _check(_: None, trainings: Sequence[Training], reports: Iterable[Report]) -> dict[tuple[str, str], Tally]:
+    return transforms.tally(reports, trainings)
 
 
-def _audit(client: Any, what: Publication, launch: str, expected: dict[str, int], *_waited_for: Any) -> None:
-    publication.audit(client, what, launch, expected)
+def _audit(client: Any, what: Publication, launch: str, tallies: Tallies, *_waited_for: Any) -> None:
+    publication.audit(client, what, launch, tallies)
 
 
 def _clean(client: Any, what: Publication, launch: str, *load_files: Iterable[tuple[Any, tuple[str, int]]]) -> None:

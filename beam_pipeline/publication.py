@@ -23,6 +23,9 @@ found, not repeated.
 clean: a retry deletes again; what is missing is fine. Nobody else's tables are touched. What a dead launch has left
 expires after 48 hours (tables) or is swept by a later launch (files).
 
+several trainings: each is a transaction of its own, in order; a retry finds those that are done and goes on with the
+next.
+
 a new launch of the same run: the transaction deletes the run's rows before it inserts them: the same rows, once.
 
 Two publications at once, of the same run or of two, both update the lock table in their transactions. BigQuery
@@ -34,12 +37,13 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import cast
 
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics.metric import Lineage
 from google.api_core.exceptions import BadRequest, Conflict, GoogleAPICallError, NotFound
 from google.cloud import bigquery
 
@@ -52,14 +56,18 @@ from beam_pipeline.errors import (
     PartitionTakenError,
     PublishError,
 )
-from beam_pipeline.runs import Run
+from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
+from beam_pipeline.transforms import Tally
 
 STAGING_LIFE = timedelta(hours=48)
 """How long the traces of a launch that died may stay: longer than a job runs, shorter than they would cost."""
 
 JOB_NAME = "historize"
 """First part of the name of a job that was not given one."""
+
+LABELS = {"managed_by": "beam_pipeline"}
+"""Of every table that is made and of every query, so that costs and tables can be found by them."""
 
 ATTEMPTS = 10
 _LOG = logging.getLogger(__name__)
@@ -69,27 +77,45 @@ _TRANSIENT = ("backendError", "internalError", "jobBackendError", "jobInternalEr
 _CONFLICT = "due to concurrent update"
 
 
+Tallies = Mapping[tuple[str, str], Tally]
+"""What was read, by run id and tower."""
+
+
 @dataclass(frozen=True)
 class Publication:
     """What a launch publishes, and where to.
 
     Attributes:
         destination: the tables.
-        run: the training.
-        towers: names of the towers, all published together.
+        trainings: published in this order, each whole; all have the same towers.
         temp_location: `gs://` folder for load files.
         if_partition_taken: "fail", "replace" or "keep".
-        partition_expiration_days: for tables that are made; None keeps partitions forever.
         token: part of every launch id of this pipeline; the launcher finds by it what a failed launch has left.
+        job_name: of the Beam job, for the log.
+        partition_expiration_days: for tables that are made; None keeps partitions forever.
+        require_partition_filter: for tables that are made: queries must name a partition.
+        kms_key: Cloud KMS key of every table and job; None leaves it to the dataset.
     """
 
     destination: Destination
-    run: Run
-    towers: tuple[str, ...]
+    trainings: tuple[Training, ...]
     temp_location: str
     if_partition_taken: str
-    partition_expiration_days: int | None
     token: str
+    job_name: str = JOB_NAME
+    partition_expiration_days: int | None = None
+    require_partition_filter: bool = False
+    kms_key: str | None = None
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Names of the towers, the same in every training."""
+        return tuple(tower.name for tower in self.trainings[0].towers)
+
+    @property
+    def encryption(self) -> bigquery.EncryptionConfiguration | None:
+        """For every table that is made and every result that is kept."""
+        return bigquery.EncryptionConfiguration(self.kms_key) if self.kms_key else None
 
     @property
     def all_load_files(self) -> str:
@@ -102,9 +128,12 @@ class Publication:
         return f"{self.all_load_files}/{self.token}"
 
 
-def make_client(destination: Destination) -> bigquery.Client:
-    """Returns a client whose jobs run where the dataset is."""
-    return bigquery.Client(project=destination.project, location=destination.location)
+def make_client(destination: Destination, publication: Publication | None = None) -> bigquery.Client:
+    """Returns a client whose jobs run where the dataset is, and carry the publication's labels and key."""
+    config = bigquery.QueryJobConfig(labels=LABELS)
+    if publication and publication.encryption:
+        config.destination_encryption_configuration = publication.encryption
+    return bigquery.Client(project=destination.project, location=destination.location, default_query_job_config=config)
 
 
 def partition_life(train_date: date, now: datetime) -> int:
@@ -125,13 +154,16 @@ def prepare(client: bigquery.Client, publication: Publication, launch: str) -> N
         DatasetMissingError: the dataset was deleted meanwhile.
     """
     now = datetime.now(UTC)
+    oldest = min(training.run.train_date for training in publication.trainings)
     for tower in publication.towers:
         table = bigquery.Table(publication.destination.staging(tower, launch), schema=tables.schema_fields(tower))
         table.time_partitioning = bigquery.TimePartitioning(
             type_="DAY",
             field=tables.PARTITION_COLUMN,
-            expiration_ms=partition_life(publication.run.train_date, now),
+            expiration_ms=partition_life(oldest, now),
         )
+        table.labels = LABELS
+        table.encryption_configuration = publication.encryption
         table.expires = now + STAGING_LIFE
         try:
             client.create_table(table, exists_ok=True)
@@ -139,30 +171,37 @@ def prepare(client: bigquery.Client, publication: Publication, launch: str) -> N
             raise DatasetMissingError(f"dataset {table.project}.{table.dataset_id} does not exist") from error
 
 
-def audit(client: bigquery.Client, publication: Publication, launch: str, expected: dict[str, int]) -> None:
-    """Compares the staging tables with what the artifact holds: `expected` ids per tower, each once.
+def audit(client: bigquery.Client, publication: Publication, launch: str, tallies: Tallies) -> None:
+    """Compares the staging tables with what the artifacts hold: so many ids per run and tower, each once.
 
     Raises:
         BadIdError: an id appears twice; named.
         AuditError: rows are missing or too many.
     """
-    if _published(client, publication, launch):
-        return  # A retry after the transaction: the staging tables may be gone already.
-    for tower in publication.towers:
-        ((rows, ids),) = client.query_and_wait(tables.audit_sql(publication.destination, tower, launch))
-        if rows == expected[tower] and ids == rows:
+    if _published(client, launch):
+        return  # A retry after a transaction, which follows an audit; the staging tables may be gone already.
+    found = {
+        (run_id, tower): (rows, ids)
+        for tower in publication.towers
+        for run_id, rows, ids in client.query_and_wait(tables.audit_sql(publication.destination, tower, launch))
+    }
+    for (run, tower), tally in ((key, tallies[key[0].run_id, key[1]]) for key in _keys(publication)):
+        rows, ids = found.pop((run.run_id, tower), (0, 0))
+        if rows == ids == tally.ids:
             continue
-        if rows == expected[tower]:
-            query = tables.duplicates_sql(publication.destination, tower, launch)
+        if rows == tally.ids:
+            query = tables.duplicates_sql(publication.destination, tower, launch, run)
             ((name, times),) = client.query_and_wait(query)
             raise BadIdError(
                 f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
                 "remove the duplicates and train again"
             )
         raise AuditError(
-            f"tower {tower!r}: {rows:,} rows were loaded where the artifact holds {expected[tower]:,} ids; nothing was "
-            "published: start the job again, and report it if it happens twice"
+            f"tower {tower!r} of run {run.run_id}: {rows:,} rows were loaded where the artifact holds {tally.ids:,} "
+            "ids; nothing was published: start the job again, and report it if it happens twice"
         )
+    if found:
+        raise AuditError(f"rows of another run were loaded: {', '.join(map(str, found))}; nothing was published")
 
 
 def shape(client: bigquery.Client, publication: Publication, _launch: str) -> None:
@@ -171,27 +210,31 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
     Raises:
         IncompatibleTableError: a table exists that cannot be used.
     """
+    destination = publication.destination
     for tower in publication.towers:
-        wanted = bigquery.Table(publication.destination.table(tower), schema=tables.schema_fields(tower))
+        fields = tables.schema_fields(tower)
+        wanted = bigquery.Table(destination.table(tower), schema=fields)
         days = publication.partition_expiration_days
         wanted.time_partitioning = bigquery.TimePartitioning(
             type_="DAY",
             field=tables.PARTITION_COLUMN,
             expiration_ms=days * 24 * 3600 * 1000 if days else None,
         )
+        wanted.require_partition_filter = publication.require_partition_filter or None
         wanted.clustering_fields = [f"{tower}_id"]
         wanted.description = f"Embedding of each {tower} after each training; one partition is one model."
-        table = _create(client, wanted)
+        table = _create(client, wanted, publication)
         require_compatible(table, tower)
-        for statement in tables.add_columns_sql(publication.destination.table(tower), table, tower):
-            client.query_and_wait(statement)
-    destination = publication.destination
+        _add_columns(client, table, fields)
+    log = bigquery.Table(destination.log, schema=tables.LOG_SCHEMA)
+    log.description = "One row for each run, tower and publication, written in the transaction that published them."
+    _add_columns(client, _create(client, log, publication), tables.LOG_SCHEMA)
     lock = bigquery.Table(
         destination.lock,
         schema=[bigquery.SchemaField("launch", "STRING"), bigquery.SchemaField("locked_at", "TIMESTAMP")],
     )
     lock.description = "Every publication updates this row first, so that two at once conflict instead of mixing."
-    _create(client, lock)
+    _create(client, lock, publication)
     # Two launches may both find the table empty: two rows lock as well as one, since every row is updated.
     ((rows,),) = client.query_and_wait(f"SELECT COUNT(*) FROM `{destination.lock}`")
     if not rows:
@@ -208,19 +251,38 @@ def require_compatible(table: bigquery.Table, tower: str) -> None:
 
 
 def publish(
-    client: bigquery.Client, publication: Publication, launch: str, sleep: Callable[[float], None] = time.sleep
+    client: bigquery.Client,
+    publication: Publication,
+    launch: str,
+    tallies: Tallies,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Makes all towers visible in one transaction; if it was done before, finds that out and is done.
+    """Makes each training visible, all its towers in one transaction; what was done before is found, not repeated.
+
+    Trainings are published one after the other: at the same time they would cancel each other.
 
     Raises:
         PartitionTakenError: another run published into the partition meanwhile, and the job may not replace it.
         PublishError: BigQuery refused for another reason, or conflicts did not end.
     """
-    script = tables.publish_script(
-        publication.destination, publication.towers, publication.run, launch, publication.if_partition_taken
-    )
+    for number, training in enumerate(publication.trainings):
+        script = tables.publish_script(
+            publication.destination,
+            training,
+            launch,
+            publication.if_partition_taken,
+            {tower: tallies[training.run.run_id, tower] for tower in publication.towers},
+            publication.job_name,
+        )
+        _publish(client, training.run, f"{launch}_{number}", script, sleep)
+    for tower in publication.towers:
+        Lineage.sinks().add("bigquery", *publication.destination.table(tower).split("."))
+
+
+def _publish(client: bigquery.Client, run: Run, job_prefix: str, script: str, sleep: Callable[[float], None]) -> None:
+    """Runs one transaction to its end, whatever of it was tried before."""
     for attempt in range(ATTEMPTS):
-        job_id = _job_id(launch, attempt)
+        job_id = _job_id(job_prefix, attempt)
         job = _find_job(client, job_id) or _start_job(client, job_id, script)
         try:
             job.result()
@@ -229,7 +291,7 @@ def publish(
             message = error.message or str(error)
             if tables.TAKEN_MARK in message:
                 raise PartitionTakenError(
-                    f"partition {publication.run.train_date} was taken by another run while this job ran; nothing was "
+                    f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
                     "published: choose with --if_partition_taken=replace or keep"
                 ) from error
             reason = (job.error_result or {}).get("reason")
@@ -239,7 +301,7 @@ def publish(
             # Conflicting launches drift apart: a random part of a growing span.
             sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
     raise PublishError(
-        f"partition {publication.run.train_date} was not published: {ATTEMPTS} attempts conflicted with other "
+        f"partition {run.train_date} was not published: {ATTEMPTS} attempts conflicted with other "
         "publications; start the job again when fewer run at once"
     )
 
@@ -279,12 +341,24 @@ def discard_all(client: bigquery.Client, publication: Publication) -> None:
     _delete_files(publication.all_load_files)
 
 
-def _create(client: bigquery.Client, wanted: bigquery.Table) -> bigquery.Table:
+def _keys(publication: Publication) -> list[tuple[Run, str]]:
+    return [(training.run, tower.name) for training in publication.trainings for tower in training.towers]
+
+
+def _add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:
+    name = f"{table.project}.{table.dataset_id}.{table.table_id}"
+    for statement in tables.add_columns_sql(name, table, wanted):
+        client.query_and_wait(statement)
+
+
+def _create(client: bigquery.Client, wanted: bigquery.Table, publication: Publication) -> bigquery.Table:
     """Returns the table, made if missing, never with an expiration that it was not asked to have."""
     try:
         return client.get_table(wanted.reference)
     except NotFound:
         pass
+    wanted.labels = LABELS
+    wanted.encryption_configuration = publication.encryption
     try:
         table = client.create_table(wanted)
     except Conflict:  # Another launch was faster.
@@ -309,13 +383,13 @@ def _drop_staging(client: bigquery.Client, publication: Publication, token: str,
         *(destination.staging(tower, token).rsplit(".", 1)[1] for tower in publication.towers),
         f"beam_bq_job_LOAD_{job_name.replace('-', '')}",  # Beam's temporary tables
     ]
-    for table in client.list_tables(f"{destination.project}.{destination.dataset}"):
+    for table in client.list_tables(destination.staging("", "").rsplit(".", 1)[0]):
         if table.table_id.startswith(tuple(prefixes)):
             client.delete_table(table, not_found_ok=True)
 
 
-def _job_id(launch: str, attempt: int) -> str:
-    return f"publish_embeddings_{launch}_{attempt}"
+def _job_id(job_prefix: str, attempt: int) -> str:
+    return f"publish_embeddings_{job_prefix}_{attempt}"
 
 
 def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
@@ -337,10 +411,10 @@ def _start_job(client: bigquery.Client, job_id: str, script: str) -> bigquery.Qu
         raise PublishError(f"BigQuery refused to publish (job {job_id}): {error.message}") from error
 
 
-def _published(client: bigquery.Client, publication: Publication, launch: str) -> bool:
-    """Whether one of the launch's publish jobs has committed."""
+def _published(client: bigquery.Client, launch: str) -> bool:
+    """Whether the first of the launch's transactions has committed."""
     for attempt in range(ATTEMPTS):
-        job = _find_job(client, _job_id(launch, attempt))
+        job = _find_job(client, _job_id(f"{launch}_0", attempt))
         if job is None:
             return False
         if job.state == "DONE" and not job.error_result:

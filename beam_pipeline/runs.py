@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
 from beam_pipeline.errors import ConfigError, RunNotFoundError
+from beam_pipeline.formats.artifact import Tower
 
 if TYPE_CHECKING:
     from mlflow import entities
@@ -34,6 +35,21 @@ class Run:
     experiment_name: str
     train_date: date
     artifact_uri: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run and the towers of its model.
+
+    Attributes:
+        run: the run.
+        model_uri: where the model lies.
+        towers: what is read of it.
+    """
+
+    run: Run
+    model_uri: str
+    towers: tuple[Tower, ...]
 
 
 def find_run(
@@ -101,6 +117,23 @@ def find_run(
         train_date=datetime.fromtimestamp(info.start_time / 1000, UTC).date(),
         artifact_uri=info.artifact_uri,
     )
+
+
+def tag_run(run_id: str, tags: dict[str, str], tracking_uri: str | None = None) -> None:
+    """Sets tags of a run.
+
+    Raises:
+        RunNotFoundError: the tracking server does not answer, or refuses.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=tracking_uri)
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+    except MlflowException as error:
+        raise RunNotFoundError(f"run {run_id!r} cannot be tagged: {_first_line(error)}") from error
 
 
 def artifact_folder(run: Run, artifact_path: str) -> str:

@@ -6,14 +6,19 @@ Functions only; nothing here talks to BigQuery.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.cloud import bigquery
 
-from beam_pipeline.runs import Run
+from beam_pipeline import __version__
+from beam_pipeline.formats.artifact import Tower
+from beam_pipeline.runs import Run, Training
+
+if TYPE_CHECKING:
+    from beam_pipeline.transforms import Tally
 
 PARTITION_COLUMN = "train_date"
 _TYPE_ALIASES = {"FLOAT64": "FLOAT", "INT64": "INTEGER", "BOOL": "BOOLEAN"}
@@ -28,12 +33,14 @@ class Destination:
         project, dataset: of BigQuery.
         location: the dataset's, where every job has to run.
         prefix: first part of every table's name.
+        staging_dataset: `project.dataset` of the staging tables, if it is another.
     """
 
     project: str
     dataset: str
     location: str
     prefix: str
+    staging_dataset: str | None = None
 
     def table(self, tower: str) -> str:
         """Returns `project.dataset.table` of a tower's history."""
@@ -41,7 +48,13 @@ class Destination:
 
     def staging(self, tower: str, launch: str) -> str:
         """Returns `project.dataset.table` of a tower's staging table, which no other launch uses."""
-        return f"{self.table(tower)}_staging_{launch}"
+        dataset = self.staging_dataset or f"{self.project}.{self.dataset}"
+        return f"{dataset}.{self.prefix}_{tower}_embedding_staging_{launch}"
+
+    @property
+    def log(self) -> str:
+        """`project.dataset.table` of the record of every publication."""
+        return f"{self.project}.{self.dataset}.{self.prefix}_embedding_log"
 
     @property
     def lock(self) -> str:
@@ -75,6 +88,33 @@ def schema(tower: str) -> list[dict[str, str]]:
             "description": f"The {tower}'s embedding after this training",
         },
     ]
+
+
+LOG_SCHEMA = [
+    bigquery.SchemaField(name, type_, description=description)
+    for name, type_, description in (
+        ("published_at", "TIMESTAMP", "When the publication was committed"),
+        ("train_date", "DATE", "The partition"),
+        ("mlflow_experiment_id", "STRING", "MLflow experiment"),
+        ("mlflow_experiment_name", "STRING", "Name of the MLflow experiment"),
+        ("mlflow_run_id", "STRING", "MLflow run of the training"),
+        ("mlflow_run_name", "STRING", "Name of the MLflow run"),
+        ("model_uri", "STRING", "Where the model lay"),
+        ("tower", "STRING", "The tower"),
+        ("table_name", "STRING", "The table, as project.dataset.table"),
+        ("row_count", "INTEGER", "Rows published: ids of the tower"),
+        ("dimension", "INTEGER", "Values in a vector"),
+        ("norm_min", "FLOAT", "Smallest Euclidean norm of a vector"),
+        ("norm_mean", "FLOAT", "Mean Euclidean norm"),
+        ("norm_max", "FLOAT", "Largest Euclidean norm"),
+        ("zero_vectors", "INTEGER", "Vectors of zeros alone, which have no cosine"),
+        ("bytes_read", "INTEGER", "Bytes read of the embedding matrix"),
+        ("checksum", "STRING", "The artifact's own checksum, verified: algorithm and hexadecimal value"),
+        ("job_name", "STRING", "Beam job"),
+        ("launch", "STRING", "Launch of the job; BigQuery's job ids carry it"),
+        ("pipeline_version", "STRING", "Version of beam_pipeline"),
+    )
+]
 
 
 def schema_fields(tower: str) -> list[bigquery.SchemaField]:
@@ -126,22 +166,22 @@ def differences(table: bigquery.Table, tower: str) -> list[str]:
     return found
 
 
-def missing_columns(table: bigquery.Table, tower: str) -> list[bigquery.SchemaField]:
+def missing_columns(table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> list[bigquery.SchemaField]:
     """Returns the columns that a table lacks."""
     existing = {column.name.lower() for column in table.schema}
-    return [column for column in schema_fields(tower) if column.name.lower() not in existing]
+    return [column for column in wanted if column.name.lower() not in existing]
 
 
-def add_columns_sql(name: str, table: bigquery.Table, tower: str) -> list[str]:
+def add_columns_sql(name: str, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> list[str]:
     """Returns the statements that add a table's missing columns, NULLABLE or REPEATED as BigQuery allows it."""
     return [
         f"ALTER TABLE `{name}` ADD COLUMN IF NOT EXISTS {column.name} "
-        + (f"ARRAY<{column.field_type}>" if column.mode == "REPEATED" else column.field_type)
-        for column in missing_columns(table, tower)
+        + (f"ARRAY<{_sql_type(column)}>" if column.mode == "REPEATED" else _sql_type(column))
+        for column in missing_columns(table, wanted)
     ]
 
 
-def literal(value: date | str) -> str:
+def literal(value: date | float | str) -> str:
     """Returns a SQL literal for the publish script, which takes no query parameters.
 
     Raises:
@@ -149,19 +189,32 @@ def literal(value: date | str) -> str:
     """
     if isinstance(value, date):
         return f"DATE '{value.isoformat()}'"
+    if isinstance(value, float | int):
+        return repr(value)
     if not _SAFE_LITERAL.fullmatch(value):
         raise ValueError(f"{value!r} cannot stand in the publish script: only letters, digits and _ . : - can")
     return f"'{value}'"
 
 
+def text(value: str) -> str:
+    """Returns a SQL expression for any string, of letters and digits alone: no value can end its literal."""
+    return f"SAFE_CONVERT_BYTES_TO_STRING(FROM_HEX('{value.encode().hex()}'))"
+
+
 def publish_script(
-    destination: Destination, towers: Sequence[str], run: Run, launch: str, if_partition_taken: str
+    destination: Destination,
+    training: Training,
+    launch: str,
+    if_partition_taken: str,
+    tallies: Mapping[str, Tally],
+    job_name: str,
 ) -> str:
-    """Returns the one transaction that makes all towers of a training visible at once.
+    """Returns the one transaction that makes all towers of a training visible at once, and records it.
 
     It begins by updating the lock table, so that of two publications at the same time BigQuery cancels one, which
     then starts over: reading and appending alone would not conflict, and both could pass the same check.
     """
+    run, towers = training.run, [tower.name for tower in training.towers]
     day, run_id = literal(run.train_date), literal(run.run_id)
     partition = f"{PARTITION_COLUMN} = {day}"
     of_others = f"{partition} AND (mlflow_run_id IS NULL OR mlflow_run_id != {run_id})"
@@ -182,10 +235,45 @@ def publish_script(
         statements += [
             f"DELETE FROM `{destination.table(tower)}` WHERE {of_ours if if_partition_taken == 'keep' else partition}",
             f"INSERT INTO `{destination.table(tower)}` ({columns}) "
-            f"SELECT {columns} FROM `{destination.staging(tower, launch)}`",
+            f"SELECT {columns} FROM `{destination.staging(tower, launch)}` WHERE {of_ours}",
         ]
+    entries = ", ".join(
+        f"({', '.join(_log_entry(destination, training, tower, launch, tallies[tower.name], job_name).values())})"
+        for tower in training.towers
+    )
+    columns = ", ".join(column.name for column in LOG_SCHEMA)
+    statements.append(f"INSERT INTO `{destination.log}` ({columns}) VALUES {entries}")
     statements.append("COMMIT TRANSACTION")
     return "".join(f"{statement};\n" for statement in statements)
+
+
+def _log_entry(
+    destination: Destination, training: Training, tower: Tower, launch: str, tally: Tally, job_name: str
+) -> dict[str, str]:
+    """Returns column → SQL expression of a tower's row in the log, in the order of the log's columns."""
+    run = training.run
+    return {
+        "published_at": "CURRENT_TIMESTAMP()",
+        "train_date": literal(run.train_date),
+        "mlflow_experiment_id": literal(run.experiment_id),
+        "mlflow_experiment_name": text(run.experiment_name),
+        "mlflow_run_id": literal(run.run_id),
+        "mlflow_run_name": text(run.run_name),
+        "model_uri": text(training.model_uri),
+        "tower": literal(tower.name),
+        "table_name": text(destination.table(tower.name)),
+        "row_count": literal(tally.ids),
+        "dimension": literal(tower.matrix.dimension),
+        "norm_min": literal(tally.norm_min),
+        "norm_mean": literal(tally.norm_mean),
+        "norm_max": literal(tally.norm_max),
+        "zero_vectors": literal(tally.zero_vectors),
+        "bytes_read": literal(tally.bytes),
+        "checksum": literal(f"crc32c:{tower.matrix.crc32c:08x}"),
+        "job_name": text(job_name),
+        "launch": literal(launch),
+        "pipeline_version": literal(__version__),
+    }
 
 
 TAKEN_MARK = "partition taken:"
@@ -193,23 +281,27 @@ TAKEN_MARK = "partition taken:"
 
 
 def audit_sql(destination: Destination, tower: str, launch: str) -> str:
-    """Returns a query for the rows and the distinct ids of a staging table; it reads the id column alone."""
-    return f"SELECT COUNT(*), COUNT(DISTINCT {tower}_id) FROM `{destination.staging(tower, launch)}`"
+    """Returns a query for rows and distinct ids of each run in a staging table; it reads only the two id columns."""
+    return (
+        f"SELECT mlflow_run_id, COUNT(*), COUNT(DISTINCT {tower}_id) FROM `{destination.staging(tower, launch)}` "
+        "GROUP BY mlflow_run_id"
+    )
 
 
-def duplicates_sql(destination: Destination, tower: str, launch: str) -> str:
-    """Returns a query for one id that appears more than once."""
+def duplicates_sql(destination: Destination, tower: str, launch: str, run: Run) -> str:
+    """Returns a query for one id that appears more than once in a run."""
     return (
         f"SELECT {tower}_id, COUNT(*) FROM `{destination.staging(tower, launch)}` "
+        f"WHERE {PARTITION_COLUMN} = {literal(run.train_date)} AND mlflow_run_id = {literal(run.run_id)} "
         f"GROUP BY {tower}_id HAVING COUNT(*) > 1 ORDER BY COUNT(*) DESC, {tower}_id LIMIT 1"
     )
 
 
-def taken_sql(table: str) -> str:
-    """Returns a query for another run in a partition; parameters: day (DATE), run_id (STRING)."""
+def partitions_sql(table: str) -> str:
+    """Returns a query for the rows of each run in each partition; parameters: first, last (DATE)."""
     return (
-        f"SELECT mlflow_run_id, COUNT(*) FROM `{table}` WHERE {PARTITION_COLUMN} = @day "
-        "AND (mlflow_run_id IS NULL OR mlflow_run_id != @run_id) GROUP BY mlflow_run_id ORDER BY 2 DESC LIMIT 1"
+        f"SELECT {PARTITION_COLUMN}, mlflow_run_id, COUNT(*) FROM `{table}` "
+        f"WHERE {PARTITION_COLUMN} BETWEEN @first AND @last GROUP BY {PARTITION_COLUMN}, mlflow_run_id"
     )
 
 
@@ -221,9 +313,23 @@ def latest_partition_sql(destination: Destination) -> str:
     )
 
 
+def latest_publication_sql(destination: Destination) -> str:
+    """Returns a query for the log's rows of a run's latest publication; parameter: run_id (STRING)."""
+    log = f"`{destination.log}`"
+    return (
+        f"SELECT tower, table_name, train_date, row_count FROM {log} WHERE mlflow_run_id = @run_id "
+        f"AND published_at = (SELECT MAX(published_at) FROM {log} WHERE mlflow_run_id = @run_id) ORDER BY tower"
+    )
+
+
 def dimension_sql(table: str, tower: str) -> str:
     """Returns a query for the vector length in a partition; parameter: day (DATE)."""
     return f"SELECT ARRAY_LENGTH({tower}_embedding) FROM `{table}` WHERE {PARTITION_COLUMN} = @day LIMIT 1"
+
+
+def _sql_type(column: bigquery.SchemaField) -> str:
+    """The type as SQL spells it; the API has older names."""
+    return {alias: name for name, alias in _TYPE_ALIASES.items()}.get(column.field_type, column.field_type)
 
 
 def _type(column: bigquery.SchemaField) -> str:

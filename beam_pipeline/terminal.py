@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from beam_pipeline import STARTED, metrics
-from beam_pipeline.formats.artifact import Tower
-from beam_pipeline.runs import Run
-from beam_pipeline.tables import Destination
+from beam_pipeline import STARTED, metrics, tables
+from beam_pipeline.preflight import Findings
+from beam_pipeline.publication import Publication
+from beam_pipeline.transforms import Tally
 
 _EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
 
@@ -28,17 +29,31 @@ class Terminal:
         for chatty in ("google.auth", "urllib3", "alembic", "mlflow"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
 
-    def found(self, run: Run, towers: Sequence[Tower], destination: Destination) -> None:
-        """Prints what is going to be historized."""
-        print(f"experiment  {run.experiment_name}")
-        print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
-        for tower in towers:
-            matrix = tower.matrix
-            print(
-                f"{tower.name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} → "
-                f"{destination.table(tower.name)}",
-            )
+    def report(self, publication: Publication, findings: Findings, *, as_json: bool = False) -> None:
+        """Prints what is going to be historized, and what was checked before; as JSON with the SQL."""
+        if as_json:
+            print(json.dumps(_as_json(publication, findings), indent=2, ensure_ascii=False), flush=True)
+            return
+        destination = publication.destination
+        for training in publication.trainings:
+            run = training.run
+            print(f"experiment  {run.experiment_name}")
+            print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
+            print(f"model       {training.model_uri}")
+            for tower in training.towers:
+                matrix = tower.matrix
+                print(
+                    f"{tower.name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
+                    f"{destination.table(tower.name)}",
+                )
+        width = max(len(line.check) for line in findings.lines)
+        for line in findings.lines:
+            print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
         sys.stdout.flush()
+
+    def sql(self, publication: Publication) -> None:
+        """Prints the SQL that the job would run."""
+        print(f"\n{_sql(publication)}", end="", flush=True)
 
     def submitted(self, result: Any, runner: str) -> None:
         """Prints where the job runs, which goes on without this process."""
@@ -47,9 +62,9 @@ class Terminal:
         print(f"submitted   to {runner}{job}", flush=True)
 
     @contextmanager
-    def progress(self, towers: Sequence[Tower]) -> Iterator[None]:
+    def progress(self, publication: Publication) -> Iterator[None]:
         """Shows rows done of total and rows per second while the job runs in this process."""
-        total = sum(tower.matrix.rows for tower in towers)
+        total = sum(tower.matrix.rows for training in publication.trainings for tower in training.towers)
         done = threading.Event()
         thread = threading.Thread(target=self._show_progress, args=(total, done), daemon=True)
         thread.start()
@@ -59,10 +74,12 @@ class Terminal:
             done.set()
             thread.join()
 
-    def summary(self, run: Run, rows: Mapping[str, int], destination: Destination) -> None:
-        """Prints what was published: rows per tower, partition, seconds since the process began."""
+    def summary(self, publication: Publication, rows: Mapping[str, int]) -> None:
+        """Prints what was published: rows per tower, partitions, seconds since the process began."""
+        days = sorted({training.run.train_date for training in publication.trainings})
+        where = f"partition {days[0]}" if len(days) == 1 else f"{len(days):,} partitions {days[0]} to {days[-1]}"
         for tower, count in rows.items():
-            print(f"published   {destination.table(tower)}, partition {run.train_date}: {count:,} rows")
+            print(f"published   {publication.destination.table(tower)}, {where}: {count:,} rows")
         first = metrics.first_in_this_process("read-bytes") - STARTED
         print(
             f"done        in {time.monotonic() - STARTED:.1f} s, the first vectors read after {first:.1f} s", flush=True
@@ -88,3 +105,49 @@ class Terminal:
                 print(line, flush=True)
             if finished:
                 return
+
+
+def _sql(publication: Publication) -> str:
+    """The publish scripts; launch id and tallies are known only when the job runs."""
+    unknown = Tally(ids=0, bytes=0, norm_min=0.0, norm_mean=0.0, norm_max=0.0, zero_vectors=0)
+    return "\n".join(
+        f"-- run {training.run.run_id}; the numbers of the log's rows and the launch id are made by the job\n"
+        + tables.publish_script(
+            publication.destination,
+            training,
+            "LAUNCH",
+            publication.if_partition_taken,
+            dict.fromkeys(publication.towers, unknown),
+            publication.job_name,
+        )
+        for training in publication.trainings
+    )
+
+
+def _as_json(publication: Publication, findings: Findings) -> dict[str, Any]:
+    return {
+        "go": findings.error is None,
+        "trainings": [
+            {
+                "run_id": training.run.run_id,
+                "run_name": training.run.run_name,
+                "experiment_name": training.run.experiment_name,
+                "train_date": str(training.run.train_date),
+                "model_uri": training.model_uri,
+                "towers": [
+                    {
+                        "tower": tower.name,
+                        "layer": tower.layer,
+                        "rows": tower.matrix.rows,
+                        "dimension": tower.matrix.dimension,
+                        "dtype": tower.matrix.dtype,
+                        "table": publication.destination.table(tower.name),
+                    }
+                    for tower in training.towers
+                ],
+            }
+            for training in publication.trainings
+        ],
+        "findings": [{"check": line.check, "status": line.status, "text": line.text} for line in findings.lines],
+        "sql": _sql(publication),
+    }

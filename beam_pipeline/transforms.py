@@ -1,14 +1,16 @@
 """The transforms: pieces of a vocabulary in, batches of rows and reports out. Wiring only; formats are elsewhere."""
 
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import apache_beam as beam
 import google_crc32c
 import numpy as np
 import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 
@@ -24,8 +26,11 @@ from beam_pipeline.files import OpenFile, open_file
 from beam_pipeline.formats import ids
 from beam_pipeline.formats.artifact import Tower
 from beam_pipeline.formats.ids import Piece
+from beam_pipeline.runs import Training
 
 REPORTS = "reports"
+
+_NORM_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -36,25 +41,39 @@ class Batch:
     Beam pickles elements merely to estimate their size, which would copy every vector several times.
 
     Attributes:
+        run_id: the run that they belong to.
         ids: Arrow string array [n].
         vectors: floats of any width [n, dimension]; float64 holds each exactly.
         source: the piece and the tower that it was read from.
     """
 
+    run_id: str
     ids: pa.Array
     vectors: np.ndarray
     source: tuple[Piece, Tower] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Returns how to make the batch again."""
-        return (_read_again, self.source) if self.source else (Batch, (self.ids, self.vectors))
+        if self.source:
+            return _read_again, (self.run_id, *self.source)
+        return Batch, (self.run_id, self.ids, self.vectors)
 
 
-def _read_again(piece: Piece, tower: Tower) -> Batch:
-    batch, _ = read_piece(piece, tower, open_file)
+def _read_again(run_id: str, piece: Piece, tower: Tower) -> Batch:
+    batch, _ = read_piece(run_id, piece, tower, open_file)
     if batch is None:
         raise AuditError(f"tower {tower.name!r}: rows at {piece.first_row:,} had ids and have none: the file changed")
     return batch
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Euclidean norms of vectors: the smallest, their sum, the largest, and how many are zero."""
+
+    smallest: float
+    total: float
+    largest: float
+    zeros: int
 
 
 @dataclass(frozen=True)
@@ -62,24 +81,47 @@ class Report:
     """What was seen of a piece.
 
     Attributes:
+        run_id: the run.
         tower: name of the tower.
         first_row, rows: rows of the matrix that were read; 0 rows if none could be.
         ids: how many of them belong to ids.
         bytes: bytes of vectors.
         crc32c: checksum of these bytes.
+        norms: Euclidean norms of the ids' vectors; None without ids.
         problem: what is wrong, if anything is.
     """
 
+    run_id: str
     tower: str
     first_row: int
     rows: int = 0
     ids: int = 0
     bytes: int = 0
     crc32c: int = 0
+    norms: Norms | None = None
     problem: PipelineError | None = None
 
 
-def read_piece(piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch | None, Report]:
+@dataclass(frozen=True)
+class Tally:
+    """What was read of a tower, all its pieces together.
+
+    Attributes:
+        ids: number of ids, each with a vector.
+        bytes: bytes read of its matrix.
+        norm_min, norm_mean, norm_max: Euclidean norms of the ids' vectors.
+        zero_vectors: how many of them are zero.
+    """
+
+    ids: int
+    bytes: int
+    norm_min: float
+    norm_mean: float
+    norm_max: float
+    zero_vectors: int
+
+
+def read_piece(run_id: str, piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch | None, Report]:
     """Reads the ids and the vectors of a piece; None instead of a batch if its rows belong to no id.
 
     Raises:
@@ -89,12 +131,13 @@ def read_piece(piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch |
     with open_file(matrix.path) as file:
         raw = file.read(matrix.offset + piece.first_row * matrix.row_bytes, piece.rows * matrix.row_bytes)
     names = ids.read(piece, tower, open_file)
-    report = Report(tower.name, piece.first_row, piece.rows, len(names), len(raw), google_crc32c.value(raw))
+    report = Report(run_id, tower.name, piece.first_row, piece.rows, len(names), len(raw), google_crc32c.value(raw))
     if not len(names):
         return None, report
     vectors = matrix.decode(raw)
-    ids_and_vectors = _checked_ids(names, piece, tower), _checked_vectors(vectors, names, piece, tower)
-    return Batch(*ids_and_vectors, source=(piece, tower)), report
+    text = _checked_ids(names, piece, tower)
+    norms = _checked_norms(vectors, names, piece, tower)
+    return Batch(run_id, text, vectors, source=(piece, tower)), replace(report, norms=norms)
 
 
 def _checked_ids(names: pa.Array, piece: Piece, tower: Tower) -> pa.Array:
@@ -118,23 +161,39 @@ def _checked_ids(names: pa.Array, piece: Piece, tower: Tower) -> pa.Array:
     return text
 
 
-def _checked_vectors(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: Tower) -> np.ndarray:
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        at = int(np.flatnonzero(~finite)[0])
-        raise BadVectorError(
-            f"tower {tower.name!r}: the vector of id {ids.shown(names[at].as_py())} (row {piece.first_row + at:,}) "
-            "holds NaN or infinity; the training diverged, train again"
-        )
-    return vectors
+def _checked_norms(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: Tower) -> Norms:
+    squares = np.empty(len(vectors))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(vectors), _NORM_ROWS):  # Few rows at a time stay in the processor's cache.
+            wide = vectors[start : start + _NORM_ROWS].astype(np.float64)
+            np.einsum("ij,ij->i", wide, wide, out=squares[start : start + _NORM_ROWS])
+        norms = np.sqrt(squares)
+    for at in np.flatnonzero(~np.isfinite(norms)):
+        vector = vectors[at]
+        if not np.isfinite(vector).all():
+            raise BadVectorError(
+                f"tower {tower.name!r}: the vector of id {ids.shown(names[int(at)].as_py())} "
+                f"(row {piece.first_row + int(at):,}) holds NaN or infinity; the training diverged, train again"
+            )
+        norms[at] = math.hypot(*vector.tolist())  # Only the square is too large.
+    # A norm beyond float64 would be infinite, which no SQL literal is.
+    norms = np.minimum(norms, np.finfo(np.float64).max)
+    return Norms(float(norms.min()), math.fsum(norms), float(norms.max()), int((norms == 0).sum()))
 
 
 class _CutFn(beam.DoFn):
-    def process(self, tower: Tower) -> Iterator[Any]:
+    def __init__(self, towers: dict[str, Tower]) -> None:
+        self._towers = towers
+
+    def process(self, run_id: str) -> Iterator[Any]:
+        tower = self._towers[run_id]
+        FileSystems.report_source_lineage(tower.matrix.path)
+        FileSystems.report_source_lineage(tower.vocabulary.path)
         try:
-            yield from ids.cut(tower, open_file, ids.PIECE_BYTES)
+            for piece in ids.cut(tower, open_file, ids.PIECE_BYTES):
+                yield run_id, piece
         except PipelineError as problem:
-            yield TaggedOutput(REPORTS, Report(tower.name, 0, problem=problem))
+            yield TaggedOutput(REPORTS, Report(run_id, tower.name, 0, problem=problem))
 
 
 class _ReadFn(beam.DoFn):
@@ -143,8 +202,8 @@ class _ReadFn(beam.DoFn):
     Two batches are in memory at a time, whatever the number of pieces.
     """
 
-    def __init__(self, tower: Tower) -> None:
-        self._tower = tower
+    def __init__(self, towers: dict[str, Tower]) -> None:
+        self._towers = towers
 
     def setup(self) -> None:
         self._reader = ThreadPoolExecutor(1)
@@ -152,8 +211,8 @@ class _ReadFn(beam.DoFn):
     def start_bundle(self) -> None:
         self._ahead: Future[tuple[Batch | None, Report]] | None = None
 
-    def process(self, piece: Piece) -> Iterator[Any]:
-        before, self._ahead = self._ahead, self._reader.submit(self._read, piece)
+    def process(self, element: tuple[str, Piece]) -> Iterator[Any]:
+        before, self._ahead = self._ahead, self._reader.submit(self._read, *element)
         if before:
             yield from self._outputs(before.result())
 
@@ -168,11 +227,11 @@ class _ReadFn(beam.DoFn):
     def teardown(self) -> None:
         self._reader.shutdown()
 
-    def _read(self, piece: Piece) -> tuple[Batch | None, Report]:
+    def _read(self, run_id: str, piece: Piece) -> tuple[Batch | None, Report]:
         try:
-            return read_piece(piece, self._tower, open_file)
+            return read_piece(run_id, piece, self._towers[run_id], open_file)
         except PipelineError as problem:
-            return None, Report(piece.tower, piece.first_row, problem=problem)
+            return None, Report(run_id, piece.tower, piece.first_row, problem=problem)
 
     def _outputs(self, read: tuple[Batch | None, Report]) -> Iterator[Any]:
         batch, report = read
@@ -185,54 +244,58 @@ class _ReadFn(beam.DoFn):
 
 @dataclass
 class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
-    """Reads a tower: nothing in; batches of rows and reports out, as outputs "batches" and "reports".
+    """Reads a tower of one or more runs: nothing in; batches of rows and reports out, as "batches" and "reports".
 
     Cutting is one sequential scan of the vocabulary; reading is parallel, a piece at a time. Every row of the matrix
     is read exactly once. What is wrong with a piece is reported, not raised: a retry would not mend it.
 
     Attributes:
-        tower: the tower.
+        towers: run id → the tower in that run's model.
     """
 
-    tower: Tower
+    towers: dict[str, Tower]
 
     def expand(self, pbegin: PBegin) -> Any:
         """Applies the transform."""
         cut = (
             pbegin
-            | "Create" >> beam.Create([self.tower])
-            | "Cut" >> beam.ParDo(_CutFn()).with_outputs(REPORTS, main="pieces")
+            | "Create" >> beam.Create([*self.towers])
+            | "Cut" >> beam.ParDo(_CutFn(self.towers)).with_outputs(REPORTS, main="pieces")
         )
         read = (
             cut.pieces
             | "Spread" >> beam.Reshuffle()
-            | "Read" >> beam.ParDo(_ReadFn(self.tower)).with_outputs(REPORTS, main="batches")
+            | "Read" >> beam.ParDo(_ReadFn(self.towers)).with_outputs(REPORTS, main="batches")
         )
         return {"batches": read.batches, REPORTS: (cut[REPORTS], read[REPORTS]) | "Reports" >> beam.Flatten()}
 
 
-def to_rows(batch: Batch, tower: str, constants: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields one row per id, as `WriteToBigQuery` takes them."""
+def to_rows(batch: Batch, tower: str, constants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields one row per id, as `WriteToBigQuery` takes them; `constants` are the other columns of each run."""
+    of_run = constants[batch.run_id]
     for name, vector in zip(batch.ids.to_pylist(), batch.vectors.astype(float).tolist(), strict=True):
-        yield {**constants, f"{tower}_id": name, f"{tower}_embedding": vector}
+        yield {**of_run, f"{tower}_id": name, f"{tower}_embedding": vector}
 
 
-def expected_ids(reports: Iterable[Report], towers: Iterable[Tower]) -> dict[str, int]:
-    """Returns the number of ids of each tower, once all reports together are the whole of every matrix.
+def tally(reports: Iterable[Report], trainings: Iterable[Training]) -> dict[tuple[str, str], Tally]:
+    """Returns (run id, tower) → what was read, once all reports together are the whole of every matrix.
 
     Raises:
         PipelineError: the first problem of the reports, in row order.
         ChecksumError: the bytes of a matrix do not match the artifact's checksum.
         AuditError: reports are missing or double.
     """
-    ordered = sorted(reports, key=lambda report: (report.tower, report.first_row))
+    ordered = sorted(reports, key=lambda report: (report.run_id, report.tower, report.first_row))
     problems = [report.problem for report in ordered if report.problem]
     if problems:
         more = f" (and {len(problems) - 1:,} more problems)" if len(problems) > 1 else ""
         raise type(problems[0])(f"{problems[0]}{more}")
-    expected = {}
-    for tower in towers:
-        own = [report for report in ordered if report.tower == tower.name]
+    by_tower: dict[tuple[str, str], list[Report]] = {}
+    for report in ordered:
+        by_tower.setdefault((report.run_id, report.tower), []).append(report)
+    tallies = {}
+    for run_id, tower in ((training.run.run_id, tower) for training in trainings for tower in training.towers):
+        own = by_tower.get((run_id, tower.name), [])
         row = 0
         for report in own:
             if report.first_row != row:
@@ -245,7 +308,16 @@ def expected_ids(reports: Iterable[Report], towers: Iterable[Tower]) -> dict[str
                 f"{tower.matrix.path}: the embeddings of tower {tower.name!r} do not match the checkpoint's crc32c; "
                 "the file was damaged after the training: log the model again"
             )
-        expected[tower.name] = sum(report.ids for report in own)
-        if not expected[tower.name]:
+        count = sum(report.ids for report in own)
+        norms = [report.norms for report in own if report.norms]
+        if not count or not norms:
             raise BadIdError(f"tower {tower.name!r} has no ids: its vocabulary is empty; train it with one")
-    return expected
+        tallies[run_id, tower.name] = Tally(
+            ids=count,
+            bytes=sum(report.bytes for report in own),
+            norm_min=min(norm.smallest for norm in norms),
+            norm_mean=math.fsum(norm.total / count for norm in norms),
+            norm_max=max(norm.largest for norm in norms),
+            zero_vectors=sum(norm.zeros for norm in norms),
+        )
+    return tallies

@@ -38,10 +38,11 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
 
     def expand(self, batches: PCollection[Batch]) -> Any:
         """Applies the transform."""
-        constants = tables.run_values(self.publication.run)
+        constants = {training.run.run_id: tables.run_values(training.run) for training in self.publication.trainings}
         counted = batches | "Count" >> beam.Map(_counted, self.tower)
         if self.writer == "columnar":
-            return counted | "Load" >> WriteBatches(constants=list(constants.values()), **self._sink_options())
+            values = {run_id: list(columns.values()) for run_id, columns in constants.items()}
+            return counted | "Load" >> WriteBatches(constants=values, **self._sink_options())
         rows = counted | "Rows" >> beam.FlatMap(to_rows, self.tower, constants)
         return rows | "Load" >> WriteToBigQuery(**self._sink_options())
 
@@ -63,6 +64,12 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
             "write_disposition": BigQueryDisposition.WRITE_APPEND,
             "custom_gcs_temp_location": self.publication.load_files,
             "max_file_size": MAX_FILE_BYTES,
+            # Beam drops its own kms_key for FILE_LOADS.
+            "additional_bq_parameters": (
+                {"destinationEncryptionConfiguration": {"kmsKeyName": self.publication.kms_key}}
+                if self.publication.kms_key
+                else None
+            ),
         }
 
 

@@ -145,9 +145,9 @@ class FakeBigQuery:
         )
         self.url = f"http://127.0.0.1:{self._process.stdout.readline().strip()}"
 
-    def reset(self, rows):
-        """Forgets everything and says from now on that each tower has its rows."""
-        body = json.dumps({"counts": split(rows)}).encode()
+    def reset(self, rows, run_id):
+        """Forgets everything and says from now on that each tower of the run has its rows."""
+        body = json.dumps({"run_id": run_id, "counts": split(rows)}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/reset", body, method="POST")).close()
 
     def seen(self):
@@ -302,7 +302,7 @@ class Bench:
         self._empty()
         read_through(model["folder"])
         os.sync()  # What the run before has left to write must not slow this one.
-        self.fake.reset(size[0])
+        self.fake.reset(size[0], model["run_id"])
         log = self.work / "logs" / f"{way}-{size[0]}x{size[1]}-{number}.log"
         run = measure(
             command_of(way, model, self.work, output_bytes),

@@ -1,13 +1,13 @@
 """A BigQuery that does nothing, fast: the service that the benchmark's ways talk to.
 
 It keeps names of tables and jobs. Every job is done as soon as it is submitted; a load job reads nothing, but the
-sizes of its files are noted, so the benchmark knows what was written and that it was submitted. A query for
-`COUNT(*), COUNT(DISTINCT x_id)` gets the numbers that the benchmark expects; every other query has one row at most.
+sizes of its files are noted, so the benchmark knows what was written and that it was submitted. The audit's query gets
+the numbers that the benchmark expects; every other query has one row at most.
 
     python fake_bigquery.py BUCKET_FOLDER      prints its port; gs://bench/… are the files below the folder
 
-Two paths are the benchmark's own: POST /reset with {"counts": {tower: rows}} forgets everything, GET /seen returns
-{"jobs", "files", "bytes"} of the load jobs since.
+Two paths are the benchmark's own: POST /reset with {"run_id", "counts": {tower: rows}} forgets everything, GET /seen
+returns {"jobs", "files", "bytes"} of the load jobs since.
 """
 
 import json
@@ -28,9 +28,9 @@ class Service:
         self._folder = folder
         self.reset({})
 
-    def reset(self, counts):
-        """Forgets everything; `counts` are the rows that each tower is said to have."""
-        self._counts = counts
+    def reset(self, counts, run_id=""):
+        """Forgets everything; `counts` are the rows that each tower of the run is said to have."""
+        self._run_id, self._counts = run_id, counts
         self._tables = {}
         self._jobs = {}
         self._results = {}
@@ -39,7 +39,7 @@ class Service:
     def answer(self, method, path, body):
         """Returns (status, body)."""
         if path == "/reset":
-            self.reset(body["counts"])
+            self.reset(body["counts"], body["run_id"])
             return 200, {}
         if path == "/seen":
             return 200, self.seen
@@ -99,16 +99,21 @@ class Service:
         self._results[job_id] = {
             "jobReference": reference,
             "jobComplete": True,
-            "schema": {"fields": [{"name": f"f{at}_", "type": "INTEGER"} for at in range(len(row))]},
+            "schema": {
+                "fields": [
+                    {"name": f"f{at}_", "type": "STRING" if isinstance(value, str) else "INTEGER"}
+                    for at, value in enumerate(row)
+                ]
+            },
             "rows": [{"f": [{"v": str(value)} for value in row]}] if row else [],
             "totalRows": str(bool(row) + 0),
         }
         return 200, self._jobs[job_id]
 
     def _row(self, sql):
-        audit = re.match(r"SELECT COUNT\(\*\), COUNT\(DISTINCT (\w+)_id\)", sql)
+        audit = re.match(r"SELECT mlflow_run_id, COUNT\(\*\), COUNT\(DISTINCT (\w+)_id\)", sql)
         if audit:
-            return [self._counts[audit[1]]] * 2
+            return [self._run_id, *[self._counts[audit[1]]] * 2]
         return [1] if sql.startswith("SELECT COUNT(*)") else []
 
 

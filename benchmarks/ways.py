@@ -179,13 +179,13 @@ def encode(writer, rows, dimension):
         for first in range(0, rows, step):
             count = min(step, rows - first)
             names = pa.array([f"user-{number:08}" for number in range(first, first + count)])
-            batch = Batch(names, random.random((count, dimension), "f4"))
+            batch = Batch("run", names, random.random((count, dimension), "f4"))
             if writer == "columnar":
                 started = time.process_time()
                 for block in columnar.blocks(batch, list(constants.values()), sync):
                     file.writelines(block)
             else:
-                dicts = list(to_rows(batch, "user", constants))
+                dicts = list(to_rows(batch, "user", {"run": constants}))
                 started = time.process_time()
                 for row in dicts:
                     stock.write(row)

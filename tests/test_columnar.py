@@ -37,7 +37,7 @@ def stock_file(batch, constants):
 
     out = Kept()
     writer = AvroRowWriter(out, {"fields": tables.schema("user")})
-    for row in to_rows(batch, "user", constants):
+    for row in to_rows(batch, "user", {"run": constants}):
         writer.write(row)
     writer.close()
     return out.kept
@@ -66,7 +66,7 @@ def test_the_file_is_what_the_stock_sink_writes(names, dimension, data, block, l
     values = data.draw(st.lists(finite, min_size=dimension, max_size=dimension))
     with np.errstate(over="ignore"):
         vectors = np.nan_to_num(np.array([np.roll(values, i) for i in range(len(names))]).astype(dtype))
-    batch = Batch(pa.array(names, pa.string()), vectors)
+    batch = Batch("run", pa.array(names, pa.string()), vectors)
     constants = {**tables.run_values(RUN), "train_date": day}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columnar, "BLOCK_BYTES", block)
@@ -75,14 +75,16 @@ def test_the_file_is_what_the_stock_sink_writes(names, dimension, data, block, l
 
 
 def test_slices_and_other_layouts():
-    batch = Batch(pa.array(["a", "b", "c", "d"]).slice(1, 2), np.asfortranarray(np.arange(8.0).reshape(4, 2))[1:3])
+    batch = Batch(
+        "run", pa.array(["a", "b", "c", "d"]).slice(1, 2), np.asfortranarray(np.arange(8.0).reshape(4, 2))[1:3]
+    )
     constants = tables.run_values(RUN)
     assert read(columnar_file(batch, [*constants.values()])) == read(stock_file(batch, constants))
 
 
 @pytest.mark.parametrize(("rows", "length"), [(10_000, 10), (200, 100_000), (10, 3_000_000)])
 def test_blocks_keep_to_their_size(rows, length):
-    batch = Batch(pa.array([f"{i}".rjust(length, "x") for i in range(rows)]), np.zeros((rows, 64), "<f4"))
+    batch = Batch("run", pa.array([f"{i}".rjust(length, "x") for i in range(rows)]), np.zeros((rows, 64), "<f4"))
     bodies = [len(body) for _, body, _ in columnar.blocks(batch, [*tables.run_values(RUN).values()], SYNC)]
     assert max(bodies) < 9 << 20 < 16 << 20
     assert sum(bodies) > rows * (length + 512)
@@ -123,7 +125,7 @@ def test_beam_still_has_what_is_overridden():
 
 
 def test_the_schema_is_the_stock_sinks():
-    batch = Batch(pa.array(["a"]), np.zeros((1, 2)))
+    batch = Batch("run", pa.array(["a"]), np.zeros((1, 2)))
     stock, _ = read(stock_file(batch, tables.run_values(RUN)))
     ours, _ = read(columnar_file(batch, [*tables.run_values(RUN).values()]))
     assert ours == stock

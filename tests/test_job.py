@@ -1,5 +1,6 @@
 """The whole job against emulators: models by real tf-keras, a real MLflow store, compared with Keras row by row."""
 
+import json
 import os
 import re
 import shutil
@@ -9,10 +10,14 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import apache_beam as beam
+import numpy as np
 import pytest
+from apache_beam.io.gcp.bigquery_tools import BigQueryWrapper
+from apache_beam.metrics.metric import Lineage
 from google.cloud import bigquery
 
-from beam_pipeline import publication, tables, writing
+from beam_pipeline import __version__, publication, tables, writing
 from beam_pipeline.launcher import launch
 from beam_pipeline.options import parse
 from beam_pipeline.tables import Destination
@@ -90,7 +95,12 @@ class Job:
         return {table.table_id for table in self.client.list_tables(self.dataset)}
 
 
-DESTINATION_TABLES = {"two_tower_user_embedding", "two_tower_item_embedding", "two_tower_embedding_lock"}
+DESTINATION_TABLES = {
+    "two_tower_user_embedding",
+    "two_tower_item_embedding",
+    "two_tower_embedding_lock",
+    "two_tower_embedding_log",
+}
 
 
 @pytest.fixture
@@ -218,11 +228,19 @@ def test_what_a_person_sees(job, store, models):
     done = job.subprocess(run)
     table = f"{job.client.project}.{job.dataset}.two_tower"
     out = done.stdout.splitlines()
-    assert out[:4] == [
+    assert out[:-4] == [
         f"experiment  {store.experiment}",
         f"run         spring ({run}), trained 2026-03-01 UTC",
-        f"user        3,016 rows × 8 float32 → {table}_user_embedding",
-        f"item        2,015 rows × 8 float32 → {table}_item_embedding",
+        f"model       {store.artifacts(run)}",
+        f"user        3,016 rows × 8 float32 of user_layer → {table}_user_embedding",
+        f"item        2,015 rows × 8 float32 of item_layer → {table}_item_embedding",
+        f"ok    dataset      local.{job.dataset} in US",
+        f"ok    table user   {table}_user_embedding will be made, partitions kept forever",
+        f"ok    table item   {table}_item_embedding will be made, partitions kept forever",
+        "ok    bucket       gs://warehouse in US",
+        "note  permissions  not asked: emulators have none",
+        "ok    size         at most 5,031 rows, 161 kB of vectors to read, 719 kB in BigQuery",
+        "ok    cost         publishing reads 719 kB: about $0.00 at $6.25/TiB; loading is free",
     ]
     assert re.fullmatch(r"rows        5,031 of 5,031 \(100%\), [\d,]+ rows/s", out[-4])
     assert out[-3] == f"published   {table}_user_embedding, partition 2026-03-01: 3,015 rows"
@@ -258,6 +276,108 @@ def test_the_same_graph_is_staged_for_dataflow(job, store, models):
     for step in (b"Read user", b"Write item", b"Prepare", b"Audit", b"Shape", b"Publish", b"Clean"):
         assert step in graph
     assert job.tables() == set()
+
+
+def test_the_log(job, store, models):
+    run = store.log(models("plain"), 'it\'s "é"', MARCH_1)
+    assert job.run(run, "--job_name=nightly") == 0
+    assert job.run(run) == 0
+    columns = (
+        "train_date, mlflow_experiment_id, mlflow_experiment_name, mlflow_run_id, mlflow_run_name, model_uri, tower, "
+        "table_name, row_count, dimension, zero_vectors, bytes_read, pipeline_version"
+    )
+    log = f"{job.dataset}.two_tower_embedding_log"
+    constants = (MARCH_1.date(), store.experiment_id, store.experiment, run, 'it\'s "é"', str(store.artifacts(run)))
+    assert job.query(f"SELECT {columns} FROM {log} ORDER BY tower, published_at") == [
+        (*constants, tower, job.destination.table(tower), rows, 8, 0, (rows + 1) * 32, __version__)
+        for tower, rows in (("item", 2014), ("item", 2014), ("user", 3015), ("user", 3015))
+    ]
+    for tower in ("user", "item"):
+        norms = np.linalg.norm(models("plain").vectors(tower), axis=1)
+        sql = f"SELECT norm_min, norm_mean, norm_max FROM {log} WHERE tower = '{tower}'"
+        for found in job.query(sql):
+            assert found == pytest.approx((norms.min(), norms.mean(), norms.max()), rel=1e-12)
+    ((jobs, launches, times),) = job.query(
+        f"SELECT COUNT(DISTINCT job_name), COUNT(DISTINCT launch), COUNT(DISTINCT published_at) FROM {log}"
+    )
+    assert (jobs, launches, times) == (2, 2, 2)
+    assert job.query(f"SELECT DISTINCT tower FROM {log} WHERE STARTS_WITH(checksum, 'crc32c:')  ORDER BY 1") == [
+        ("item",),
+        ("user",),
+    ]
+
+
+def test_a_publication_that_fails_is_not_in_the_log(job, store, models):
+    first, second = (store.log(models("plain"), name, MARCH_1) for name in ("first", "second"))
+    assert job.run(first) == 0
+    assert job.run(second) == 1
+    assert job.query(f"SELECT DISTINCT mlflow_run_id FROM {job.dataset}.two_tower_embedding_log") == [(first,)]
+
+
+def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch):
+    """Emulators keep no key: what is asked for is looked at on its way."""
+    made, loads = [], []
+    create = bigquery.Client.create_table
+    monkeypatch.setattr(bigquery.Client, "create_table", lambda self, t, **o: made.append(t) or create(self, t, **o))
+    insert = BigQueryWrapper._insert_load_job
+    monkeypatch.setattr(
+        BigQueryWrapper, "_insert_load_job", lambda self, *a, **o: loads.append((a, o)) or insert(self, *a, **o)
+    )
+    key = "projects/p/locations/eu/keyRings/r/cryptoKeys/k"
+    scratch = f"{job.dataset}_scratch"
+    job.client.create_dataset(scratch)
+    run = store.log(models("plain"), "plain", MARCH_1)
+    assert job.run(run, f"--staging_dataset={scratch}", f"--kms_key={key}", "--require_partition_filter") == 0
+    assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
+    assert len(made) == 6
+    for table in made:
+        assert table.encryption_configuration.kms_key_name == key
+        assert table.labels == {"managed_by": "beam_pipeline"}
+        assert (table.dataset_id == scratch) == ("_staging_" in table.table_id)
+        assert bool(table.require_partition_filter) == table.table_id.endswith(("user_embedding", "item_embedding"))
+    assert len(loads) == 2
+    assert all(key in str(load) for load in loads)
+    assert [*job.client.list_tables(scratch)] == []
+
+
+def test_plan(job, store, models, capsys):
+    run = store.log(models("plain"), "plain", MARCH_1)
+    assert job.run(run, "--plan") == 0
+    out = capsys.readouterr().out
+    assert "ok    table user   " in out
+    assert "BEGIN TRANSACTION;" in out
+    assert f"mlflow_run_id = '{run}'" in out
+    assert job.tables() == set()
+    assert store.load_files(job.dataset) == []
+    other = store.log(models("longer"), "other", MARCH_1)
+    assert job.run(run) == 0
+    capsys.readouterr()
+    assert job.run(other, "--plan=json") == 1
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    assert not plan["go"]
+    stops = [line["text"] for line in plan["findings"] if line["status"] == "stop"]
+    assert len(stops) == 4  # the partition and the vector length, of both towers
+    assert f"holds 3,015 rows of run {run}" in stops[0]
+    assert err.splitlines()[-1] == f"error: {stops[0]}"
+    assert job.run(other, "--plan", "--if_partition_taken=replace", "--allow_dimension_change") == 0
+    assert "3,015 rows of run" in capsys.readouterr().out
+    assert [*job.published()] == [("2026-03-01", run)]
+
+
+def test_lineage_names_the_real_tables(job, store, models, monkeypatch):
+    results = []
+    run_pipeline = beam.Pipeline.run
+    monkeypatch.setattr(
+        beam.Pipeline, "run", lambda self, *a, **o: results.append(run_pipeline(self, *a, **o)) or results[-1]
+    )
+    run = store.log(models("plain"), "lineage", MARCH_1, bucket=True)
+    assert job.run(run) == 0
+    metrics = results[0].metrics()
+    sinks, sources = Lineage.query(metrics, Lineage.SINK), Lineage.query(metrics, Lineage.SOURCE)
+    for tower in ("user", "item"):
+        assert f"bigquery:{job.destination.table(tower)}" in sinks
+    assert any(source.startswith("gcs:warehouse.") and "variables.data" in source for source in sources)
 
 
 # Reruns and neighbours.
@@ -623,11 +743,14 @@ def test_that_reader_notices_a_publication_in_two_jobs(job, store, models, tmp_p
     assert job.run(first) == 0
     second = store.log(models("plain"), "second", MARCH_2)
     hook = """
-import time
+import dataclasses, time
 from beam_pipeline import publication, tables
-def publish(client, what, launch):
-    for tower in what.towers:
-        client.query_and_wait(tables.publish_script(what.destination, [tower], what.run, launch, "fail"))
+def publish(client, what, launch, tallies):
+    (training,) = what.trainings
+    for tower in training.towers:
+        half = dataclasses.replace(training, towers=(tower,))
+        of_run = {tower.name: tallies[training.run.run_id, tower.name]}
+        client.query_and_wait(tables.publish_script(what.destination, half, launch, "fail", of_run, "job"))
         time.sleep(1)
 publication.publish = publish
 """

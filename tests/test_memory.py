@@ -33,9 +33,9 @@ tower = Tower(
     Matrix(f"{folder}/weights", 0, rows, 100, "float32", 0),
     Vocabulary(f"{folder}/ids", Span(0, os.path.getsize(f"{folder}/ids")), Encoding.LINES, 0),
 )
-constants = [*tables.run_values(Run("r", "n", "1", "e", date(2026, 3, 1), "gs://b/a")).values()]
+constants = {"r": [*tables.run_values(Run("r", "n", "1", "e", date(2026, 3, 1), "gs://b/a")).values()]}
 with beam.Pipeline(runner=FnApiRunner()) as pipeline:
-    batches = (pipeline | ReadTower(tower))["batches"]
+    batches = (pipeline | ReadTower({"r": tower}))["batches"]
     keyed = batches | beam.Map(lambda batch: ("p:d.t", batch))
     write = columnar._WriteFilesFn({"fields": tables.schema("user")}, constants, 1 << 30)
     _ = keyed | beam.ParDo(write, f"{folder}/out")

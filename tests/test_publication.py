@@ -1,5 +1,6 @@
 """Publishing against the answers of a real BigQuery; what emulators can run is in test_job.py."""
 
+import dataclasses
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -7,39 +8,54 @@ from fake_bigquery import ABORTED, BACKEND, DENIED, DONE, LOST_ANSWER, NOT_SERIA
 
 from beam_pipeline import publication
 from beam_pipeline.errors import PartitionTakenError, PublishError
+from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.wire import Span
 from beam_pipeline.publication import Publication, partition_life
-from beam_pipeline.runs import Run
+from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
+from beam_pipeline.transforms import Tally
 
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://bucket/7/0123abcd/artifacts")
+TOWERS = tuple(
+    Tower(
+        name,
+        f"{name}_layer",
+        Matrix("gs://bucket/data", 0, 11, 8, "float32", 0xABC),
+        Vocabulary("gs://bucket/ids", Span(0, 100), Encoding.LINES, 1),
+    )
+    for name in ("user", "item")
+)
 WHAT = Publication(
     Destination("my-project", "raw_prod", "EU", "two_tower"),
-    RUN,
-    ("user", "item"),
+    (Training(RUN, "gs://bucket/7/0123abcd/artifacts/model", TOWERS),),
     "gs://bucket/tmp",
     "fail",
-    None,
     "token",
 )
+LATER = dataclasses.replace(RUN, run_id="89abcdef", train_date=date(2026, 3, 8))
+TWO = dataclasses.replace(WHAT, trainings=(*WHAT.trainings, Training(LATER, "gs://bucket/later", TOWERS)))
+TALLIES = {
+    (run, tower): Tally(1, 32, 1.0, 1.0, 1.0, 0) for run in ("0123abcd", "89abcdef") for tower in ("user", "item")
+}
 
 
-def publish(client):
+def publish(client, what=WHAT):
     waits = []
-    publication.publish(client, WHAT, "launch1", sleep=waits.append)
+    publication.publish(client, what, "launch1", TALLIES, sleep=waits.append)
     return waits
 
 
 def test_one_job_publishes():
     with serve(DONE) as (service, client):
         assert publish(client) == []
-        assert service.submitted == ["publish_embeddings_launch1_0"]
+        assert service.submitted == ["publish_embeddings_launch1_0_0"]
 
 
 @pytest.mark.parametrize("conflict", [ABORTED, NOT_SERIALIZABLE, BACKEND])
 def test_a_cancelled_publication_starts_over_under_another_id(conflict):
     with serve(conflict, conflict, DONE) as (service, client):
         waits = publish(client)
-        assert service.submitted == [f"publish_embeddings_launch1_{n}" for n in range(3)]
+        assert service.submitted == [f"publish_embeddings_launch1_0_{n}" for n in range(3)]
     assert 1 <= waits[0] <= 2 <= waits[1] <= 4
 
 
@@ -52,31 +68,31 @@ def test_a_retry_after_the_commit_finds_it():
     with serve(DONE) as (service, client):
         publish(client)
         publish(client)
-        assert service.submitted == ["publish_embeddings_launch1_0"]
+        assert service.submitted == ["publish_embeddings_launch1_0_0"]
 
 
 def test_a_retry_after_a_conflict_goes_on_where_it_was():
     with serve(ABORTED, DONE) as (service, client):
-        service.insert("publish_embeddings_launch1_0")
+        service.insert("publish_embeddings_launch1_0_0")
         publish(client)
-        assert service.submitted == ["publish_embeddings_launch1_0", "publish_embeddings_launch1_1"]
+        assert service.submitted == ["publish_embeddings_launch1_0_0", "publish_embeddings_launch1_0_1"]
 
 
 def test_a_job_that_a_twin_submitted_a_moment_ago(monkeypatch):
     with serve(DONE) as (service, client):
-        service.insert("publish_embeddings_launch1_0")
+        service.insert("publish_embeddings_launch1_0_0")
         answers = iter([None])
         find = publication._find_job
         # The twin's job is not there yet when it is looked up, and is when it is submitted: 409.
         monkeypatch.setattr(publication, "_find_job", lambda *args: next(answers, find(*args)))
         publish(client)
-        assert service.submitted == ["publish_embeddings_launch1_0"] * 2
+        assert service.submitted == ["publish_embeddings_launch1_0_0"] * 2
 
 
 def test_an_answer_that_is_lost():
     with serve(LOST_ANSWER) as (service, client):
         publish(client)
-        assert set(service.submitted) == {"publish_embeddings_launch1_0"}
+        assert set(service.submitted) == {"publish_embeddings_launch1_0_0"}
 
 
 def test_the_partition_was_taken_meanwhile():
@@ -93,23 +109,30 @@ def test_the_partition_was_taken_meanwhile():
 def test_a_refusal_is_not_tried_again():
     with serve(DENIED) as (service, client):
         with pytest.raises(
-            PublishError, match=r"refused to publish \(job publish_embeddings_launch1_0\).*Access Denied"
+            PublishError, match=r"refused to publish \(job publish_embeddings_launch1_0_0\).*Access Denied"
         ):
             publish(client)
         assert len(service.submitted) == 1
+
+
+def test_trainings_are_published_one_after_the_other_and_a_retry_goes_on_after_the_last():
+    with serve(DONE, ABORTED, DONE) as (service, client):
+        publish(client)  # A worker that died after the first training.
+        publish(client, TWO)
+        assert service.submitted == [f"publish_embeddings_launch1_{n}" for n in ("0_0", "1_0", "1_1")]
 
 
 def test_a_published_launch_is_not_audited_again():
     with serve(DONE) as (_, client):
         publish(client)
         # Its staging tables may be gone: any query would be an error here.
-        publication.audit(client, WHAT, "launch1", {"user": 1, "item": 1})
+        publication.audit(client, WHAT, "launch1", TALLIES)
 
 
 def test_a_launch_whose_publication_was_cancelled_is_not_published():
     with serve(ABORTED) as (service, client):
-        service.insert("publish_embeddings_launch1_0")
-        assert not publication._published(client, WHAT, "launch1")
+        service.insert("publish_embeddings_launch1_0_0")
+        assert not publication._published(client, "launch1")
 
 
 def test_staging_outlives_the_job_whatever_the_date():

@@ -6,11 +6,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_pipeline import tables
-from beam_pipeline.runs import Run
+from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.wire import Span
+from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
+from beam_pipeline.transforms import Tally
 
 DESTINATION = Destination("p", "raw_dev", "EU", "two_tower")
 RUN = Run("0123abcd", "it's; DROP", "7", "two_tower", date(2026, 3, 1), "gs://b/a")
+TOWERS = tuple(
+    Tower(
+        name,
+        f"{name}_layer",
+        Matrix("gs://b/a/data", 0, 11, 8, "float32", 0xABC),
+        Vocabulary("gs://b/a/ids", Span(0, 100), Encoding.LINES, 1),
+    )
+    for name in ("user", "item")
+)
+TRAINING = Training(RUN, "gs://b/a", TOWERS)
+TALLIES = {"user": Tally(10, 352, 0.5, 1.25, 2.0, 0), "item": Tally(7, 352, 0.0, 1e-300, 1.5e300, 2)}
+
+
+def script(how):
+    return tables.publish_script(DESTINATION, TRAINING, "launch1", how, TALLIES, "job")
+
 
 # The table of the first version: fewer columns, NULLABLE.
 FIRST_VERSION = [
@@ -48,10 +67,11 @@ def test_schema():
 
 
 def test_the_publish_script():
-    script = tables.publish_script(DESTINATION, ["user", "item"], RUN, "launch1", "fail")
     columns = "train_date, mlflow_experiment_id, mlflow_experiment_name, mlflow_run_id, mlflow_run_name"
     others = "train_date = DATE '2026-03-01' AND (mlflow_run_id IS NULL OR mlflow_run_id != '0123abcd')"
-    assert script.splitlines() == [
+    ours = "train_date = DATE '2026-03-01' AND mlflow_run_id = '0123abcd'"
+    *lines, log, commit = script("fail").splitlines()
+    assert lines == [
         "BEGIN TRANSACTION;",
         "UPDATE `p.raw_dev.two_tower_embedding_lock` SET launch = 'launch1', locked_at = CURRENT_TIMESTAMP() WHERE TRUE;",
         f"SELECT IF(EXISTS(SELECT 1 FROM `p.raw_dev.two_tower_user_embedding` WHERE {others}), "
@@ -60,17 +80,47 @@ def test_the_publish_script():
         "ERROR('partition taken: p.raw_dev.two_tower_item_embedding'), 1);",
         "DELETE FROM `p.raw_dev.two_tower_user_embedding` WHERE train_date = DATE '2026-03-01';",
         f"INSERT INTO `p.raw_dev.two_tower_user_embedding` ({columns}, user_id, user_embedding) SELECT {columns}, user_id, "
-        "user_embedding FROM `p.raw_dev.two_tower_user_embedding_staging_launch1`;",
+        f"user_embedding FROM `p.raw_dev.two_tower_user_embedding_staging_launch1` WHERE {ours};",
         "DELETE FROM `p.raw_dev.two_tower_item_embedding` WHERE train_date = DATE '2026-03-01';",
         f"INSERT INTO `p.raw_dev.two_tower_item_embedding` ({columns}, item_id, item_embedding) SELECT {columns}, item_id, "
-        "item_embedding FROM `p.raw_dev.two_tower_item_embedding_staging_launch1`;",
-        "COMMIT TRANSACTION;",
+        f"item_embedding FROM `p.raw_dev.two_tower_item_embedding_staging_launch1` WHERE {ours};",
     ]
+    assert log.startswith("INSERT INTO `p.raw_dev.two_tower_embedding_log` (published_at, train_date, ")
+    assert "'user', SAFE_CONVERT_BYTES_TO_STRING(FROM_HEX('" in log
+    assert "10, 8, 0.5, 1.25, 2.0, 0, 352, 'crc32c:00000abc'" in log
+    assert "7, 8, 0.0, 1e-300, 1.5e+300, 2, 352, 'crc32c:00000abc'" in log
+    assert "DROP" not in log
+    assert commit == "COMMIT TRANSACTION;"
+
+
+def test_every_column_of_the_log_has_a_value():
+    entry = tables._log_entry(DESTINATION, TRAINING, TOWERS[0], "launch1", TALLIES["user"], "job")
+    assert [*entry] == [column.name for column in tables.LOG_SCHEMA]
+
+
+def test_the_tables_may_require_a_partition_filter():
+    for statement in [*script("fail").splitlines(), *script("keep").splitlines()]:
+        if "_embedding` WHERE" in statement:
+            assert "WHERE train_date = DATE '2026-03-01'" in statement
+    assert "WHERE train_date" in tables.partitions_sql("p.d.t")
+    assert "WHERE train_date" in tables.dimension_sql("p.d.t", "user")
+
+
+def test_staging_in_a_dataset_of_its_own():
+    elsewhere = Destination("p", "raw_dev", "EU", "two_tower", "q.scratch")
+    assert elsewhere.table("user") == "p.raw_dev.two_tower_user_embedding"
+    assert elsewhere.staging("user", "abc") == "q.scratch.two_tower_user_embedding_staging_abc"
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_text_is_letters_and_digits(value):
+    quoted = tables.text(value).removeprefix("SAFE_CONVERT_BYTES_TO_STRING(FROM_HEX('").removesuffix("'))")
+    assert bytes.fromhex(quoted).decode() == value
 
 
 @pytest.mark.parametrize("how", ["fail", "replace", "keep"])
 def test_the_publish_script_is_one_transaction(how):
-    statements = tables.publish_script(DESTINATION, ["user", "item"], RUN, "launch1", how).split(";\n")[:-1]
+    statements = script(how).split(";\n")[:-1]
     assert statements[0] == "BEGIN TRANSACTION"
     assert statements[-1] == "COMMIT TRANSACTION"
     assert statements[1].startswith("UPDATE `p.raw_dev.two_tower_embedding_lock`")
@@ -103,9 +153,9 @@ def test_literals():
 
 def test_the_first_version_can_be_used():
     assert tables.differences(table(FIRST_VERSION), "user") == []
-    missing = tables.missing_columns(table(FIRST_VERSION), "user")
+    missing = tables.missing_columns(table(FIRST_VERSION), tables.schema_fields("user"))
     assert [c.name for c in missing] == ["mlflow_experiment_id"]
-    assert tables.add_columns_sql("p.d.t", table(FIRST_VERSION[:5]), "user") == [
+    assert tables.add_columns_sql("p.d.t", table(FIRST_VERSION[:5]), tables.schema_fields("user")) == [
         "ALTER TABLE `p.d.t` ADD COLUMN IF NOT EXISTS mlflow_experiment_id STRING",
         "ALTER TABLE `p.d.t` ADD COLUMN IF NOT EXISTS user_embedding ARRAY<FLOAT64>",
     ]
@@ -113,7 +163,7 @@ def test_the_first_version_can_be_used():
 
 def test_our_own_table_can_be_used():
     assert tables.differences(table(tables.schema_fields("user")), "user") == []
-    assert tables.missing_columns(table(tables.schema_fields("user")), "user") == []
+    assert tables.missing_columns(table(tables.schema_fields("user")), tables.schema_fields("user")) == []
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,34 @@
 
 import dataclasses
 import pickle
+from datetime import date
 
 import apache_beam as beam
+import numpy as np
+import pyarrow as pa
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from beam_pipeline import metrics
+from beam_pipeline import metrics, transforms
 from beam_pipeline.errors import AuditError, BadIdError, BadVectorError, ChecksumError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import ids
+from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.ids import Piece
 from beam_pipeline.formats.saved_model import SavedModel
-from beam_pipeline.transforms import REPORTS, ReadTower, Report, expected_ids, read_piece, to_rows
+from beam_pipeline.formats.wire import Span
+from beam_pipeline.runs import Run, Training
+from beam_pipeline.transforms import REPORTS, ReadTower, Report, read_piece, tally, to_rows
 
 
 def tower_of(model, name):
     return SavedModel(str(model.folder), open_file).tower(name, f"{name}_layer")
+
+
+def training(*towers):
+    return [Training(Run("run", "", "", "", date(2026, 3, 1), ""), "", towers)]
 
 
 @pytest.fixture
@@ -31,8 +42,8 @@ def small_pieces(monkeypatch):
 def test_read_tower_emits_every_row(models, small_pieces, name, tower):
     model = models(name)
     with TestPipeline(runner=FnApiRunner()) as pipeline:
-        read = pipeline | ReadTower(tower_of(model, tower))
-        rows = read["batches"] | beam.FlatMap(to_rows, tower, {"day": 1})
+        read = pipeline | ReadTower({"run": tower_of(model, tower)})
+        rows = read["batches"] | beam.FlatMap(to_rows, tower, {"run": {"day": 1}})
         expected = [
             {"day": 1, f"{tower}_id": key, f"{tower}_embedding": vector} for key, vector in model.rows(tower).items()
         ]
@@ -42,7 +53,7 @@ def test_read_tower_emits_every_row(models, small_pieces, name, tower):
 def test_a_batch_is_pickled_as_its_source(models):
     tower = tower_of(models("plain"), "user")
     piece = list(ids.cut(tower, open_file, 8 << 20))[1]
-    batch, _ = read_piece(piece, tower, open_file)
+    batch, _ = read_piece("run", piece, tower, open_file)
     pickled = pickle.dumps(batch)
     assert len(pickled) < 2000
     assert pickle.loads(pickled).ids == batch.ids
@@ -51,28 +62,50 @@ def test_a_batch_is_pickled_as_its_source(models):
 
 def test_counters(models, small_pieces):
     pipeline = TestPipeline(runner=FnApiRunner())
-    _ = pipeline | ReadTower(tower_of(models("special"), "user"))
+    _ = pipeline | ReadTower({"run": tower_of(models("special"), "user")})
     result = pipeline.run()
     assert metrics.committed(result, "read-rows") == 150
     assert metrics.committed(result, "read-bytes") == 150 * 16
 
 
 def reports_of(tower, piece_bytes=500):
-    return [read_piece(piece, tower, open_file)[1] for piece in ids.cut(tower, open_file, piece_bytes)]
+    return [read_piece("run", piece, tower, open_file)[1] for piece in ids.cut(tower, open_file, piece_bytes)]
 
 
 def test_all_reports_together_give_the_number_of_ids(models):
     tower = tower_of(models("special"), "user")
     reports = reports_of(tower)
     assert len(reports) > 4
-    assert expected_ids(reversed(reports), [tower]) == {"user": 100}
+    assert tally(reversed(reports), training(tower))["run", "user"].ids == 100
+
+
+def test_the_norms(models):
+    for name in ("plain", "float64"):
+        tower = tower_of(models(name), "user")
+        norms = np.linalg.norm(models(name).vectors("user"), axis=1)
+        found = tally(reports_of(tower), training(tower))["run", "user"]
+        assert (found.norm_min, found.norm_max) == pytest.approx((norms.min(), norms.max()), rel=1e-14)
+        assert found.norm_mean == pytest.approx(norms.mean(), rel=1e-14)
+        assert found.zero_vectors == 0
+        assert found.bytes == tower.matrix.rows * tower.matrix.row_bytes
+
+
+def test_norms_at_the_edges():
+    tower = Tower("user", "", Matrix("", 0, 4, 2, "float64", 0), Vocabulary("", Span(0, 0), Encoding.LINES, 0))
+    names = pa.array([b"a", b"b", b"c", b"d"])
+    vectors = np.array([[0, -0.0], [3, 4], [1e200, 0], [1.7e308, 1.7e308]])
+    norms = transforms._checked_norms(vectors, names, Piece("user", 0, 4, None), tower)
+    assert (norms.smallest, norms.largest, norms.zeros) == (0.0, np.finfo(np.float64).max, 1)
+    vectors[2, 1] = np.nan
+    with pytest.raises(BadVectorError, match=r"id 'c' \(row 2\) holds NaN"):
+        transforms._checked_norms(vectors, names, Piece("user", 0, 4, None), tower)
 
 
 @pytest.mark.parametrize("change", [lambda r: r[1:], lambda r: r[:-1], lambda r: r[:2] + r[3:], lambda r: [*r, r[2]]])
 def test_a_report_that_is_missing_or_double(models, change):
     tower = tower_of(models("special"), "user")
     with pytest.raises(AuditError, match="rows"):
-        expected_ids(change(reports_of(tower)), [tower])
+        tally(change(reports_of(tower)), training(tower))
 
 
 def test_pieces_whose_checksums_do_not_add_up(models):
@@ -80,14 +113,14 @@ def test_pieces_whose_checksums_do_not_add_up(models):
     reports = reports_of(tower)
     reports[2] = dataclasses.replace(reports[2], crc32c=reports[2].crc32c ^ 1)
     with pytest.raises(ChecksumError, match="tower 'user' do not match the checkpoint's crc32c"):
-        expected_ids(reports, [tower])
+        tally(reports, training(tower))
 
 
 def test_the_first_problem_is_told_and_the_others_counted():
     problems = [BadIdError("second"), BadVectorError("first"), BadIdError("third")]
-    reports = [Report("user", row, problem=problem) for row, problem in zip([7, 3, 9], problems, strict=True)]
+    reports = [Report("run", "user", row, problem=problem) for row, problem in zip([7, 3, 9], problems, strict=True)]
     with pytest.raises(BadVectorError, match=r"^first \(and 2 more problems\)$"):
-        expected_ids(reports, [])
+        tally(reports, [])
 
 
 def test_a_problem_is_reported_not_raised(damaged, small_pieces):
@@ -102,7 +135,7 @@ def test_a_problem_is_reported_not_raised(damaged, small_pieces):
         ]
 
     with TestPipeline(runner=FnApiRunner()) as pipeline:
-        read = pipeline | ReadTower(tower_of(model, "item"))
+        read = pipeline | ReadTower({"run": tower_of(model, "item")})
         assert_that(read[REPORTS], check)
 
 
@@ -111,4 +144,4 @@ def test_an_empty_vocabulary(damaged):
     (model.folder / "assets" / "items.txt").write_bytes(b"")
     tower = tower_of(model, "item")
     with pytest.raises(BadIdError, match="tower 'item' has no ids"):
-        expected_ids(reports_of(tower), [tower])
+        tally(reports_of(tower), training(tower))
