@@ -1,11 +1,9 @@
 """Tagging MLflow runs with what the log says, after real jobs."""
 
+from job import MARCH_1, MARCH_2
 from mlflow.tracking import MlflowClient
-from test_job import MARCH_1, MARCH_2
 
 from beam_pipeline import tag
-
-pytest_plugins: list[str] = []
 
 
 def tags(store, run):
