@@ -12,14 +12,14 @@ from contextlib import ExitStack, closing
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
-from beam_pipeline import emulators, errors, metrics, preflight, publication
+from beam_pipeline import copies, emulators, errors, identity, metrics, preflight, publication
 from beam_pipeline.errors import ConfigError, PipelineError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.saved_model import SavedModel
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run, artifact_folder, find_run
+from beam_pipeline.runs import Run, find_model, find_run, readable_folder
 from beam_pipeline.terminal import Terminal
 
 
@@ -54,14 +54,22 @@ def run(config: Config) -> None:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
     terminal = Terminal()
+    identity.authorize(config.tracking_uri, config.tracking_audience)
     mlflow_run = find_run(
         run_id=config.run_id,
         experiment_name=config.experiment_name,
         run_name=config.run_name,
+        model_uri=config.model_uri,
         tracking_uri=config.tracking_uri,
     )
-    folder = artifact_folder(mlflow_run, config.artifact_path)
-    if not config.local and not folder.startswith("gs://"):
+    model = find_model(
+        mlflow_run,
+        artifact_path=config.artifact_path,
+        model_uri=config.model_uri,
+        tracking_uri=config.tracking_uri,
+    )
+    folder = readable_folder(model)
+    if not config.local and folder and not folder.startswith("gs://"):
         raise ConfigError(
             f"{config.runner} cannot read the local folder {folder} of run {mlflow_run.run_id}; use a run whose "
             "artifacts are on gs://, or --runner=DirectRunner"
@@ -78,7 +86,13 @@ def run(config: Config) -> None:
         cloud.project = _project(config, cloud)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        job = _plan(config, mlflow_run, folder, cloud)
+        token = uuid.uuid4().hex[:12]
+        if not folder:
+            to = publication.copies_folder(cloud.temp_location, token)
+            folder = stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal))
+        job = _plan(config, mlflow_run, folder, cloud, token)
+        if model.notable:
+            terminal.model(model)
         terminal.found(mlflow_run, job.towers, job.publication.destination)
         name = cloud.job_name or f"{publication.JOB_NAME}-{mlflow_run.run_id}"[:50]
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
@@ -91,7 +105,7 @@ def run(config: Config) -> None:
             terminal.submitted(pipeline.run(), config.runner)
 
 
-def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions) -> Job:
+def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions, token: str) -> Job:
     """Reads the model's towers and checks that they can be published; writes nothing."""
     with closing(SavedModel(folder, open_file)) as model:
         towers = tuple(
@@ -117,7 +131,7 @@ def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOption
         temp_location=cloud.temp_location,
         if_partition_taken=config.if_partition_taken,
         partition_expiration_days=config.partition_expiration_days,
-        token=uuid.uuid4().hex[:12],
+        token=token,
     )
     if config.warehouse:
         publication.discard_all(client, what)

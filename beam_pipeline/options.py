@@ -28,8 +28,10 @@ class Config:
     run_id: str | None = None
     experiment_name: str | None = None
     run_name: str | None = None
+    model_uri: str | None = None
     tracking_uri: str | None = None
-    artifact_path: str = "model"
+    tracking_audience: str | None = None
+    artifact_path: str | None = None
     towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
     env: str = "dev"
     project: str | None = None
@@ -82,13 +84,24 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("--version", action="version", version=__version__)
-    model = result.add_argument_group("which model (one of the two)")
+    model = result.add_argument_group("which model (one of the three)")
     model.add_argument("--run_id", help="MLflow run")
     model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run")
     model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
+    model.add_argument(
+        "--model_uri", help="MLflow model: runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID"
+    )
     model.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
     model.add_argument(
-        "--artifact_path", default="model", help="model folder inside the run's artifacts (default: %(default)s)"
+        "--tracking_audience",
+        metavar="AUDIENCE",
+        help="the tracking server is behind Google IAP (AUDIENCE is its client id) or on Cloud Run (its URL): send it "
+        "an identity token",
+    )
+    model.add_argument(
+        "--artifact_path",
+        help="the model's folder inside the run's artifacts, or the name it was logged by (default: model, or the "
+        "run's only model)",
     )
     model.add_argument(
         "--tower",
@@ -151,8 +164,10 @@ def parse(argv: Sequence[str]) -> Config:
     ours = parser()
     found, rest = ours.parse_known_args(list(argv))
     _refuse_unknown(ours, rest)
-    if not found.run_id and not found.experiment_name:
-        ours.error("name the model: --run_id=ID, or --experiment_name=NAME for its latest FINISHED run")
+    if not found.run_id and not found.experiment_name and not found.model_uri:
+        ours.error("name the model: --run_id=ID, or --experiment_name=NAME for its latest FINISHED run, or --model_uri")
+    if found.model_uri and (found.run_id or found.experiment_name or found.run_name or found.artifact_path is not None):
+        ours.error("--model_uri names one model; leave out --run_id, --experiment_name, --run_name and --artifact_path")
     if found.run_id and (found.experiment_name or found.run_name):
         ours.error("--run_id names one run; leave out --experiment_name and --run_name")
     towers = _towers(ours, found.tower)
@@ -173,8 +188,10 @@ def parse(argv: Sequence[str]) -> Config:
         run_id=found.run_id,
         experiment_name=found.experiment_name,
         run_name=found.run_name,
+        model_uri=found.model_uri,
         tracking_uri=found.tracking_uri,
-        artifact_path=found.artifact_path.strip("/"),
+        tracking_audience=found.tracking_audience,
+        artifact_path=found.artifact_path and found.artifact_path.strip("/"),
         towers=towers,
         env=found.env,
         project=project,
