@@ -13,14 +13,15 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 from google.cloud import bigquery
 
-from beam_pipeline import emulators, errors, metrics, preflight, publication, tag
-from beam_pipeline.errors import ConfigError, PipelineError
+from beam_pipeline import copies, emulators, errors, identity, metrics, preflight, publication, tag
+from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError, PipelineError, RunNotFoundError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.saved_model import SavedModel
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run, Training, artifact_folder, find_run
+from beam_pipeline.runs import Run, Training, choose, find_model, find_run, find_runs, readable_folder
+from beam_pipeline.tables import Destination
 from beam_pipeline.terminal import Terminal
 
 
@@ -49,24 +50,14 @@ def _stopped(message: str, code: int) -> int:
 
 
 def run(config: Config) -> None:
-    """Finds the model, checks the destination, runs the job.
+    """Finds the models, checks the destination, runs the job.
 
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
-    terminal = Terminal()
-    mlflow_run = find_run(
-        run_id=config.run_id,
-        experiment_name=config.experiment_name,
-        run_name=config.run_name,
-        tracking_uri=config.tracking_uri,
-    )
-    folder = artifact_folder(mlflow_run, config.artifact_path)
-    if not config.local and not folder.startswith("gs://"):
-        raise ConfigError(
-            f"{config.runner} cannot read the local folder {folder} of run {mlflow_run.run_id}; use a run whose "
-            "artifacts are on gs://, or --runner=DirectRunner"
-        )
+    terminal = Terminal(as_json=config.plan == "json")
+    identity.authorize(config.tracking_uri, config.tracking_audience)
+    found = _find_runs(config)
     with ExitStack() as stack:
         options = _beam_options(config)
         cloud = options.view_as(GoogleCloudOptions)
@@ -79,28 +70,50 @@ def run(config: Config) -> None:
         cloud.project = _project(config, cloud)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
+        destination = _find_destination(config, cloud.project)
+        client = publication.make_client(destination, config.kms_key)
+        runs = _without_published(config, found, client, destination, terminal)
+        if not runs:
+            terminal.nothing_to_do(len(found))
+            return
         token = uuid.uuid4().hex[:12]
-        name = cloud.job_name or f"{publication.JOB_NAME}-{mlflow_run.run_id}"[:50]
+        of_what = runs[0].run_id if len(runs) == 1 else f"experiment-{runs[0].experiment_id}"
+        name = cloud.job_name or f"{publication.JOB_NAME}-{of_what}"[:50]
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
         cloud.job_name = f"{name}-{token}" if config.local else name
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
-        job = _prepare(config, mlflow_run, folder, cloud, token)
-        client = publication.make_client(job.publication.destination, job.publication)
+        copies_to = publication.copies_folder(cloud.temp_location, token)
+        trainings = [training for run in runs if (training := _read_model(config, run, copies_to, stack, terminal))]
+        if not trainings:
+            raise RunNotFoundError(f"none of {len(runs):,} runs of experiment {config.experiment_name!r} has a model")
+        what = Publication(
+            destination=destination,
+            trainings=tuple(trainings),
+            temp_location=cloud.temp_location,
+            if_partition_taken=config.if_partition_taken,
+            token=token,
+            job_name=cloud.job_name,
+            partition_expiration_days=config.partition_expiration_days,
+            require_partition_filter=config.require_partition_filter,
+            kms_key=config.kms_key,
+        )
         findings = preflight.examine(
             client,
-            job.publication,
+            what,
             allow_dimension_change=config.allow_dimension_change,
             distributed=not config.local,
         )
-        terminal.report(job.publication, findings, as_json=config.plan == "json")
-        if config.plan and config.plan != "json":
-            terminal.sql(job.publication)
+        terminal.report(what, findings)
+        if config.plan:
+            terminal.sql(what)
         if findings.error:
             raise findings.error
         if config.plan:
+            publication.discard_copy(what.copy)
             return
         if config.warehouse:
-            publication.discard_all(client, job.publication)
+            publication.discard_all(client, what)
+        job = Job(what, config.writer)
         if config.local:
             _run_here(job, options, terminal)
             if config.tag_run:
@@ -111,32 +124,79 @@ def run(config: Config) -> None:
             terminal.submitted(pipeline.run(), config.runner)
 
 
-def _prepare(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions, token: str) -> Job:
-    """Reads the model's towers and finds where they go; writes nothing."""
-    with closing(SavedModel(folder, open_file)) as model:
-        towers = tuple(
-            model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
+def _find_runs(config: Config) -> list[Run]:
+    """Returns the run that is meant, or all of an experiment, oldest first."""
+    if config.all_runs:
+        return find_runs(
+            config.experiment_name or "",
+            run_name=config.run_name,
+            since=config.since,
+            until=config.until,
+            tracking_uri=config.tracking_uri,
         )
+    return [
+        find_run(
+            run_id=config.run_id,
+            experiment_name=config.experiment_name,
+            run_name=config.run_name,
+            model_uri=config.model_uri,
+            tracking_uri=config.tracking_uri,
+        )
+    ]
+
+
+def _find_destination(config: Config, project: str) -> Destination:
     staging = config.staging_dataset
-    destination = preflight.find_destination(
-        cloud.project,
+    return preflight.find_destination(
+        project,
         config.dataset,
         config.table_prefix,
-        staging_dataset=staging and (staging if "." in staging else f"{cloud.project}.{staging}"),
+        staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
         make_dataset=bool(config.warehouse),
     )
-    what = Publication(
-        destination=destination,
-        trainings=(Training(mlflow_run, folder, towers),),
-        temp_location=cloud.temp_location,
-        if_partition_taken=config.if_partition_taken,
-        token=token,
-        job_name=cloud.job_name,
-        partition_expiration_days=config.partition_expiration_days,
-        require_partition_filter=config.require_partition_filter,
-        kms_key=config.kms_key,
-    )
-    return Job(what, config.writer)
+
+
+def _without_published(
+    config: Config, runs: list[Run], client: bigquery.Client, destination: Destination, terminal: Terminal
+) -> list[Run]:
+    """Returns those of the runs that are to be published; one that was named itself is published again."""
+    if not config.all_runs:
+        return runs
+    days = [run.train_date for run in runs]
+    there = [preflight.partitions(client, destination.table(tower), min(days), max(days)) for tower in config.towers]
+    published = {run.run_id for run in runs if all(run.run_id in found.get(run.train_date, {}) for found in there)}
+    left, superseded = choose(runs, published, config.if_partition_taken)
+    for run, later in superseded:
+        terminal.left_out(run, f"run {later.run_id} of the same date takes its place (--if_partition_taken=replace)")
+    terminal.chosen(len(left), len(published))
+    return left
+
+
+def _read_model(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> Training | None:
+    """Returns the run's training, its model copied if workers could not read it; None if it is left out."""
+    try:
+        model = find_model(
+            run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
+        )
+        folder = readable_folder(model)
+        if not config.local and folder and not folder.startswith("gs://"):
+            raise ConfigError(
+                f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
+                "artifacts are on gs://, or --runner=DirectRunner"
+            )
+        if not folder:
+            to = f"{copies_to}/{run.run_id}"
+            folder = stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal))
+        with closing(SavedModel(folder, open_file)) as artifact:
+            towers = tuple(
+                artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
+            )
+    except (ArtifactMissingError, NotAModelError) as error:
+        if not config.all_runs:
+            raise
+        terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.
+        return None
+    return Training(run, readable_folder(model) or model.uri, towers)
 
 
 def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
@@ -150,7 +210,7 @@ def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
     except BaseException as error:
         job_name = options.view_as(GoogleCloudOptions).job_name
         try:
-            client = publication.make_client(job.publication.destination, job.publication)
+            client = publication.make_client(job.publication.destination, job.publication.kms_key)
             publication.discard(client, job.publication, job_name)
         except Exception as left:  # What stopped the job is what has to be told.
             logging.getLogger(__name__).warning("staging tables and load files are left, they expire: %s", left)

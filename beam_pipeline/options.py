@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import NoReturn
 
 from beam_pipeline import __version__
@@ -29,8 +30,13 @@ class Config:
     run_id: str | None = None
     experiment_name: str | None = None
     run_name: str | None = None
+    model_uri: str | None = None
+    all_runs: bool = False
+    since: date | None = None
+    until: date | None = None
     tracking_uri: str | None = None
-    artifact_path: str = "model"
+    tracking_audience: str | None = None
+    artifact_path: str | None = None
     towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
     env: str = "dev"
     project: str | None = None
@@ -91,6 +97,12 @@ def base_parser(prog: str, description: str, epilog: str | None = None) -> argpa
 def add_tracking(group: argparse._ActionsContainer) -> None:
     """Adds the flags that say where MLflow is."""
     group.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
+    group.add_argument(
+        "--tracking_audience",
+        metavar="AUDIENCE",
+        help="the tracking server is behind Google IAP (AUDIENCE is its client id) or on Cloud Run (its URL): send it "
+        "an identity token",
+    )
 
 
 def add_destination(group: argparse._ActionsContainer) -> None:
@@ -125,13 +137,26 @@ def parser() -> argparse.ArgumentParser:
         _EPILOG,
     )
     result.add_argument("--version", action="version", version=__version__)
-    model = result.add_argument_group("which model (one of the two)")
+    model = result.add_argument_group("which model (one of the three)")
     model.add_argument("--run_id", help="MLflow run")
     model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run")
     model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
+    model.add_argument(
+        "--model_uri", help="MLflow model: runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID"
+    )
+    model.add_argument(
+        "--all_runs",
+        action="store_true",
+        help="with --experiment_name: every FINISHED run (of --run_name), each into its own partition, in one job; "
+        "runs that are published already are left out",
+    )
+    model.add_argument("--since", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or later")
+    model.add_argument("--until", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or earlier")
     add_tracking(model)
     model.add_argument(
-        "--artifact_path", default="model", help="model folder inside the run's artifacts (default: %(default)s)"
+        "--artifact_path",
+        help="the model's folder inside the run's artifacts, or the name it was logged by (default: model, or the "
+        "run's only model)",
     )
     model.add_argument(
         "--tower",
@@ -215,10 +240,18 @@ def parse(argv: Sequence[str]) -> Config:
     ours = parser()
     found, rest = ours.parse_known_args(list(argv))
     _refuse_unknown(ours, rest)
-    if not found.run_id and not found.experiment_name:
-        ours.error("name the model: --run_id=ID, or --experiment_name=NAME for its latest FINISHED run")
+    if not found.run_id and not found.experiment_name and not found.model_uri:
+        ours.error("name the model: --run_id=ID, or --experiment_name=NAME for its latest FINISHED run, or --model_uri")
+    if found.model_uri and (found.run_id or found.experiment_name or found.run_name or found.artifact_path is not None):
+        ours.error("--model_uri names one model; leave out --run_id, --experiment_name, --run_name and --artifact_path")
     if found.run_id and (found.experiment_name or found.run_name):
         ours.error("--run_id names one run; leave out --experiment_name and --run_name")
+    if found.all_runs and not found.experiment_name:
+        ours.error("--all_runs is of an experiment: name it with --experiment_name")
+    if (found.since or found.until) and not found.all_runs:
+        ours.error("--since and --until choose among --all_runs")
+    if found.since and found.until and found.since > found.until:
+        ours.error(f"--since={found.since} is after --until={found.until}")
     towers = _towers(ours, found.tower)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
@@ -231,8 +264,13 @@ def parse(argv: Sequence[str]) -> Config:
         run_id=found.run_id,
         experiment_name=found.experiment_name,
         run_name=found.run_name,
+        model_uri=found.model_uri,
+        all_runs=found.all_runs,
+        since=found.since,
+        until=found.until,
         tracking_uri=found.tracking_uri,
-        artifact_path=found.artifact_path.strip("/"),
+        tracking_audience=found.tracking_audience,
+        artifact_path=found.artifact_path and found.artifact_path.strip("/"),
         towers=towers,
         env=found.env,
         project=project,
@@ -257,6 +295,13 @@ def parse(argv: Sequence[str]) -> Config:
     if config.warehouse and config.env != "dev":
         ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
     return config
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
 
 
 def _towers(ours: argparse.ArgumentParser, given: list[str] | None) -> dict[str, str]:

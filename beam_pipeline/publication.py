@@ -127,12 +127,27 @@ class Publication:
         """Folder for the load files of this pipeline."""
         return f"{self.all_load_files}/{self.token}"
 
+    @property
+    def all_copies(self) -> str:
+        """Folder for the models that workers cannot read where they are, of every pipeline with this temp location."""
+        return copies_folder(self.temp_location)
 
-def make_client(destination: Destination, publication: Publication | None = None) -> bigquery.Client:
-    """Returns a client whose jobs run where the dataset is, and carry the publication's labels and key."""
+    @property
+    def copy(self) -> str:
+        """Folder for this pipeline's copy of its model, if it needs one."""
+        return copies_folder(self.temp_location, self.token)
+
+
+def copies_folder(temp_location: str, token: str = "") -> str:
+    """Returns the folder for copies of models, or that of the pipeline with this token."""
+    return f"{temp_location.rstrip('/')}/embedding_artifacts/{token}".rstrip("/")
+
+
+def make_client(destination: Destination, kms_key: str | None = None) -> bigquery.Client:
+    """Returns a client whose jobs run where the dataset is, carry our labels, and encrypt results with the key."""
     config = bigquery.QueryJobConfig(labels=LABELS)
-    if publication and publication.encryption:
-        config.destination_encryption_configuration = publication.encryption
+    if kms_key:
+        config.destination_encryption_configuration = bigquery.EncryptionConfiguration(kms_key)
     return bigquery.Client(project=destination.project, location=destination.location, default_query_job_config=config)
 
 
@@ -307,7 +322,7 @@ def _publish(client: bigquery.Client, run: Run, job_prefix: str, script: str, sl
 
 
 def clean(client: bigquery.Client, publication: Publication, launch: str, load_files: Iterable[str]) -> None:
-    """Drops the staging tables and the load files of a launch, and load files that dead launches left.
+    """Drops the staging tables, the load files and the copied model of a launch, and files that dead launches left.
 
     Args:
         client: for the dataset.
@@ -320,7 +335,9 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
     # <root>/bq_load/<uuid>/<table>/<file>: a failed bundle's files lie beside those that were loaded.
     for folder in {path.rsplit("/", 2)[0] for path in load_files}:
         _delete_files(folder)
-    _delete_files(publication.all_load_files, older_than=STAGING_LIFE)
+    _delete_files(publication.copy)
+    for folder in (publication.all_load_files, publication.all_copies):
+        _delete_files(folder, older_than=STAGING_LIFE)
 
 
 def discard(client: bigquery.Client, publication: Publication, job_name: str) -> None:
@@ -333,12 +350,19 @@ def discard(client: bigquery.Client, publication: Publication, job_name: str) ->
     """
     _drop_staging(client, publication, publication.token, job_name)
     _delete_files(publication.load_files)
+    _delete_files(publication.copy)
 
 
 def discard_all(client: bigquery.Client, publication: Publication) -> None:
-    """Removes what any launch has left; for the embedded warehouse, where no other runs and nothing expires."""
+    """Removes what any other launch has left; for the embedded warehouse, where no other runs and nothing expires."""
     _drop_staging(client, publication, "", JOB_NAME)
     _delete_files(publication.all_load_files)
+    _delete_files(publication.all_copies, but=publication.copy)
+
+
+def discard_copy(folder: str) -> None:
+    """Removes a copied model; a missing one is fine."""
+    _delete_files(folder)
 
 
 def _keys(publication: Publication) -> list[tuple[Run, str]]:
@@ -422,13 +446,14 @@ def _published(client: bigquery.Client, launch: str) -> bool:
     return False
 
 
-def _delete_files(folder: str, older_than: timedelta | None = None) -> None:
+def _delete_files(folder: str, older_than: timedelta | None = None, but: str = "") -> None:
     found = FileSystems.match([f"{folder}/**"])[0].metadata_list
     latest = time.time() - older_than.total_seconds() if older_than else None
     paths = [
         file.path
         for file in found
-        if latest is None or (file.last_updated_in_seconds and file.last_updated_in_seconds < latest)
+        if (latest is None or (file.last_updated_in_seconds and file.last_updated_in_seconds < latest))
+        and not (but and file.path.startswith(f"{but}/"))
     ]
     if paths:
         FileSystems.delete(paths)

@@ -7,66 +7,116 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TextIO
 
 from beam_pipeline import STARTED, metrics, tables
 from beam_pipeline.preflight import Findings
 from beam_pipeline.publication import Publication
+from beam_pipeline.runs import Run
 from beam_pipeline.transforms import Tally
 
 _EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
 
 
 class Terminal:
-    """Prints to stdout; Beam's own lines go to stderr, where a supervising process finds them."""
+    """Prints to stdout; Beam's own lines go to stderr, where a supervising process finds them.
 
-    def __init__(self) -> None:
+    With `as_json` stdout is the report's alone, and all else goes to stderr.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self._as_json = as_json
         logging.basicConfig()
         # At a terminal Beam's INFO lines would bury everything else.
         logging.getLogger().setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
         for chatty in ("google.auth", "urllib3", "alembic", "mlflow"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
 
-    def report(self, publication: Publication, findings: Findings, *, as_json: bool = False) -> None:
+    def report(self, publication: Publication, findings: Findings) -> None:
         """Prints what is going to be historized, and what was checked before; as JSON with the SQL."""
-        if as_json:
+        if self._as_json:
             print(json.dumps(_as_json(publication, findings), indent=2, ensure_ascii=False), flush=True)
             return
         destination = publication.destination
-        for training in publication.trainings:
+        for number, training in enumerate(publication.trainings):
             run = training.run
-            print(f"experiment  {run.experiment_name}")
-            print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
-            print(f"model       {training.model_uri}")
+            if not number:
+                self._print(f"experiment  {run.experiment_name}")
+            self._print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
+            self._print(f"model       {training.model_uri}")
             for tower in training.towers:
                 matrix = tower.matrix
-                print(
+                self._print(
                     f"{tower.name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
                     f"{destination.table(tower.name)}",
                 )
         width = max(len(line.check) for line in findings.lines)
         for line in findings.lines:
-            print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
-        sys.stdout.flush()
+            self._print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
+        self._out.flush()
 
     def sql(self, publication: Publication) -> None:
         """Prints the SQL that the job would run."""
-        print(f"\n{_sql(publication)}", end="", flush=True)
+        if not self._as_json:
+            self._print(f"\n{_sql(publication)}", end="", flush=True)
 
     def submitted(self, result: Any, runner: str) -> None:
         """Prints where the job runs, which goes on without this process."""
         # Dataflow's result has a job; where --template_location asked for a description instead, it has none.
         job = f", job {result.job_id()}" if getattr(result, "has_job", False) else ""
-        print(f"submitted   to {runner}{job}", flush=True)
+        self._print(f"submitted   to {runner}{job}", flush=True)
 
-    @contextmanager
-    def progress(self, publication: Publication) -> Iterator[None]:
+    def progress(self, publication: Publication) -> AbstractContextManager[None]:
         """Shows rows done of total and rows per second while the job runs in this process."""
         total = sum(tower.matrix.rows for training in publication.trainings for tower in training.towers)
+        before = metrics.in_this_process("read-rows")  # of an earlier job in this process
+
+        def line(rows: int, seconds: float) -> str:
+            return f"rows        {rows:,} of {total:,} ({rows / max(total, 1):.0%}), {rows / seconds:,.0f} rows/s"
+
+        return self._progress(lambda: metrics.in_this_process("read-rows") - before, line)
+
+    def copying(self, files: int, size: int, to: str, done: Callable[[], int]) -> AbstractContextManager[None]:
+        """Shows bytes done of `size` while a model of so many files is copied."""
+        self._print(f"copying     {files:,} files, {_megabytes(size)}, to {to}", flush=True)
+
+        def line(copied: int, seconds: float) -> str:
+            return (
+                f"copied      {_megabytes(copied)} of {_megabytes(size)} ({copied / max(size, 1):.0%}), "
+                f"{_megabytes(copied / seconds)}/s"
+            )
+
+        return self._progress(done, line)
+
+    def left_out(self, run: Run, reason: str) -> None:
+        """Prints that a run of --all_runs is left out, and why."""
+        self._print(f"left out    {run.train_date} {run.run_name} ({run.run_id}): {reason}", flush=True)
+
+    def chosen(self, count: int, published: int) -> None:
+        """Prints how many runs of --all_runs are to be published."""
+        self._print(f"runs        {count:,} to publish, {published:,} published already", flush=True)
+
+    def nothing_to_do(self, count: int) -> None:
+        """Prints that every run is published already."""
+        self._print(f"done        nothing to do: {count:,} runs are published already", flush=True)
+
+    def summary(self, publication: Publication, rows: Mapping[str, int]) -> None:
+        """Prints what was published: rows per tower, partitions, seconds since the process began."""
+        days = sorted({training.run.train_date for training in publication.trainings})
+        where = f"partition {days[0]}" if len(days) == 1 else f"{len(days):,} partitions {days[0]} to {days[-1]}"
+        for tower, count in rows.items():
+            self._print(f"published   {publication.destination.table(tower)}, {where}: {count:,} rows")
+        first = metrics.first_in_this_process("read-bytes") - STARTED
+        self._print(
+            f"done        in {time.monotonic() - STARTED:.1f} s, the first vectors read after {first:.1f} s", flush=True
+        )
+
+    @contextmanager
+    def _progress(self, count: Callable[[], int], line: Callable[[int, float], str]) -> Iterator[None]:
         done = threading.Event()
-        thread = threading.Thread(target=self._show_progress, args=(total, done), daemon=True)
+        thread = threading.Thread(target=self._show_progress, args=(count, line, done), daemon=True)
         thread.start()
         try:
             yield
@@ -74,37 +124,34 @@ class Terminal:
             done.set()
             thread.join()
 
-    def summary(self, publication: Publication, rows: Mapping[str, int]) -> None:
-        """Prints what was published: rows per tower, partitions, seconds since the process began."""
-        days = sorted({training.run.train_date for training in publication.trainings})
-        where = f"partition {days[0]}" if len(days) == 1 else f"{len(days):,} partitions {days[0]} to {days[-1]}"
-        for tower, count in rows.items():
-            print(f"published   {publication.destination.table(tower)}, {where}: {count:,} rows")
-        first = metrics.first_in_this_process("read-bytes") - STARTED
-        print(
-            f"done        in {time.monotonic() - STARTED:.1f} s, the first vectors read after {first:.1f} s", flush=True
-        )
-
-    def _show_progress(self, total: int, done: threading.Event) -> None:
-        live = sys.stdout.isatty()
+    def _show_progress(
+        self, count: Callable[[], int], line: Callable[[int, float], str], done: threading.Event
+    ) -> None:
+        """Prints `line(count, seconds)` whenever the count has changed, until `done`."""
+        live = self._out.isatty()
         started, shown = time.monotonic(), -1
-        before = metrics.in_this_process("read-rows")  # of an earlier job in this process
         while True:
             finished = done.wait(_EVERY_TERMINAL if live else _EVERY_LOG)
-            rows = metrics.in_this_process("read-rows") - before
-            if rows == shown and not (finished and live):
+            now = count()
+            if now == shown and not (finished and live):
                 if finished:
                     return
                 continue
-            shown = rows
-            rate = rows / max(time.monotonic() - started, 1e-9)
-            line = f"rows        {rows:,} of {total:,} ({rows / max(total, 1):.0%}), {rate:,.0f} rows/s"
+            shown = now
+            text = line(now, max(time.monotonic() - started, 1e-9))
             if live:
-                print(f"\r\x1b[K{line}", end="\n" if finished else "", flush=True)
+                self._print(f"\r\x1b[K{text}", end="\n" if finished else "", flush=True)
             else:
-                print(line, flush=True)
+                self._print(text, flush=True)
             if finished:
                 return
+
+    @property
+    def _out(self) -> TextIO:
+        return sys.stderr if self._as_json else sys.stdout
+
+    def _print(self, text: str, *, end: str = "\n", flush: bool = False) -> None:
+        print(text, end=end, flush=flush, file=self._out)
 
 
 def _sql(publication: Publication) -> str:
@@ -151,3 +198,7 @@ def _as_json(publication: Publication, findings: Findings) -> dict[str, Any]:
         "findings": [{"check": line.check, "status": line.status, "text": line.text} for line in findings.lines],
         "sql": _sql(publication),
     }
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"

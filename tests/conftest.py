@@ -94,7 +94,12 @@ class Store:
         experiment_id = self.experiment_id
         if experiment or bucket:
             root = "gs://warehouse/mlflow" if bucket else f"file://{self._folder}/{experiment}"
-            experiment_id = self._client.create_experiment(experiment or f"on a bucket {name}", root)
+            there = self._client.get_experiment_by_name(experiment or f"on a bucket {name}")
+            experiment_id = (
+                there.experiment_id
+                if there
+                else self._client.create_experiment(experiment or f"on a bucket {name}", root)
+            )
         run = self._client.create_run(experiment_id, start_time=int(start.timestamp() * 1000), run_name=name)
         self._client.log_artifacts(run.info.run_id, str(model.folder), "model")
         if status != "RUNNING":
