@@ -499,9 +499,9 @@ def test_weights_cut_while_the_job_runs(job, store, models, tmp_path):
     hook = """
 from beam_pipeline import transforms
 original = transforms.read_piece
-def read_piece(piece, tower, open_file):
+def read_piece(run_id, piece, tower, open_file):
     open(tower.matrix.path, "r+b").truncate(1000)
-    return original(piece, tower, open_file)
+    return original(run_id, piece, tower, open_file)
 transforms.read_piece = read_piece
 """
     process = job.hooked(tmp_path, hook, run)
