@@ -1,18 +1,17 @@
 """The transforms: pieces of a vocabulary in, batches of rows and reports out. Wiring only; formats are elsewhere."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 
-from beam_pipeline import crc32c, metrics
+from beam_pipeline import checksums, metrics
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -22,8 +21,9 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.files import OpenFile, open_file
 from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Tower
+from beam_pipeline.formats.artifact import Checksum, Tower
 from beam_pipeline.formats.ids import Piece
+from beam_pipeline.formats.wire import Span
 
 REPORTS = "reports"
 
@@ -65,8 +65,8 @@ class Report:
         tower: name of the tower.
         first_row, rows: rows of the matrix that were read; 0 rows if none could be.
         ids: how many of them belong to ids.
-        bytes: bytes of vectors.
-        crc32c: checksum of these bytes.
+        offset, bytes: where in the matrix's file they lie, and how many bytes they are.
+        crc: checksum of these bytes, by the algorithm of the matrix's.
         problem: what is wrong, if anything is.
     """
 
@@ -74,8 +74,9 @@ class Report:
     first_row: int
     rows: int = 0
     ids: int = 0
+    offset: int = 0
     bytes: int = 0
-    crc32c: int = 0
+    crc: int = 0
     problem: PipelineError | None = None
 
 
@@ -86,10 +87,13 @@ def read_piece(piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch |
         PipelineError: anything that is wrong with its bytes.
     """
     matrix = tower.matrix
+    start = matrix.offset + piece.first_row * matrix.row_bytes
+    span = piece.rest or Span(start, start + piece.rows * matrix.row_bytes)
     with open_file(matrix.path) as file:
-        raw = file.read(matrix.offset + piece.first_row * matrix.row_bytes, piece.rows * matrix.row_bytes)
+        raw = file.read(span.start, span.end - span.start)
     names = ids.read(piece, tower, open_file)
-    report = Report(tower.name, piece.first_row, piece.rows, len(names), len(raw), google_crc32c.value(raw))
+    crc = checksums.value(matrix.checksum.algorithm, raw)
+    report = Report(tower.name, piece.first_row, piece.rows, len(names), span.start, len(raw), crc)
     if not len(names):
         return None, report
     vectors = matrix.decode(raw)
@@ -217,12 +221,12 @@ def to_rows(batch: Batch, tower: str, constants: dict[str, Any]) -> Iterator[dic
         yield {**constants, f"{tower}_id": name, f"{tower}_embedding": vector}
 
 
-def expected_ids(reports: Iterable[Report], towers: Iterable[Tower]) -> dict[str, int]:
+def expected_ids(reports: Iterable[Report], towers: Sequence[Tower]) -> dict[str, int]:
     """Returns the number of ids of each tower, once all reports together are the whole of every matrix.
 
     Raises:
         PipelineError: the first problem of the reports, in row order.
-        ChecksumError: the bytes of a matrix do not match the artifact's checksum.
+        ChecksumError: the bytes that were read do not match the artifact's checksum.
         AuditError: reports are missing or double.
     """
     ordered = sorted(reports, key=lambda report: (report.tower, report.first_row))
@@ -231,21 +235,40 @@ def expected_ids(reports: Iterable[Report], towers: Iterable[Tower]) -> dict[str
         more = f" (and {len(problems) - 1:,} more problems)" if len(problems) > 1 else ""
         raise type(problems[0])(f"{problems[0]}{more}")
     expected = {}
+    read: dict[tuple[str, Checksum], set[tuple[int, int, int]]] = {}
     for tower in towers:
+        matrix = tower.matrix
         own = [report for report in ordered if report.tower == tower.name]
+        rows = [report for report in own if report.rows]
         row = 0
-        for report in own:
+        for report in rows:
             if report.first_row != row:
                 raise AuditError(f"tower {tower.name!r}: rows {row:,} to {report.first_row:,} were not read once")
             row += report.rows
-        if row != tower.matrix.rows:
-            raise AuditError(f"tower {tower.name!r}: {row:,} of {tower.matrix.rows:,} rows were read")
-        if crc32c.combine((report.crc32c, report.bytes) for report in own) != tower.matrix.crc32c:
-            raise ChecksumError(
-                f"{tower.matrix.path}: the embeddings of tower {tower.name!r} do not match the checkpoint's crc32c; "
-                "the file was damaged after the training: log the model again"
-            )
+        if row != matrix.rows:
+            raise AuditError(f"tower {tower.name!r}: {row:,} of {matrix.rows:,} rows were read")
+        crc = checksums.combine(matrix.checksum.algorithm, ((report.crc, report.bytes) for report in rows))
+        # A set: towers that share a matrix read it once each.
+        spans = read.setdefault((matrix.path, matrix.checksum), set())
+        spans.add((matrix.offset, matrix.rows * matrix.row_bytes, crc))
+        spans.update((report.offset, report.bytes, report.crc) for report in own if not report.rows)
         expected[tower.name] = sum(report.ids for report in own)
         if not expected[tower.name]:
             raise BadIdError(f"tower {tower.name!r} has no ids: its vocabulary is empty; train it with one")
+    for (path, checksum), spans in read.items():
+        names = ", ".join(repr(t.name) for t in towers if (t.matrix.path, t.matrix.checksum) == (path, checksum))
+        at = checksum.span.start
+        for offset, length, _ in sorted(spans):
+            if offset > at:
+                raise AuditError(f"tower {names}: bytes {at:,} to {offset:,} of {path} were not read")
+            at = offset + length
+        whole = checksums.combine(checksum.algorithm, ((crc, length) for _, length, crc in sorted(spans)))
+        # The length, too: bytes that were read twice, and otherwise each time, would be there twice.
+        if sum(length for _, length, _ in spans) != at - checksum.span.start or whole != checksum.value:
+            raise ChecksumError(
+                f"{path}: the embeddings of tower {names} do not match the checkpoint's {checksum.algorithm}; "
+                "the file was damaged after the training: log the model again"
+            )
+        if at != checksum.span.end:
+            raise AuditError(f"tower {names}: bytes {at:,} to {checksum.span.end:,} of {path} were not read")
     return expected

@@ -78,7 +78,7 @@ def test_a_report_that_is_missing_or_double(models, change):
 def test_pieces_whose_checksums_do_not_add_up(models):
     tower = tower_of(models("special"), "user")
     reports = reports_of(tower)
-    reports[2] = dataclasses.replace(reports[2], crc32c=reports[2].crc32c ^ 1)
+    reports[2] = dataclasses.replace(reports[2], crc=reports[2].crc ^ 1)
     with pytest.raises(ChecksumError, match="tower 'user' do not match the checkpoint's crc32c"):
         expected_ids(reports, [tower])
 
