@@ -15,7 +15,8 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from beam_pipeline import emulators, errors, metrics, preflight, publication
 from beam_pipeline.errors import ConfigError, PipelineError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats.artifact import cover
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
@@ -93,9 +94,9 @@ def run(config: Config) -> None:
 
 def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions) -> Job:
     """Reads the model's towers and checks that they can be published; writes nothing."""
-    with closing(SavedModel(folder, open_file)) as model:
-        towers = tuple(
-            model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
+    with closing(open_artifact(folder, open_file, config.towers.values())) as model:
+        towers = cover(
+            [model.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()]
         )
     destination = preflight.find_destination(
         cloud.project, config.dataset, config.table_prefix, make_dataset=bool(config.warehouse)
