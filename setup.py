@@ -40,6 +40,9 @@ setup(
         "launcher": [
             # Resolves the run, its experiment and its artifact.
             "mlflow>=3.1",
+            # Finds the matrices in a .keras file's HDF5 part. Pure Python: a crafted file raises, where the C library
+            # behind h5py can crash the process.
+            "pyfive>=1.1",
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
             "setuptools>=64",
         ],

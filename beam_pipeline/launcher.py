@@ -16,7 +16,8 @@ from google.cloud import bigquery
 from beam_pipeline import copies, emulators, errors, identity, metrics, preflight, publication, tag
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError, PipelineError, RunNotFoundError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats.artifact import cover
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
@@ -187,9 +188,9 @@ def _read_model(config: Config, run: Run, copies_to: str, stack: ExitStack, term
         if not folder:
             to = f"{copies_to}/{run.run_id}"
             folder = stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal))
-        with closing(SavedModel(folder, open_file)) as artifact:
-            towers = tuple(
-                artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()
+        with closing(open_artifact(folder, open_file, config.towers.values())) as artifact:
+            towers = cover(
+                [artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()]
             )
     except (ArtifactMissingError, NotAModelError) as error:
         if not config.all_runs:

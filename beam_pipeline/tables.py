@@ -269,7 +269,7 @@ def _log_entry(
         "norm_max": literal(tally.norm_max),
         "zero_vectors": literal(tally.zero_vectors),
         "bytes_read": literal(tally.bytes),
-        "checksum": literal(f"crc32c:{tower.matrix.crc32c:08x}"),
+        "checksum": literal(f"{tower.matrix.checksum.algorithm}:{tower.matrix.checksum.value:08x}"),
         "job_name": text(job_name),
         "launch": literal(launch),
         "pipeline_version": literal(__version__),

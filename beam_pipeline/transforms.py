@@ -1,20 +1,19 @@
 """The transforms: pieces of a vocabulary in, batches of rows and reports out. Wiring only; formats are elsewhere."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import apache_beam as beam
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 
-from beam_pipeline import crc32c, metrics
+from beam_pipeline import checksums, metrics
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -24,8 +23,9 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.files import OpenFile, open_file
 from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Tower
+from beam_pipeline.formats.artifact import Checksum, Tower
 from beam_pipeline.formats.ids import Piece
+from beam_pipeline.formats.wire import Span
 from beam_pipeline.runs import Training
 
 REPORTS = "reports"
@@ -85,8 +85,8 @@ class Report:
         tower: name of the tower.
         first_row, rows: rows of the matrix that were read; 0 rows if none could be.
         ids: how many of them belong to ids.
-        bytes: bytes of vectors.
-        crc32c: checksum of these bytes.
+        offset, bytes: where in the matrix's file they lie, and how many bytes they are.
+        crc: checksum of these bytes, by the algorithm of the matrix's.
         norms: Euclidean norms of the ids' vectors; None without ids.
         problem: what is wrong, if anything is.
     """
@@ -96,8 +96,9 @@ class Report:
     first_row: int
     rows: int = 0
     ids: int = 0
+    offset: int = 0
     bytes: int = 0
-    crc32c: int = 0
+    crc: int = 0
     norms: Norms | None = None
     problem: PipelineError | None = None
 
@@ -128,10 +129,13 @@ def read_piece(run_id: str, piece: Piece, tower: Tower, open_file: OpenFile) -> 
         PipelineError: anything that is wrong with its bytes.
     """
     matrix = tower.matrix
+    start = matrix.offset + piece.first_row * matrix.row_bytes
+    span = piece.rest or Span(start, start + piece.rows * matrix.row_bytes)
     with open_file(matrix.path) as file:
-        raw = file.read(matrix.offset + piece.first_row * matrix.row_bytes, piece.rows * matrix.row_bytes)
+        raw = file.read(span.start, span.end - span.start)
     names = ids.read(piece, tower, open_file)
-    report = Report(run_id, tower.name, piece.first_row, piece.rows, len(names), len(raw), google_crc32c.value(raw))
+    crc = checksums.value(matrix.checksum.algorithm, raw)
+    report = Report(run_id, tower.name, piece.first_row, piece.rows, len(names), span.start, len(raw), crc)
     if not len(names):
         return None, report
     vectors = matrix.decode(raw)
@@ -277,12 +281,12 @@ def to_rows(batch: Batch, tower: str, constants: dict[str, dict[str, Any]]) -> I
         yield {**of_run, f"{tower}_id": name, f"{tower}_embedding": vector}
 
 
-def tally(reports: Iterable[Report], trainings: Iterable[Training]) -> dict[tuple[str, str], Tally]:
+def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tuple[str, str], Tally]:
     """Returns (run id, tower) → what was read, once all reports together are the whole of every matrix.
 
     Raises:
         PipelineError: the first problem of the reports, in row order.
-        ChecksumError: the bytes of a matrix do not match the artifact's checksum.
+        ChecksumError: the bytes that were read do not match the artifact's checksum.
         AuditError: reports are missing or double.
     """
     ordered = sorted(reports, key=lambda report: (report.run_id, report.tower, report.first_row))
@@ -293,21 +297,25 @@ def tally(reports: Iterable[Report], trainings: Iterable[Training]) -> dict[tupl
     by_tower: dict[tuple[str, str], list[Report]] = {}
     for report in ordered:
         by_tower.setdefault((report.run_id, report.tower), []).append(report)
+    towers = [(training.run.run_id, tower) for training in trainings for tower in training.towers]
     tallies = {}
-    for run_id, tower in ((training.run.run_id, tower) for training in trainings for tower in training.towers):
+    read: dict[tuple[str, Checksum], set[tuple[int, int, int]]] = {}
+    for run_id, tower in towers:
+        matrix = tower.matrix
         own = by_tower.get((run_id, tower.name), [])
+        rows = [report for report in own if report.rows]
         row = 0
-        for report in own:
+        for report in rows:
             if report.first_row != row:
                 raise AuditError(f"tower {tower.name!r}: rows {row:,} to {report.first_row:,} were not read once")
             row += report.rows
-        if row != tower.matrix.rows:
-            raise AuditError(f"tower {tower.name!r}: {row:,} of {tower.matrix.rows:,} rows were read")
-        if crc32c.combine((report.crc32c, report.bytes) for report in own) != tower.matrix.crc32c:
-            raise ChecksumError(
-                f"{tower.matrix.path}: the embeddings of tower {tower.name!r} do not match the checkpoint's crc32c; "
-                "the file was damaged after the training: log the model again"
-            )
+        if row != matrix.rows:
+            raise AuditError(f"tower {tower.name!r}: {row:,} of {matrix.rows:,} rows were read")
+        crc = checksums.combine(matrix.checksum.algorithm, ((report.crc, report.bytes) for report in rows))
+        # A set: towers that share a matrix read it once each.
+        spans = read.setdefault((matrix.path, matrix.checksum), set())
+        spans.add((matrix.offset, matrix.rows * matrix.row_bytes, crc))
+        spans.update((report.offset, report.bytes, report.crc) for report in own if not report.rows)
         count = sum(report.ids for report in own)
         norms = [report.norms for report in own if report.norms]
         if not count or not norms:
@@ -320,4 +328,27 @@ def tally(reports: Iterable[Report], trainings: Iterable[Training]) -> dict[tupl
             norm_max=max(norm.largest for norm in norms),
             zero_vectors=sum(norm.zeros for norm in norms),
         )
+    _verify(read, [tower for _, tower in towers])
     return tallies
+
+
+def _verify(read: dict[tuple[str, Checksum], set[tuple[int, int, int]]], towers: Sequence[Tower]) -> None:
+    """Compares what was read, as (offset, length, crc) of the spans of a file, with the artifact's checksums."""
+    for (path, checksum), spans in read.items():
+        names = ", ".join(
+            dict.fromkeys(repr(t.name) for t in towers if (t.matrix.path, t.matrix.checksum) == (path, checksum))
+        )
+        at = checksum.span.start
+        for offset, length, _ in sorted(spans):
+            if offset > at:
+                raise AuditError(f"tower {names}: bytes {at:,} to {offset:,} of {path} were not read")
+            at = offset + length
+        whole = checksums.combine(checksum.algorithm, ((crc, length) for _, length, crc in sorted(spans)))
+        # The length, too: bytes that were read twice, and otherwise each time, would be there twice.
+        if sum(length for _, length, _ in spans) != at - checksum.span.start or whole != checksum.value:
+            raise ChecksumError(
+                f"{path}: the embeddings of tower {names} do not match the checkpoint's {checksum.algorithm}; "
+                "the file was damaged after the training: log the model again"
+            )
+        if at != checksum.span.end:
+            raise AuditError(f"tower {names}: bytes {at:,} to {checksum.span.end:,} of {path} were not read")

@@ -8,7 +8,7 @@ from fake_bigquery import ABORTED, BACKEND, DENIED, DONE, LOST_ANSWER, NOT_SERIA
 
 from beam_pipeline import publication
 from beam_pipeline.errors import PartitionTakenError, PublishError
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.wire import Span
 from beam_pipeline.publication import Publication, partition_life
 from beam_pipeline.runs import Run, Training
@@ -20,7 +20,7 @@ TOWERS = tuple(
     Tower(
         name,
         f"{name}_layer",
-        Matrix("gs://bucket/data", 0, 11, 8, "float32", 0xABC),
+        Matrix("gs://bucket/data", 0, 11, 8, "float32", Checksum("crc32c", 0xABC, Span(0, 352))),
         Vocabulary("gs://bucket/ids", Span(0, 100), Encoding.LINES, 1),
     )
     for name in ("user", "item")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_pipeline import tables
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.wire import Span
 from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
@@ -18,7 +18,7 @@ TOWERS = tuple(
     Tower(
         name,
         f"{name}_layer",
-        Matrix("gs://b/a/data", 0, 11, 8, "float32", 0xABC),
+        Matrix("gs://b/a/data", 0, 11, 8, "float32", Checksum("crc32c", 0xABC, Span(0, 352))),
         Vocabulary("gs://b/a/ids", Span(0, 100), Encoding.LINES, 1),
     )
     for name in ("user", "item")

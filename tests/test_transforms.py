@@ -16,7 +16,7 @@ from beam_pipeline import metrics, transforms
 from beam_pipeline.errors import AuditError, BadIdError, BadVectorError, ChecksumError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.ids import Piece
 from beam_pipeline.formats.saved_model import SavedModel
 from beam_pipeline.formats.wire import Span
@@ -91,7 +91,12 @@ def test_the_norms(models):
 
 
 def test_norms_at_the_edges():
-    tower = Tower("user", "", Matrix("", 0, 4, 2, "float64", 0), Vocabulary("", Span(0, 0), Encoding.LINES, 0))
+    tower = Tower(
+        "user",
+        "",
+        Matrix("", 0, 4, 2, "float64", Checksum("crc32c", 0, Span(0, 64))),
+        Vocabulary("", Span(0, 0), Encoding.LINES, 0),
+    )
     names = pa.array([b"a", b"b", b"c", b"d"])
     vectors = np.array([[0, -0.0], [3, 4], [1e200, 0], [1.7e308, 1.7e308]])
     norms = transforms._checked_norms(vectors, names, Piece("user", 0, 4, None), tower)
@@ -111,7 +116,7 @@ def test_a_report_that_is_missing_or_double(models, change):
 def test_pieces_whose_checksums_do_not_add_up(models):
     tower = tower_of(models("special"), "user")
     reports = reports_of(tower)
-    reports[2] = dataclasses.replace(reports[2], crc32c=reports[2].crc32c ^ 1)
+    reports[2] = dataclasses.replace(reports[2], crc=reports[2].crc ^ 1)
     with pytest.raises(ChecksumError, match="tower 'user' do not match the checkpoint's crc32c"):
         tally(reports, training(tower))
 

@@ -1,1 +1,48 @@
 """Readers of model artifacts: which towers, which ids in which rows, where the bytes are. No Beam, no TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from beam_pipeline.errors import ArtifactMissingError, NotAModelError
+from beam_pipeline.files import OpenFile, join
+from beam_pipeline.formats.artifact import Artifact
+from beam_pipeline.formats.keras_file import KerasFile
+from beam_pipeline.formats.saved_model import SavedModel
+
+_PLACES = ("saved_model.pb", "data/model.keras", "data/model/saved_model.pb", "model.keras")
+"""Where a model lies in a folder: as the trainer logs it, as `mlflow.tensorflow.log_model` does, as a single file."""
+
+
+def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) -> Artifact:
+    """Opens the model in a folder, or a `.keras` file itself.
+
+    Args:
+        folder: local or `gs://`.
+        open_file: opens files in it.
+        layers: all layers that will be asked for as towers.
+
+    Raises:
+        NotAModelError: there is none, or in a form that cannot be read.
+        CorruptFileError: a file contradicts its format.
+    """
+    if folder.endswith(".keras"):
+        try:
+            return KerasFile(folder, open_file, layers)
+        except ArtifactMissingError as error:
+            raise NotAModelError(f"no model: {error}; name its folder or file with --artifact_path") from error
+    reasons = []
+    for place in _PLACES:
+        path = join(folder, place)
+        try:
+            open_file(path).close()
+        except ArtifactMissingError as error:
+            reasons.append(str(error))
+            continue
+        if path.endswith(".keras"):
+            return KerasFile(path, open_file, layers)
+        return SavedModel(path.removesuffix("/saved_model.pb"), open_file)
+    raise NotAModelError(
+        f"{folder} does not hold a model (none of {', '.join(_PLACES)}): {reasons[0]}; name its folder, or its .keras "
+        "file, inside the run with --artifact_path"
+    )

@@ -1,12 +1,18 @@
-"""What a format reader finds: towers, each an embedding matrix and the ids of its rows, as byte ranges."""
+"""What a format reader finds: towers, each an embedding matrix and the ids of its rows, as byte ranges.
+
+Every reader is an `Artifact`; what comes after it knows towers alone, not formats.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 
+from beam_pipeline.errors import CorruptFileError
 from beam_pipeline.formats.wire import Span
 
 DEFAULT_TOWERS = {"user": "user_layer", "item": "item_layer"}
@@ -19,6 +25,23 @@ class Encoding(Enum):
     """One id per line, as TensorFlow's vocabulary files have them."""
     PROTOBUF = "protobuf"
     """Entries of `TensorProto.string_val`: the wire format's field 8, one after the other."""
+    JSON = "json"
+    """Elements of a JSON array, strings or integers, one after the other with their commas."""
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What the artifact says of some of a file's bytes.
+
+    Attributes:
+        algorithm: "crc32c" or "crc32".
+        value: the checksum.
+        span: the bytes that it covers.
+    """
+
+    algorithm: str
+    value: int
+    span: Span
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,7 @@ class Matrix:
         rows: number of rows.
         dimension: values in a row.
         dtype: "float32", "float64", "float16" or "bfloat16".
-        crc32c: checksum of all its bytes.
+        checksum: covers all its bytes, and perhaps others of the same file.
     """
 
     path: str
@@ -39,12 +62,17 @@ class Matrix:
     rows: int
     dimension: int
     dtype: str
-    crc32c: int
+    checksum: Checksum
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return self.dimension * {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
+    def span(self) -> Span:
+        """Its bytes in the file."""
+        return Span(self.offset, self.offset + self.rows * self.row_bytes)
 
     def decode(self, raw: bytes) -> np.ndarray:
         """Returns whole rows [rows, dimension] as the floats that they are, without a copy; bfloat16 as float32."""
@@ -67,6 +95,7 @@ class Vocabulary:
         count: number of ids, if the artifact says it without reading them.
         row_numbers: where the artifact itself lists the row of each id (int64, little-endian, in `path`), if it does.
         special_tokens: names for the rows before `first_row`, if these are to be written too.
+        checksum: covers the ids, if the artifact has one; it may begin before `span` and ends with it.
     """
 
     path: str
@@ -76,6 +105,7 @@ class Vocabulary:
     count: int | None = None
     row_numbers: Span | None = None
     special_tokens: tuple[str, ...] = ()
+    checksum: Checksum | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +117,56 @@ class Tower:
         layer: path of the layer in the model.
         matrix: its embeddings.
         vocabulary: its ids.
+        rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
     """
 
     name: str
     layer: str
     matrix: Matrix
     vocabulary: Vocabulary
+    rest: tuple[Span, ...] = ()
+
+
+class Artifact(Protocol):
+    """A model, as a reader of its format shows it."""
+
+    def tower(self, name: str, layer: str, *, include_oov: bool = False) -> Tower:
+        """Returns the tower that the layer `layer` holds.
+
+        Raises:
+            TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
+            NotAModelError: it holds them in a form that cannot be read.
+            CorruptFileError: the files contradict each other.
+        """
+        ...
+
+    def tower_layers(self) -> list[str]:
+        """Returns what could be given as `layer`: all layers that are towers."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files."""
+        ...
+
+
+def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
+    """Returns the towers such that together they read every byte that their matrices' checksums cover.
+
+    A checksum may cover more than a matrix: in a `.keras` file both towers, the optimizer's state and whatever else
+    lies in `model.weights.h5`. What belongs to no matrix becomes the `rest` of the first of the towers concerned.
+
+    Raises:
+        CorruptFileError: two different matrices share bytes.
+    """
+    rest: dict[int, tuple[Span, ...]] = {}
+    for path, checksum in dict.fromkeys((tower.matrix.path, tower.matrix.checksum) for tower in towers):
+        those = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]
+        gaps, at = [], checksum.span.start
+        for span in sorted({towers[i].matrix.span for i in those}):
+            if span.start < at:
+                raise CorruptFileError(f"{path}: bytes {span.start:,} to {at:,} belong to two embeddings")
+            gaps += [Span(at, span.start)] if span.start > at else []
+            at = span.end
+        gaps += [Span(at, checksum.span.end)] if checksum.span.end > at else []
+        rest[those[0]] = tuple(gaps)
+    return tuple(replace(tower, rest=rest[i]) if rest.get(i) else tower for i, tower in enumerate(towers))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import google_crc32c
 
-from beam_pipeline import crc32c
+from beam_pipeline import checksums
 from beam_pipeline.errors import ChecksumError, CorruptFileError, NotAModelError
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats import wire
@@ -150,7 +150,7 @@ def _handle(data: bytes, at: int) -> tuple[int, int, int]:
 def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
     """Returns the (key, value) pairs of a table block."""
     raw = file.read(start, size + _BLOCK_TRAILER)
-    stored = crc32c.unmask(int.from_bytes(raw[size + 1 :], "little"))
+    stored = checksums.unmask(int.from_bytes(raw[size + 1 :], "little"))
     if google_crc32c.value(raw[: size + 1]) != stored:
         raise ChecksumError(f"{file.path} does not match its checksum at byte {start:,}; log the model again")
     if raw[size] != 0:
@@ -201,6 +201,6 @@ def _entry(message: ByteFile) -> Entry:
         shard=numbers.get(3, 0),
         offset=numbers.get(4, 0),
         size=numbers.get(5, 0),
-        crc32c=crc32c.unmask(numbers.get(6, 0)),
+        crc32c=checksums.unmask(numbers.get(6, 0)),
         sliced=sliced,
     )

@@ -6,6 +6,7 @@ ids as for a hundred thousand; ids and vectors are read where the piece lands.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError
+from beam_pipeline import checksums
+from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
 from beam_pipeline.files import ByteFile, OpenFile
-from beam_pipeline.formats.artifact import Encoding, Tower
+from beam_pipeline.formats import wire
+from beam_pipeline.formats.artifact import Checksum, Encoding, Tower, Vocabulary
 from beam_pipeline.formats.wire import Span, read_varint
 
 PIECE_BYTES = 8 << 20
@@ -37,28 +40,29 @@ class Piece:
         first_row: first row of the matrix.
         rows: number of rows.
         ids: where the ids of these rows are, one for each; None for rows that belong to no id.
+        rest: instead of rows, other bytes of the matrix's file, which count for the checksum alone.
     """
 
     tower: str
     first_row: int
     rows: int
     ids: Span | None
+    rest: Span | None = None
 
 
 def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
-    """Yields pieces that cover every row of the matrix exactly once, in row order.
+    """Yields pieces that cover every row of the matrix exactly once, in row order, then the rest of the tower.
 
     Raises:
         BadIdError: an id has a row beyond the matrix; named, with its row.
-        CorruptFileError: the vocabulary is not where the artifact says, or no vocabulary.
+        CorruptFileError: the vocabulary is not where the artifact says, or no vocabulary, or damaged.
     """
     matrix, vocabulary = tower.matrix, tower.vocabulary
     rows = max(1, piece_bytes // matrix.row_bytes)
     yield from _gap(tower.name, 0, min(vocabulary.first_row, matrix.rows), rows)
     row, start, count = vocabulary.first_row, vocabulary.span.start, 0
     with open_file(vocabulary.path) as file:
-        cuts = _line_cuts if vocabulary.encoding is Encoding.LINES else _string_cuts
-        for ids, end in cuts(file, vocabulary.span, rows):
+        for ids, end in _cuts(file, vocabulary, rows):
             if end - start > _MAX_IDS_BYTES:
                 raise CorruptFileError(
                     f"{vocabulary.path}: {ids:,} ids of tower {tower.name!r} take {end - start:,} bytes, more than a "
@@ -78,6 +82,9 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
             f"{vocabulary.path}: tower {tower.name!r} has {count:,} ids, its graph says {vocabulary.count:,}"
         )
     yield from _gap(tower.name, row, matrix.rows, rows)
+    for rest in tower.rest:
+        for at in range(rest.start, rest.end, piece_bytes):
+            yield Piece(tower.name, matrix.rows, 0, None, Span(at, min(at + piece_bytes, rest.end)))
 
 
 def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
@@ -112,7 +119,8 @@ def decode(encoding: Encoding, data: bytes, count: int) -> pa.Array:
     Raises:
         CorruptFileError: there are more or fewer.
     """
-    ids = _decode_lines(data) if encoding is Encoding.LINES else _decode_strings(data)
+    decoders = {Encoding.LINES: _decode_lines, Encoding.PROTOBUF: _decode_strings, Encoding.JSON: _decode_json}
+    ids = decoders[encoding](data)
     if len(ids) != count:
         raise CorruptFileError(f"{len(ids):,} ids where {count:,} were counted: the file changed while it was read")
     return ids
@@ -124,10 +132,44 @@ def _gap(tower: str, start: int, end: int, rows: int) -> Iterator[Piece]:
         yield Piece(tower, row, min(rows, end - row), None)
 
 
-def _line_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
+def first(file: ByteFile, vocabulary: Vocabulary, count: int) -> tuple[list[str], int]:
+    """Returns the first `count` ids, or all if there are fewer, and the position after them."""
+    found, end = next(_cuts(file, vocabulary, count), (0, vocabulary.span.start))
+    head = wire.read(file, Span(vocabulary.span.start, end))
+    return [
+        name.decode("utf-8", "backslashreplace") for name in decode(vocabulary.encoding, head, found).to_pylist()
+    ], end
+
+
+def _cuts(file: ByteFile, vocabulary: Vocabulary, rows: int) -> Iterator[tuple[int, int]]:
+    """Yields (number of ids, position after them), `rows` at a time."""
+    if vocabulary.encoding is Encoding.PROTOBUF:
+        return _string_cuts(file, vocabulary.span, rows)
+    cuts = _line_cuts if vocabulary.encoding is Encoding.LINES else _json_cuts
+    return cuts(file, vocabulary.span, rows, vocabulary.checksum)
+
+
+def _blocks(file: ByteFile, span: Span, checksum: Checksum | None) -> Iterator[tuple[int, bytes]]:
+    """Yields (offset, bytes) of a span, and raises after its last block if the checksum of all does not match."""
+    crc = []
+    if checksum:
+        for _, block in file.blocks(checksum.span.start, span.start, _BLOCK):
+            crc.append((checksums.value(checksum.algorithm, block), len(block)))
+    for offset, block in file.blocks(span.start, span.end, _BLOCK):
+        if checksum:
+            crc.append((checksums.value(checksum.algorithm, block), len(block)))
+        yield offset, block
+    if checksum and checksums.combine(checksum.algorithm, crc) != checksum.value:
+        raise ChecksumError(
+            f"{file.path}: the ids at byte {span.start:,} do not match their {checksum.algorithm}; the file was "
+            "damaged after the training: log the model again"
+        )
+
+
+def _line_cuts(file: ByteFile, span: Span, rows: int, checksum: Checksum | None = None) -> Iterator[tuple[int, int]]:
     """Yields (number of lines, position after them), `rows` lines at a time; the last line needs no newline."""
     lines, done = 0, span.start
-    for offset, block in file.blocks(span.start, span.end, _BLOCK):
+    for offset, block in _blocks(file, span, checksum):
         ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset + 1
         for end in ends[rows - lines - 1 :: rows]:
             yield rows, int(end)
@@ -168,6 +210,59 @@ def _string_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, i
         raise CorruptFileError(f"{file.path}: the last id ends at byte {at:,} instead of {span.end:,}")
     if count:
         yield count, at
+
+
+class JsonScanner:
+    """Finds what lies outside of strings in JSON text that comes in blocks."""
+
+    def __init__(self) -> None:
+        self._inside = 0  # 1 in the middle of a string
+        self._escaped = False  # whether the next character follows a backslash
+
+    def outside(self, block: bytes, characters: bytes) -> np.ndarray:
+        """Returns the positions in the block of these characters, in order, where they are not part of a string."""
+        data = np.frombuffer(block, np.uint8)
+        quotes = np.flatnonzero(data == ord('"'))
+        slashes = np.flatnonzero(data == ord("\\"))
+        if self._escaped:
+            slashes = np.concatenate(([-1], slashes))
+        self._escaped = False
+        if slashes.size:
+            # In a run of backslashes each second one is itself escaped: what follows an odd run is escaped.
+            breaks = np.diff(slashes) != 1
+            first, last = slashes[np.r_[True, breaks]], slashes[np.r_[breaks, True]]
+            escaped = last[(last - first) % 2 == 0] + 1
+            self._escaped = bool(escaped.size) and int(escaped[-1]) == len(block)
+            quotes = np.setdiff1d(quotes, escaped, assume_unique=True)
+        found: np.ndarray = np.flatnonzero(np.isin(data, np.frombuffer(characters, np.uint8)))
+        outside: np.ndarray = (np.searchsorted(quotes, found) + self._inside) % 2 == 0
+        self._inside = (self._inside + len(quotes)) % 2
+        return np.compress(outside, found)
+
+
+def _json_cuts(file: ByteFile, span: Span, rows: int, checksum: Checksum | None = None) -> Iterator[tuple[int, int]]:
+    """Yields (number of elements, position after their last comma) of an array's content, `rows` at a time."""
+    count, done, scanner = 0, span.start, JsonScanner()
+    for offset, block in _blocks(file, span, checksum):
+        ends = scanner.outside(block, b",") + offset + 1
+        for end in ends[rows - count - 1 :: rows]:
+            yield rows, int(end)
+            done = int(end)
+        count = (count + len(ends)) % rows
+    if done < span.end:
+        yield count + 1, span.end  # No comma follows the last element.
+
+
+def _decode_json(data: bytes) -> pa.Array:
+    try:
+        elements = json.loads(b"[" + data.strip().removesuffix(b",") + b"]")
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"no list of ids in JSON ({error}); log the model again") from error
+    wrong = next((element for element in elements if type(element) not in (str, int)), None)
+    if wrong is not None or None in elements:
+        raise NotAModelError(f"an id that is neither string nor integer: {str(wrong)[:100]}")
+    # Half a surrogate pair becomes bytes that are not UTF-8, which is told later, with its row.
+    return pa.array([str(element).encode("utf-8", "surrogatepass") for element in elements], pa.binary())
 
 
 def _decode_lines(data: bytes) -> pa.Array:

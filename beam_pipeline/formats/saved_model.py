@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError, TowerMissingError
 from beam_pipeline.files import ByteFile, OpenFile, join
 from beam_pipeline.formats import checkpoint, wire
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.wire import Span
 
 _DT_STRING, _DT_INT64 = 7, 9
@@ -235,7 +235,7 @@ class SavedModel:
             rows=entry.shape[0],
             dimension=entry.shape[1],
             dtype=checkpoint.DTYPES[entry.dtype],
-            crc32c=entry.crc32c,
+            checksum=Checksum("crc32c", entry.crc32c, Span(entry.offset, entry.offset + entry.size)),
         )
         if matrix.rows * matrix.row_bytes != entry.size:
             raise CorruptFileError(f"{where} has {entry.size:,} bytes, which do not fit its shape {list(entry.shape)}")

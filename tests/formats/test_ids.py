@@ -1,6 +1,9 @@
 """Cutting vocabularies: any ids, any size of pieces, every row once."""
 
+import dataclasses
 import io
+import json
+import zlib
 
 import numpy as np
 import pytest
@@ -8,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_format import field
 
-from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.wire import Span
 
 
@@ -20,6 +23,8 @@ def make(encoding, names, *, rows=None, first_row=1, count=None, last_newline=Tr
     if encoding is Encoding.LINES:
         data = b"".join(name + b"\n" for name in names)
         data = data if last_newline else data[:-1]
+    elif encoding is Encoding.JSON:
+        data = json.dumps([name.decode() for name in names])[1:-1].encode()
     else:
         data = b"".join(field(8, name) for name in names)
     span = Span(len(padding), len(padding) + len(data))
@@ -48,7 +53,7 @@ def read_all(tower, open_file, piece_rows):
 
 
 @given(
-    st.sampled_from(Encoding),
+    st.sampled_from([Encoding.LINES, Encoding.PROTOBUF]),
     st.lists(st.binary(max_size=300).filter(lambda name: b"\n" not in name and b"\r" not in name), max_size=60),
     st.integers(1, 70),
     st.integers(0, 5),
@@ -61,6 +66,50 @@ def test_every_id_once_in_order(encoding, names, piece_rows, first_row, spare, b
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ids, "_BLOCK", block)
         assert read_all(tower, open_file, piece_rows) == names
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.text('"\\,[]{}')),
+    st.integers(1, 20),
+    st.sampled_from([2, 5, 16, 4096]),
+    st.booleans(),
+)
+@settings(max_examples=300)
+def test_every_id_of_a_json_array(names, piece_rows, block, ascii_only):
+    data = json.dumps(names, ensure_ascii=ascii_only)[1:-1].encode()
+    vocabulary = Vocabulary("ids", Span(0, len(data)), Encoding.JSON, 1)
+    tower = dataclasses.replace(make(Encoding.LINES, [b""] * len(names))[0], vocabulary=vocabulary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ids, "_BLOCK", block)
+        found = read_all(tower, lambda path: ByteFile(path, io.BytesIO(data), len(data)), piece_rows)
+    assert found == [name.encode() for name in names]
+
+
+def test_integers_and_what_is_no_id_in_a_json_array():
+    assert ids.decode(Encoding.JSON, b"5, -7", 2).to_pylist() == [b"5", b"-7"]
+    assert ids.decode(Encoding.JSON, b'"\\ud800"', 1).to_pylist() == [b"\xed\xa0\x80"]
+    for element in (b"true", b"null", b"1.5", b'{"class_name": "__bytes__"}'):
+        with pytest.raises(NotAModelError, match="an id that is neither string nor integer"):
+            ids.decode(Encoding.JSON, element, 1)
+    for text in (b'"a" "b"', b'"a', b"]["):
+        with pytest.raises(CorruptFileError, match="no list of ids in JSON"):
+            ids.decode(Encoding.JSON, text, 1)
+
+
+@pytest.mark.parametrize("at", [0, 7, 8])
+def test_ids_that_do_not_match_their_checksum(at):
+    content = bytearray(b"[UNK]\na\nb\n")
+    checksum = Checksum("crc32", zlib.crc32(content), Span(0, len(content)))
+    vocabulary = Vocabulary("ids", Span(6, len(content)), Encoding.LINES, 1, checksum=checksum)
+    tower = dataclasses.replace(make(Encoding.LINES, [b"a", b"b"])[0], vocabulary=vocabulary)
+
+    def open_file(path):
+        return ByteFile(path, io.BytesIO(content), len(content))
+
+    assert read_all(tower, open_file, 1) == [b"a", b"b"]
+    content[at] ^= 1
+    with pytest.raises(ChecksumError, match="do not match their crc32; the file was damaged"):
+        list(ids.cut(tower, open_file, 4))
 
 
 @pytest.mark.parametrize("encoding", Encoding)

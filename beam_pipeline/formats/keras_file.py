@@ -1,0 +1,701 @@
+"""Keras 3 `.keras` files: finds a tower's lookup and embedding without building a Keras object.
+
+The file is a zip of uncompressed members: `config.json`, the model as a tree of layers; `model.weights.h5`, an HDF5
+file whose datasets are the variables; and `assets/<path>/vocabulary.txt` for lookups whose ids were learnt by
+`adapt()` or read from a file. Ids that were given as a list are in the lookup's config.
+
+Paths in the HDF5 file and below `assets/` are made by Keras's saver (keras/src/saving/saving_lib.py, `_save_state`):
+attribute by attribute in alphabetical order, each object where it is met first. A Functional or Sequential model
+has its layers below `layers/`, each named after its class: `embedding`, `embedding_1`, … in the order of the config.
+A subclassed model has its layers under their attributes' names, as long as these come before "layers" in the alphabet;
+the others are met in the property `layers` before, and their attributes' names are nowhere in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, cast
+
+from beam_pipeline.errors import (
+    ChecksumError,
+    ConfigError,
+    CorruptFileError,
+    NotAModelError,
+    PipelineError,
+    TowerMissingError,
+)
+from beam_pipeline.files import ByteFile, OpenFile
+from beam_pipeline.formats import ids
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.wire import Span
+
+_CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
+_MAX_DIRECTORY = 8 << 20
+"""Bytes read of the zip's directory: 100,000 members, each of which takes half a kilobyte of memory."""
+_MAX_CONFIG = 16 << 20
+"""Bytes of config.json apart from the ids in it; parsed they take about ten times that."""
+_MAX_METADATA = 64 << 20
+"""Bytes read of the HDF5 file's own structures."""
+_MAX_GROUPS = 100_000
+_MAX_OOV = 100_000
+_BLOCK, _SLICE = 4 << 20, 4 << 10
+
+_LIST = re.compile(rb'"vocabulary"\s{0,8}:\s{0,8}\[')
+_LONGEST_LIST_HEAD = 64
+_LOOKUPS = ("StringLookup", "IntegerLookup")
+_EMBEDDING, _TEXT = "Embedding", "TextVectorization"  # The latter stores a vocabulary.txt, too: of words.
+_DTYPES = {"<f4": "float32", "<f8": "float64", "<f2": "float16", "|V2": "bfloat16"}  # h5py has no name for the last.
+_SHAPING = ("Flatten", "Reshape", "Identity", "Cast", "Squeeze", "ExpandDims")
+"""Layers and operations that may stand between a lookup and its embedding: they leave row numbers as they are."""
+_KEEP_IDS = (
+    "a subclassed Keras 3 model does not store a vocabulary given as a list; give it as a file, learn it with adapt(), "
+    "or have get_config return the layer (keras.saving.serialize_keras_object), and log the model again"
+)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A member of the zip: where its bytes are in the file, and their CRC-32."""
+
+    span: Span
+    crc: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that was saved.
+
+    Attributes:
+        path: where its state lies, in the HDF5 file and below `assets/`.
+        config: its entry in config.json, if it has one.
+    """
+
+    path: str
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Name of its class, "" if that is unknown."""
+        return str((self.config or {}).get("class_name", ""))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The config proper."""
+        settings = (self.config or {}).get("config")
+        return settings if isinstance(settings, dict) else {}
+
+    @property
+    def name(self) -> str:
+        """Its name, "" if that is unknown."""
+        return str(self.settings.get("name", ""))
+
+
+class KerasFile:
+    """A `.keras` file.
+
+    Attributes:
+        path: where it lies.
+    """
+
+    def __init__(self, path: str, open_file: OpenFile, layers: Iterable[str] = ()) -> None:
+        """Reads the zip's directory, config.json and the names in the HDF5 file.
+
+        Args:
+            path: local or `gs://`.
+            open_file: opens it.
+            layers: all layers that `tower` will be asked for. In a subclassed model the last one that is not found
+                by its name can only be the tower that is left.
+
+        Raises:
+            NotAModelError: it is no `.keras` file of Keras 3, or packed in another way.
+            CorruptFileError: it contradicts its format.
+        """
+        self.path = path
+        self._asked = frozenset(layers)
+        self._file = open_file(path)
+        try:
+            self._members = _read_directory(self._file)
+            for name in (_CONFIG, _WEIGHTS):
+                if name not in self._members:
+                    raise NotAModelError(f"{path} has no {name}: not a model that Keras 3 saved with model.save()")
+            config, self._lists = self._read_config()
+            self._root = _Layer("", config)
+            self._weights = _Weights(self._file, self._members[_WEIGHTS].span)
+            for name in self._members:
+                if name.startswith("assets/"):
+                    self._weights.add_group(name.removeprefix("assets/").removesuffix("/vocabulary.txt"))
+            self._first_paths: dict[int, str] = {}
+            self._inside: dict[int, list[_Layer]] = {}  # by the id of the parent's config
+            if _is_graph(self._root):
+                self._read_layers(self._root)
+            self._by_name = _serialized_layers(config)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def tower(self, name: str, layer: str, *, include_oov: bool = False) -> Tower:
+        """Returns the tower that `layer` holds: an embedding that is fed by a lookup, or a layer with one of each.
+
+        In a Functional or Sequential model `layer` is a layer's name, or names joined by dots for a layer inside of
+        another. In a subclassed model it is an attribute path, a layer's name or a path in `model.weights.h5`.
+
+        Raises:
+            TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
+            NotAModelError: it holds them in a form that cannot be read.
+            CorruptFileError: the file contradicts itself.
+        """
+        found = self._find(layer)
+        lookups, embeddings = self._parts(found) if found else ([], [])
+        if found and not lookups and len(embeddings) == 1:
+            lookups = self._feeding(layer, found, embeddings[0])
+        if len(lookups) != 1 or len(embeddings) != 1:
+            problem = (
+                f"holds {len(lookups)} lookup(s) and {len(embeddings)} embedding(s) instead of one of each"
+                if found
+                else "does not exist"
+            )
+            raise TowerMissingError(
+                f"tower {name!r}: layer {layer!r} {problem} in {self.path}; layers that are towers: "
+                f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
+            )
+        matrix = self._matrix(embeddings[0])
+        return Tower(name, layer, matrix, self._vocabulary(lookups[0], include_oov=include_oov))
+
+    def tower_layers(self) -> list[str]:
+        """Returns all layers that are towers, outermost ones only."""
+        return sorted(self._tower_paths())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    # config.json.
+
+    def _read_config(self) -> tuple[Mapping[str, Any], list[Span | None]]:
+        """Returns config.json with each list of ids replaced by its number, and where these lists are.
+
+        A list is None if its elements are not plain strings or numbers.
+        """
+        member = self._members[_CONFIG]
+        text, searched, crc, lists = bytearray(), 0, 0, list[Span | None]()
+        start: int | None = None  # of the list that is being skipped
+        plain, scanner, width = True, ids.JsonScanner(), _SLICE
+        for offset, block in self._file.blocks(member.span.start, member.span.end, _BLOCK):
+            crc, at = zlib.crc32(block, crc), 0
+            while at < len(block):
+                if start is None:
+                    before = len(text)
+                    text += block[at : at + _SLICE]
+                    head = _LIST.search(text, searched)
+                    if head:
+                        at += head.end() - before
+                        start, plain, scanner, width = offset + at, True, ids.JsonScanner(), _SLICE
+                        del text[head.end() - 1 :]
+                    else:
+                        at, searched = at + len(text) - before, max(searched, len(text) - _LONGEST_LIST_HEAD)
+                    if len(text) > _MAX_CONFIG:
+                        raise NotAModelError(
+                            f"{self.path}: config.json has more than {_MAX_CONFIG:,} bytes besides the vocabularies of "
+                            "its lookups; give the model its ids as files or through lookups, not as arguments"
+                        )
+                else:
+                    part = block[at : at + width]
+                    marks = scanner.outside(part, b"[]{}")
+                    end = next((int(mark) for mark in marks if part[mark] == ord("]")), None)
+                    plain = plain and (not marks.size or marks[0] == end)
+                    at, width = at + (len(part) if end is None else end), 2 * width
+                    if end is not None:
+                        lists.append(Span(start, offset + at) if plain else None)
+                        text += b"%d" % (len(lists) - 1)
+                        start, searched, at = None, len(text), at + 1
+        if crc != member.crc:
+            raise ChecksumError(
+                f"{self.path}: config.json does not match its CRC-32; the file is damaged, log it again"
+            )
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CorruptFileError(f"{self.path}: config.json is no JSON ({error}); log the model again") from error
+        if start is not None or not isinstance(config, dict):
+            raise CorruptFileError(f"{self.path}: config.json describes no model; log the model again")
+        return config, lists
+
+    def _read_layers(self, parent: _Layer) -> None:
+        """Notes the layers of a Functional or Sequential model, in the order in which Keras saves them."""
+        used: dict[str, int] = {}
+        children = self._inside.setdefault(id(parent.config), [])
+        for entry in _entries(parent):
+            base = _snake_case(str(entry.get("class_name")))
+            used[base] = used.get(base, -1) + 1
+            path = _joined(parent.path, "layers", f"{base}_{used[base]}" if used[base] else base)
+            # What is used twice is saved where it is met first.
+            shared = entry.get("shared_object_id")
+            layer = _Layer(self._first_paths.setdefault(shared, path) if isinstance(shared, int) else path, entry)
+            children.append(layer)
+            if _is_graph(layer):
+                self._read_layers(layer)
+
+    # Towers.
+
+    def _find(self, layer: str) -> _Layer | None:
+        names = layer.replace("/", ".").split(".")
+        if _is_graph(self._root):
+            return self._find_by_names(names)
+        path = "/".join(names)
+        if path in self._weights.groups:
+            return self._described(path)
+        return self._find_by_name(layer) or self._find_left(layer)
+
+    def _find_by_names(self, names: Sequence[str]) -> _Layer | None:
+        found = self._root
+        for name in names:
+            children = [child for child in self._children(found) if child.name == name]
+            if len(children) != 1:
+                return None
+            found = children[0]
+        return found
+
+    def _find_by_name(self, layer: str) -> _Layer | None:
+        """Returns the only layer with this name, or with the name of what the model's config has as `layer`."""
+        attribute = self._root.settings.get(layer)
+        names = {layer}
+        if isinstance(attribute, dict) and isinstance(attribute.get("config"), dict):
+            names.add(str(attribute["config"].get("name")))
+        paths = [path for path, name in self._weights.groups.items() if name in names]
+        return self._described(paths[0]) if len(paths) == 1 else None
+
+    def _find_left(self, layer: str) -> _Layer | None:
+        """Returns the tower that is left when all other layers that are asked for were found."""
+        missing = {
+            asked for asked in self._asked if "/".join(asked.split(".")) not in self._weights.groups
+            and self._find_by_name(asked) is None
+        }  # fmt: skip
+        found = [self._find(asked) for asked in self._asked - missing]
+        claimed = {one.path for one in found if one}
+        left = [path for path in self._tower_paths() if path not in claimed]
+        in_attribute = re.fullmatch(r"\w+", layer) and layer > "layers" and not layer.startswith("_")
+        if missing == {layer} and in_attribute and len(left) == 1 and left[0].startswith("layers/"):
+            return self._described(left[0])
+        return None
+
+    def _described(self, path: str) -> _Layer:
+        """Returns what lies at a path in the HDF5 file, with its config if config.json has a layer of that name."""
+        return _Layer(path, self._by_name.get(self._weights.groups.get(path, "")))
+
+    def _children(self, layer: _Layer) -> list[_Layer]:
+        """Returns the layers directly inside of a layer of a Functional or Sequential model."""
+        return self._inside.get(id(layer.config), [])
+
+    def _below(self, layer: _Layer) -> Iterator[_Layer]:
+        """Yields a layer and all layers inside of it."""
+        yield layer
+        if _is_graph(layer):
+            for child in self._children(layer):
+                yield from self._below(child)
+        else:
+            prefix = _joined(layer.path, "")
+            inside = (path for path in self._weights.groups if path.startswith(prefix) and path != layer.path)
+            yield from map(self._described, inside)
+
+    def _parts(self, layer: _Layer) -> tuple[list[_Layer], list[_Layer]]:
+        """Returns the lookups and the embeddings that a layer is or holds."""
+        parts: dict[str, dict[str, _Layer]] = {kind: {} for kind in ("lookup", "embedding", "table", "")}
+        for below in self._below(layer):
+            parts[self._role(below)][below.path] = below
+        return list(parts["lookup"].values()), list((parts["embedding"] or parts["table"]).values())
+
+    def _role(self, layer: _Layer) -> str:
+        """Returns "lookup", "embedding", "table" for what may be an embedding, or "".
+
+        Without a config, its class shows in its path, unless that has an attribute's name, or in the layer's name.
+        """
+        if layer.kind:
+            kinds = [layer.kind]
+        else:
+            names = (layer.path.rsplit("/", 1)[-1], self._weights.groups.get(layer.path, ""))
+            bases = [re.sub(r"_\d+$", "", name) for name in names]
+            kinds = [kind for kind in (*_LOOKUPS, _EMBEDDING, _TEXT) if _snake_case(kind) in bases]
+        if any(kind in _LOOKUPS for kind in kinds):
+            return "lookup"
+        if _EMBEDDING in kinds:
+            return "embedding"
+        if kinds:
+            return ""
+        if self._asset(layer):
+            return "lookup"
+        return "table" if self._weights.is_table(layer.path) else ""
+
+    def _tower_paths(self) -> list[str]:
+        """Returns the outermost layers with one lookup and one embedding, as `tower` takes them."""
+        if _is_graph(self._root):
+            return [".".join(names) for names in self._tower_names(self._root, ())]
+        counts: dict[str, Counter[str]] = {}
+        for path in self._weights.groups:
+            role = self._role(self._described(path))
+            names = path.split("/") if role else []
+            for depth in range(1, len(names)):
+                counts.setdefault("/".join(names[:depth]), Counter())[role] += 1
+        found: list[str] = []
+        for path, count in sorted(counts.items(), key=lambda item: item[0].count("/")):
+            one_of_each = count["lookup"] == (count["embedding"] or count["table"]) == 1
+            is_container = path.rsplit("/", 1)[-1] == "layers"
+            if one_of_each and not is_container and not any(path.startswith(f"{outer}/") for outer in found):
+                found.append(path)
+        return found
+
+    def _tower_names(self, parent: _Layer, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for child in self._children(parent):
+            lookups, embeddings = self._parts(child)
+            own = (*names, child.name)
+            if child.kind == _EMBEDDING:
+                try:
+                    lookups = self._feeding(".".join(own), child, child)
+                except NotAModelError:
+                    lookups = []
+            if len(lookups) == len(embeddings) == 1:
+                yield own
+            elif lookups and embeddings:
+                yield from self._tower_names(child, own)
+
+    def _feeding(self, layer: str, found: _Layer, embedding: _Layer) -> list[_Layer]:
+        """Returns the lookups that feed an embedding of a Functional or Sequential model."""
+        where = f"{self.path}: embedding {layer!r}"
+        if not _is_graph(self._root) and found.path != embedding.path:
+            raise NotAModelError(f"{where}: the ids of a lookup beside it are not in the file: {_KEEP_IDS}")
+        if not _is_graph(self._root):
+            raise NotAModelError(
+                f"{where}: a subclassed Keras 3 model does not say which lookup feeds it; put the two into one layer "
+                "(keras.Sequential([lookup, embedding])), name that, and log the model again"
+            )
+        parent = self._find_by_names(layer.replace("/", ".").split(".")[:-1])
+        siblings = list(self._children(parent)) if parent else []
+        at = next((i for i, sibling in enumerate(siblings) if sibling.config is embedding.config), None)
+        if at is None:
+            return []
+        if not _is_functional(cast(_Layer, parent)):
+            before = [sibling for sibling in siblings[:at] if sibling.kind not in _SHAPING]
+            return before[-1:] if before and before[-1].kind in _LOOKUPS else []
+        by_name = {sibling.name: sibling for sibling in siblings}
+        lookups, queue, seen = dict[str, _Layer](), [embedding.name], set[str]()
+        while queue:
+            name = queue.pop()
+            sources = _sources((by_name[name].config or {}).get("inbound_nodes")) if name in by_name else []
+            for source in sources:
+                if source in seen:
+                    continue
+                seen.add(source)
+                feeding = by_name.get(source, _Layer(""))
+                if feeding.kind in _LOOKUPS:
+                    lookups[feeding.path] = feeding
+                elif feeding.kind in _SHAPING:
+                    queue.append(source)
+                else:
+                    raise NotAModelError(
+                        f"{where} is fed by {feeding.kind or 'something'} {source!r}, not by a lookup: its rows have "
+                        "no ids in the file"
+                    )
+        return list(lookups.values())
+
+    # The embedding matrix.
+
+    def _matrix(self, embedding: _Layer) -> Matrix:
+        where = f"{self.path}: embedding {embedding.path!r}"
+        noted = self._weights.groups.get(embedding.path)
+        if noted and embedding.config and noted != embedding.name:
+            raise CorruptFileError(f"{where} is called {noted!r} in {_WEIGHTS}, {embedding.name!r} in {_CONFIG}")
+        dtype = embedding.settings.get("dtype")
+        policy = str(dtype.get("class_name", "")) if isinstance(dtype, dict) else ""
+        if "Quantized" in policy or self._weights.count(embedding.path) > 1:
+            raise NotAModelError(f"{where} is quantized; save the model before quantize()")
+        offset, shape, stored = self._weights.dataset(f"{embedding.path}/vars/0", where)
+        if stored not in _DTYPES:
+            raise NotAModelError(f"{where} has values of type {stored}, not one of the float types")
+        if len(shape) != 2 or not all(shape):
+            raise NotAModelError(f"{where} has shape {list(shape)}, not [rows, dimension]")
+        member = self._members[_WEIGHTS]
+        checksum = Checksum("crc32", member.crc, member.span)
+        matrix = Matrix(self.path, member.span.start + offset, *shape, _DTYPES[stored], checksum)
+        if matrix.offset < member.span.start or matrix.span.end > member.span.end:
+            raise CorruptFileError(
+                f"{where} has shape {list(shape)} and begins at byte {offset:,} of {_WEIGHTS}, which has only "
+                f"{member.span.end - member.span.start:,}: the file is damaged, log the model again"
+            )
+        return matrix
+
+    # The ids.
+
+    def _asset(self, lookup: _Layer) -> _Member | None:
+        return self._members.get(f"assets/{lookup.path}/vocabulary.txt")
+
+    def _vocabulary(self, lookup: _Layer, *, include_oov: bool) -> Vocabulary:
+        where = f"{self.path}: lookup {lookup.path!r}"
+        asset, given = self._asset(lookup), lookup.settings.get("vocabulary")
+        if lookup.settings.get("invert") or lookup.settings.get("output_mode", "int") != "int":
+            raise NotAModelError(
+                f"{where} does not turn ids into row numbers (invert, or output_mode other than 'int')"
+            )
+        if asset and given is None:
+            checksum = Checksum("crc32", asset.crc, asset.span)
+            vocabulary = Vocabulary(self.path, asset.span, Encoding.LINES, 0, checksum=checksum)
+        elif type(given) is int and 0 <= given < len(self._lists):
+            span = self._lists[given]
+            if span is None:
+                raise NotAModelError(f"{where} has ids of bytes, which Keras itself cannot load; make them strings")
+            vocabulary = Vocabulary(self.path, span, Encoding.JSON, 0)
+        elif lookup.config:
+            raise NotAModelError(f"{where} has no ids: it was given none before the model was saved")
+        else:
+            raise NotAModelError(f"{self.path}: the ids of lookup {lookup.path!r} are not in the file: {_KEEP_IDS}")
+        special, names = self._special_rows(lookup, vocabulary, where)
+        size = lookup.settings.get("vocabulary_size")
+        head, end = ids.first(self._file, vocabulary, len(special)) if special else ([], vocabulary.span.start)
+        # As Keras does: the special tokens may stand at the start of a list, and stand at the start of a file.
+        if head == special:
+            vocabulary = replace(vocabulary, span=Span(end, vocabulary.span.end))
+        return replace(
+            vocabulary,
+            first_row=len(special),
+            count=size - len(special) if type(size) is int else None,
+            special_tokens=tuple(names) if include_oov else (),
+        )
+
+    def _special_rows(self, lookup: _Layer, vocabulary: Vocabulary, where: str) -> tuple[list[str], list[str]]:
+        """Returns what stands for the rows before the first id, in the file, and names for them that are all distinct.
+
+        The mask token comes first, then one row per out-of-vocabulary bucket.
+        """
+        if lookup.config:
+            settings = lookup.settings
+            mask, oov, buckets = settings.get("mask_token"), settings.get("oov_token"), settings.get("num_oov_indices")
+            if type(buckets) is not int or not 0 <= buckets <= _MAX_OOV:
+                raise CorruptFileError(f"{where} has {buckets!r} out-of-vocabulary rows; log the model again")
+            tokens = [] if mask is None else [str(mask)]
+        else:
+            # Without its config the file itself has to tell: it holds the special tokens, and no id is one of them.
+            oov = "-1" if "integer_lookup" in f"{lookup.path} {self._weights.groups.get(lookup.path)}" else "[UNK]"
+            head, _ = ids.first(self._file, vocabulary, _MAX_OOV)
+            tokens = head[: head[:2].index(oov)] if oov in head[:2] else []
+            buckets = next((i for i, token in enumerate(head[len(tokens) :]) if token != oov), len(head) - len(tokens))
+            if not buckets:
+                raise NotAModelError(
+                    f"{where} does not say which rows stand for unknown ids (no {oov} in its first two lines); have "
+                    " get_config return the layer (keras.saving.serialize_keras_object) and log the model again"
+                )
+        # An empty mask token is no id.
+        names = [token or "[MASK]" for token in tokens]
+        names += [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]
+        return [*tokens, *[str(oov)] * buckets], names
+
+
+def _is_graph(layer: _Layer) -> bool:
+    """Whether the config has all layers of a model: it is Functional or Sequential."""
+    return isinstance(layer.settings.get("layers"), list)
+
+
+def _is_functional(layer: _Layer) -> bool:
+    return "input_layers" in layer.settings
+
+
+def _entries(layer: _Layer) -> list[Mapping[str, Any]]:
+    """Returns the configs of a Functional or Sequential model's layers that Keras saves."""
+    entries: list[Mapping[str, Any]] = [entry for entry in layer.settings["layers"] if isinstance(entry, dict)]
+    if entries and not _is_functional(layer) and entries[0].get("class_name") == "InputLayer":
+        return entries[1:]  # `Sequential.layers` leaves it out.
+    return entries
+
+
+def _sources(nodes: Any) -> list[str]:
+    """Returns the names of the layers whose outputs are inputs of an entry's `inbound_nodes`."""
+    found, queue = [], [nodes]
+    while queue:
+        one = queue.pop()
+        if isinstance(one, list):
+            queue += one
+        elif isinstance(one, dict):
+            history = one["config"].get("keras_history") if isinstance(one.get("config"), dict) else None
+            if isinstance(history, list) and history:
+                found.append(str(history[0]))
+            else:
+                queue += one.values()
+    return found
+
+
+def _serialized_layers(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the lookups and embeddings anywhere in a config by name, without names that are there twice."""
+    found: dict[str, Mapping[str, Any]] = {}
+    twice, queue = set(), list[Any]([config])
+    while queue:
+        one = queue.pop()
+        if isinstance(one, list):
+            queue += one
+        elif isinstance(one, dict):
+            layer = _Layer("", one)
+            if layer.kind in (*_LOOKUPS, _EMBEDDING) and layer.name:
+                twice |= {layer.name} & found.keys()
+                found[layer.name] = one
+            queue += one.values()
+    return {name: entry for name, entry in found.items() if name not in twice}
+
+
+def _snake_case(name: str) -> str:
+    """As keras/src/utils/naming.py has it."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _joined(*names: str) -> str:
+    """Joins a path; the model itself has the path ""."""
+    return "/".join(names[1:] if not names[0] else names)
+
+
+# The containers.
+
+
+class _Window:
+    """A part of a file as a file object of its own, which gives up after so many bytes: nothing grows without bound."""
+
+    def __init__(self, file: ByteFile, span: Span, budget: int, what: str) -> None:
+        self._file = file
+        self._span = span
+        self._budget = budget
+        self._what = what
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        size = self._span.end - self._span.start
+        self._at = offset + {0: 0, 1: self._at, 2: size}[whence]
+        if self._at < 0:
+            raise OSError(f"seek to {self._at}")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, length: int = -1) -> bytes:
+        left = max(0, self._span.end - self._span.start - self._at)
+        length = left if length < 0 else min(length, left)
+        self._budget -= length + 16  # An empty read counts, too.
+        if self._budget < 0:
+            raise CorruptFileError(f"{self._file.path}: its {self._what} is too large to be true; log the model again")
+        data = self._file.read(self._span.start + self._at, length)
+        self._at += length
+        return data
+
+
+def _read_directory(file: ByteFile) -> dict[str, _Member]:
+    """Returns the members of a zip.
+
+    Raises:
+        NotAModelError: it is no zip, or a member that is needed is compressed.
+        CorruptFileError: a member is not where the directory says.
+    """
+    window = _Window(file, Span(0, file.size), _MAX_DIRECTORY, "directory")
+    try:
+        with zipfile.ZipFile(cast(BinaryIO, window)) as archive:
+            infos = archive.infolist()
+    except PipelineError:
+        raise
+    except Exception as error:  # `zipfile` raises what its parsing runs into.
+        raise NotAModelError(f"{file.path} is no .keras file ({error}); log the model again") from error
+    members = {}
+    for info in infos:
+        name = info.filename
+        if name not in (_CONFIG, _WEIGHTS) and not (name.startswith("assets/") and name.endswith("/vocabulary.txt")):
+            continue
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise NotAModelError(
+                f"{file.path}: {name} is compressed or encrypted, so it cannot be read in parts; use model.save()"
+            )
+        # The local header (APPNOTE.TXT, 4.3.7) has an extra field of its own, of another length than the directory's.
+        head = file.read(info.header_offset, 30)
+        start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+        if head[:4] != b"PK\x03\x04" or info.file_size != info.compress_size or start + info.file_size > file.size:
+            raise CorruptFileError(f"{file.path}: {name} is not where the zip's directory says; log the model again")
+        members[name] = _Member(Span(start, start + info.file_size), info.CRC)
+    return members
+
+
+class _Weights:
+    """The names and places in an HDF5 file (`model.weights.h5`).
+
+    Attributes:
+        groups: path of each saved object → the layer's name as Keras noted it, "" if it did not.
+    """
+
+    def __init__(self, file: ByteFile, span: Span) -> None:
+        try:
+            import pyfive
+        except ImportError as error:
+            raise ConfigError("pyfive is not installed; pip install 'beam-pipeline[launcher]'") from error
+        self._where = f"{file.path}: {_WEIGHTS}"
+        self._datasets: dict[str, tuple[int | None, tuple[int, ...], str]] = {}
+        self.groups: dict[str, str] = {}
+        try:
+            root = pyfive.File(_Window(file, span, _MAX_METADATA, _WEIGHTS))
+            self._base = int(root.userblock_size)
+            self._walk(pyfive, root)
+        except PipelineError:
+            raise
+        except Exception as error:  # pyfive raises what its parsing runs into.
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise CorruptFileError(f"{self._where} cannot be parsed ({reason}); log the model again") from error
+
+    def _walk(self, pyfive: Any, root: Any) -> None:
+        queue, seen = [("", root)], set[int]()
+        while queue:
+            path, group = queue.pop()
+            if len(seen) >= _MAX_GROUPS:
+                raise CorruptFileError(f"{self._where} has more than {_MAX_GROUPS:,} groups; log the model again")
+            address = group._dataobjects.offset
+            if address in seen:
+                continue
+            seen.add(address)
+            is_vars = path.rsplit("/", 1)[-1] == "vars"
+            if is_vars:
+                name = group.attrs.get("name", b"")
+                owner = path[: -len("/vars")] if path != "vars" else ""
+                self.groups[owner] = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+            elif path:
+                self.groups.setdefault(path, "")
+            for key in group:
+                child = group.get_lazy_view(key)  # Lazy: a chunked dataset's index is not read.
+                below = f"{path}/{key}" if path else key
+                if isinstance(child, pyfive.Group):
+                    queue.append((below, child))
+                elif is_vars and isinstance(child, pyfive.Dataset):
+                    plain = child.id.layout_class == 1 and not child.id.filter_pipeline
+                    offset = int(child.id.data_offset) + self._base if plain else None
+                    self._datasets[below] = (offset, tuple(int(n) for n in child.shape), child.dtype.str)
+
+    def add_group(self, path: str) -> None:
+        """Notes a saved object, and those that hold it: one without variables may be nowhere in the HDF5 file."""
+        names = path.split("/")
+        for depth in range(1, len(names) + 1):
+            self.groups.setdefault("/".join(names[:depth]), "")
+
+    def count(self, path: str) -> int:
+        """Returns the number of variables of a layer."""
+        return sum(one.startswith(f"{path}/vars/") for one in self._datasets)
+
+    def is_table(self, path: str) -> bool:
+        """Whether a layer's only variable has two dimensions."""
+        return self.count(path) == 1 and len(self._datasets.get(f"{path}/vars/0", (0, (), ""))[1]) == 2
+
+    def dataset(self, path: str, where: str) -> tuple[int, tuple[int, ...], str]:
+        """Returns (offset in the file, shape, NumPy's name of the type) of a dataset that is stored in one piece."""
+        if path not in self._datasets:
+            raise CorruptFileError(f"{where} is in config.json, but {_WEIGHTS} has no {path}; was the model built?")
+        offset, shape, dtype = self._datasets[path]
+        if offset is None:
+            raise NotAModelError(f"{where} is stored in chunks or compressed, which Keras does not do; save it again")
+        return offset, shape, dtype
