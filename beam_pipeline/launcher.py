@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
-from beam_pipeline import emulators, errors, metrics, preflight, publication
+from beam_pipeline import __version__, emulators, errors, metrics, preflight, publication
 from beam_pipeline.errors import ConfigError, PipelineError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.saved_model import SavedModel
@@ -80,15 +80,38 @@ def run(config: Config) -> None:
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
         job = _plan(config, mlflow_run, folder, cloud)
         terminal.found(mlflow_run, job.towers, job.publication.destination)
-        name = cloud.job_name or f"{publication.JOB_NAME}-{mlflow_run.run_id}"[:50]
+        name = cloud.job_name or _job_name(mlflow_run.run_id)
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
         cloud.job_name = f"{name}-{job.publication.token}" if config.local else name
+        # Of two labels with one key, Beam takes the later.
+        cloud.labels = [*_labels(config, mlflow_run), *(cloud.labels or [])]
         if config.local:
             _run_here(job, options, terminal)
         else:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
             terminal.submitted(pipeline.run(), config.runner)
+
+
+def _job_name(run_id: str) -> str:
+    """Returns a name that Dataflow takes, the same for every launch of a run, so that it refuses a second active one.
+
+    The rule is `[a-z]([-a-z0-9]{0,1022}[a-z0-9])?`
+    (https://cloud.google.com/dataflow/docs/reference/rest/v1b3/projects.jobs); MLflow's ids are 32 hexadecimal digits,
+    but a store may have others.
+    """
+    return f"{publication.JOB_NAME}-{re.sub('[^a-z0-9]+', '-', run_id.lower())}"[:100].rstrip("-")
+
+
+def _labels(config: Config, mlflow_run: Run) -> list[str]:
+    """Returns labels that say what a Dataflow job publishes, as `key=value` of letters that Dataflow takes."""
+    labels = {
+        "run_id": mlflow_run.run_id,
+        "experiment": mlflow_run.experiment_name,
+        "dataset": config.dataset,
+        "pipeline_version": __version__,
+    }
+    return [f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in labels.items()]
 
 
 def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions) -> Job:

@@ -41,6 +41,15 @@ class _StepFn(beam.DoFn):
         self._step = step
         self._publication = job.publication
 
+    def display_data(self) -> dict[str, Any]:
+        what = self._publication
+        return {
+            "tables": ", ".join(what.destination.table(tower) for tower in what.towers),
+            "train_date": str(what.run.train_date),
+            "run_id": what.run.run_id,
+            "if_partition_taken": what.if_partition_taken,
+        }
+
     def setup(self) -> None:
         self._client = publication.make_client(self._publication.destination)
 
