@@ -7,13 +7,14 @@ import re
 import signal
 import sys
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 from google.cloud import bigquery
 
-from beam_pipeline import copies, emulators, errors, identity, metrics, preflight, publication, tag
+from beam_pipeline import __version__, copies, emulators, errors, identity, metrics, preflight, publication, tag
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError, PipelineError, RunNotFoundError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
@@ -78,10 +79,11 @@ def run(config: Config) -> None:
             terminal.nothing_to_do(len(found))
             return
         token = uuid.uuid4().hex[:12]
-        of_what = runs[0].run_id if len(runs) == 1 else f"experiment-{runs[0].experiment_id}"
-        name = cloud.job_name or f"{publication.JOB_NAME}-{of_what}"[:50]
+        name = cloud.job_name or _job_name(config, runs)
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
         cloud.job_name = f"{name}-{token}" if config.local else name
+        # Of two labels with one key, Beam takes the later.
+        cloud.labels = [*_labels(config, runs), *(cloud.labels or [])]
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
         copies_to = publication.copies_folder(cloud.temp_location, token)
         trainings = [training for run in runs if (training := _read_model(config, run, copies_to, stack, terminal))]
@@ -144,6 +146,28 @@ def _find_runs(config: Config) -> list[Run]:
             tracking_uri=config.tracking_uri,
         )
     ]
+
+
+def _job_name(config: Config, runs: Sequence[Run]) -> str:
+    """Returns a name that Dataflow takes, the same for every launch of a run, so that it refuses a second active one.
+
+    The rule is `[a-z]([-a-z0-9]{0,1022}[a-z0-9])?`
+    (https://cloud.google.com/dataflow/docs/reference/rest/v1b3/projects.jobs); MLflow's ids are 32 hexadecimal digits,
+    but a store may have others.
+    """
+    what = f"experiment-{runs[0].experiment_id}" if config.all_runs else runs[0].run_id
+    return f"{publication.JOB_NAME}-{re.sub('[^a-z0-9]+', '-', what.lower())}"[:100].rstrip("-")
+
+
+def _labels(config: Config, runs: Sequence[Run]) -> list[str]:
+    """Returns labels that say what a Dataflow job publishes, as `key=value` of letters that Dataflow takes."""
+    labels = {
+        **({} if config.all_runs else {"run_id": runs[0].run_id}),
+        "experiment": runs[0].experiment_name,
+        "dataset": config.dataset,
+        "pipeline_version": __version__,
+    }
+    return [f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in labels.items()]
 
 
 def _find_destination(config: Config, project: str) -> Destination:

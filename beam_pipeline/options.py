@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import NoReturn
@@ -162,8 +162,8 @@ def parser() -> argparse.ArgumentParser:
         "--tower",
         action="append",
         metavar="NAME=LAYER",
-        help="a tower and the attribute path of the layer that holds its lookup and its embedding; repeat for each "
-        f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
+        help="a tower and the attribute path of the layer that holds its lookup and its embedding; repeat for each, or "
+        f"separate them by commas (default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     model.add_argument(
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
@@ -238,7 +238,7 @@ def parse(argv: Sequence[str]) -> Config:
         SystemExit: with code 2 and one line on stderr, for unknown, malformed or contradicting flags; 0 after --help.
     """
     ours = parser()
-    found, rest = ours.parse_known_args(list(argv))
+    found, rest = ours.parse_known_args(list(_bare_switches(ours, argv)))
     _refuse_unknown(ours, rest)
     if not found.run_id and not found.experiment_name and not found.model_uri:
         ours.error("name the model: --run_id=ID, or --experiment_name=NAME for its latest FINISHED run, or --model_uri")
@@ -304,11 +304,22 @@ def _date(text: str) -> date:
         raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
 
 
+def _bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterator[str]:
+    """Yields `--switch=true` as `--switch` and leaves `--switch=false` out: a template has values only."""
+    switches = {flag for action in ours._actions if action.nargs == 0 for flag in action.option_strings}
+    for text in argv:
+        flag, _, value = text.partition("=")
+        if flag not in switches or value.lower() not in ("true", "false"):
+            yield text
+        elif value.lower() == "true":
+            yield flag
+
+
 def _towers(ours: argparse.ArgumentParser, given: list[str] | None) -> dict[str, str]:
     if not given:
         return dict(DEFAULT_TOWERS)
     towers: dict[str, str] = {}
-    for text in given:
+    for text in ",".join(given).split(","):  # A template takes a parameter once.
         name, _, layer = text.partition("=")
         if not layer or not _TOWER.fullmatch(name):
             ours.error(f"--tower={text!r}: NAME=LAYER, with a NAME of lower-case letters, digits and _")

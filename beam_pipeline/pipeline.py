@@ -39,6 +39,17 @@ class _StepFn(beam.DoFn):
         self._step = step
         self._publication = job.publication
 
+    def display_data(self) -> dict[str, Any]:
+        what = self._publication
+        latest = what.trainings[-1].run
+        return {
+            "tables": ", ".join(what.destination.table(tower) for tower in what.towers),
+            "runs": len(what.trainings),
+            "run_id": latest.run_id,
+            "train_date": str(latest.train_date),
+            "if_partition_taken": what.if_partition_taken,
+        }
+
     def setup(self) -> None:
         self._client = publication.make_client(self._publication.destination, self._publication.kms_key)
 

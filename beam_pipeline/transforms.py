@@ -209,6 +209,9 @@ class _ReadFn(beam.DoFn):
     def __init__(self, towers: dict[str, Tower]) -> None:
         self._towers = towers
 
+    def display_data(self) -> dict[str, Any]:
+        return _shown(self._towers)
+
     def setup(self) -> None:
         self._reader = ThreadPoolExecutor(1)
 
@@ -259,6 +262,10 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
 
     towers: dict[str, Tower]
 
+    def display_data(self) -> dict[str, Any]:
+        """Returns what is shown of this step, on Dataflow's page of the job for one."""
+        return _shown(self.towers)
+
     def expand(self, pbegin: PBegin) -> Any:
         """Applies the transform."""
         cut = (
@@ -272,6 +279,23 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
             | "Read" >> beam.ParDo(_ReadFn(self.towers)).with_outputs(REPORTS, main="batches")
         )
         return {"batches": read.batches, REPORTS: (cut[REPORTS], read[REPORTS]) | "Reports" >> beam.Flatten()}
+
+
+def _shown(towers: dict[str, Tower]) -> dict[str, Any]:
+    """What Dataflow's page of the job shows; of several runs, the last."""
+    run_id, tower = [*towers.items()][-1]
+    matrix = tower.matrix
+    return {
+        "runs": len(towers),
+        "run": run_id,
+        "tower": tower.name,
+        "layer": tower.layer,
+        "rows": matrix.rows,
+        "dimension": matrix.dimension,
+        "dtype": matrix.dtype,
+        "vectors": matrix.path,
+        "ids": tower.vocabulary.path,
+    }
 
 
 def to_rows(batch: Batch, tower: str, constants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -36,6 +36,14 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
     prepared: beam.pvalue.AsSingleton
     writer: str
 
+    def display_data(self) -> dict[str, Any]:
+        """Returns what is shown of this step, on Dataflow's page of the job for one."""
+        return {
+            "table": self.publication.destination.staging(self.tower, "*"),
+            "writer": self.writer,
+            "load_files": self.publication.load_files,
+        }
+
     def expand(self, batches: PCollection[Batch]) -> Any:
         """Applies the transform."""
         constants = {training.run.run_id: tables.run_values(training.run) for training in self.publication.trainings}
