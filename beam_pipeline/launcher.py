@@ -8,12 +8,13 @@ import signal
 import sys
 import uuid
 from contextlib import ExitStack, closing
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
 from beam_pipeline import emulators, errors, metrics, preflight, publication
-from beam_pipeline.errors import ConfigError, PipelineError
+from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.saved_model import SavedModel
 from beam_pipeline.options import Config
@@ -88,7 +89,7 @@ def run(config: Config) -> None:
         else:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
-            terminal.submitted(pipeline.run(), config.runner)
+            terminal.submitted(_submit(pipeline, name), config.runner)
 
 
 def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOptions) -> Job:
@@ -122,6 +123,18 @@ def _plan(config: Config, mlflow_run: Run, folder: str, cloud: GoogleCloudOption
     if config.warehouse:
         publication.discard_all(client, what)
     return Job(towers, what, config.writer)
+
+
+def _submit(pipeline: beam.Pipeline, name: str) -> Any:
+    try:
+        return pipeline.run()
+    except Exception as error:
+        # Dataflow's own words, with gRPC and REST, and Beam's when it recognises another launch in the answer.
+        if "active job named" in str(error):
+            raise JobActiveError(
+                f"a job {name} is active on Dataflow already; wait until it has ended, or cancel it, and start again"
+            ) from error
+        raise
 
 
 def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
