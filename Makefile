@@ -4,13 +4,17 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 BIN := .venv/bin
 VENV := .venv/.installed
 
+# Airflow has an environment of its own, as in production: the pipeline's versions are not its business, nor the reverse.
+AIRFLOW := apache-airflow apache-airflow-providers-apache-beam apache-airflow-providers-google pytest pytest-timeout
+AIRFLOW_VENV := .venv-airflow/.installed
+
 TRACKING_URI := sqlite:///demo/mlflow.db
 TRAIN := $(BIN)/python examples/train_two_tower.py --tracking_uri=$(TRACKING_URI) --artifact_root=demo/artifacts
 HISTORIZE := $(BIN)/python -m beam_pipeline --tracking_uri=$(TRACKING_URI) --warehouse=demo/warehouse
 
 define WRITE_LOCK
 import json
-print("# Every package of every extra, for Python 3.11 on Linux. Made by `make lock`; not edited by hand.")
+print("# Every package, for Python 3.11 on Linux. Made by `make lock`; not edited by hand.")
 for package in sorted(
     f"{item['metadata']['name'].lower()}=={item['metadata']['version']}"
     for item in json.load(open(".venv-lock/report.json"))["install"]
@@ -20,16 +24,17 @@ for package in sorted(
 endef
 export WRITE_LOCK
 
-.PHONY: help demo test lint bench lock test-gcp gcp-variables clean
+.PHONY: help demo test test-airflow lint bench lock test-gcp gcp-variables clean
 
 help:
 	@echo 'make demo      train a small model twice, historize both, show the history (in demo/)'
 	@echo 'make test      run all tests'
+	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
 	@echo 'make lint      check style, format and types'
 	@echo 'make bench     measure against the ways this replaces; writes docs/benchmark.md (half an hour, on a quiet machine)'
-	@echo 'make lock      resolve all dependencies afresh into constraints.txt (Python 3.11)'
+	@echo 'make lock      resolve all dependencies afresh into constraints.txt and tests/airflow/constraints.txt (Python 3.11)'
 	@echo 'make test-gcp PROJECT=… DATASET=… BUCKET=…   run what only the real services can prove'
-	@echo 'make clean     delete .venv, demo and caches'
+	@echo 'make clean     delete environments, demo and caches'
 
 # The lock is for Python 3.11; other versions resolve by themselves. Bytecode is compiled here because an environment
 # may forbid Python to write it later, and importing TensorFlow without it takes 9 s instead of 4.
@@ -55,6 +60,17 @@ demo: $(VENV)
 test: $(VENV)
 	$(BIN)/python -m pytest
 
+$(AIRFLOW_VENV): tests/airflow/constraints.txt
+	@echo 'Setting up .venv-airflow: two minutes, once.'
+	rm -rf .venv-airflow
+	$(PYTHON) -m venv .venv-airflow
+	.venv-airflow/bin/python -m pip install -qq -c tests/airflow/constraints.txt $(AIRFLOW)
+	touch $@
+
+# The project's conftest.py is not for Airflow's environment.
+test-airflow: $(VENV) $(AIRFLOW_VENV)
+	.venv-airflow/bin/python -m pytest tests/airflow --confcutdir=tests/airflow
+
 lint: $(VENV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,6 +87,8 @@ lock:
 	.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json \
 		'.[launcher,warehouse,train,test,bench,lint]'
 	.venv-lock/bin/python -c "$$WRITE_LOCK" > constraints.txt
+	.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json $(AIRFLOW)
+	.venv-lock/bin/python -c "$$WRITE_LOCK" > tests/airflow/constraints.txt
 	rm -rf .venv-lock
 
 gcp-variables:
@@ -81,4 +99,4 @@ test-gcp: gcp-variables $(VENV)
 		$(BIN)/python -m pytest tests/gcp
 
 clean:
-	rm -rf .venv .venv-lock demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-airflow .venv-lock demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -45,6 +45,10 @@ class ConfigError(PipelineError):
     """Options that contradict each other, or an environment that cannot run the job."""
 
 
+class JobActiveError(PipelineError):
+    """A job of the same name, as a rule of the same run, has not ended yet."""
+
+
 class WarehouseError(PipelineError):
     """The embedded warehouse, or an emulator, cannot be used."""
 

@@ -9,13 +9,21 @@ import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 from google.cloud import bigquery
 
 from beam_pipeline import __version__, copies, emulators, errors, identity, metrics, preflight, publication, tag
-from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError, PipelineError, RunNotFoundError
+from beam_pipeline.errors import (
+    ArtifactMissingError,
+    ConfigError,
+    JobActiveError,
+    NotAModelError,
+    PipelineError,
+    RunNotFoundError,
+)
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.formats.artifact import cover
@@ -124,7 +132,7 @@ def run(config: Config) -> None:
         else:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
-            terminal.submitted(pipeline.run(), config.runner)
+            terminal.submitted(_submit(pipeline, name), config.runner)
 
 
 def _find_runs(config: Config) -> list[Run]:
@@ -222,6 +230,18 @@ def _read_model(config: Config, run: Run, copies_to: str, stack: ExitStack, term
         terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.
         return None
     return Training(run, readable_folder(model) or model.uri, towers)
+
+
+def _submit(pipeline: beam.Pipeline, name: str) -> Any:
+    try:
+        return pipeline.run()
+    except Exception as error:
+        # Dataflow's own words, with gRPC and REST, and Beam's when it recognises another launch in the answer.
+        if "active job named" in str(error):
+            raise JobActiveError(
+                f"a job {name} is active on Dataflow already; wait until it has ended, or cancel it, and start again"
+            ) from error
+        raise
 
 
 def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:

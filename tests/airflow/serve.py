@@ -1,0 +1,52 @@
+"""What the DAG meets: a model by tf-keras, an MLflow store and emulators. Run by the project's Python, not Airflow's.
+
+Prints one line of JSON when all is there, and serves until its stdin is closed.
+"""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import Model, Store
+from mlflow.tracking import MlflowClient
+
+from beam_pipeline import emulators
+
+
+def main(folder):
+    announce, sys.stdout = sys.stdout, sys.stderr
+    models = folder / "models"
+    models.mkdir()
+    subprocess.run([sys.executable, Path(__file__).parent.parent / "make_models.py", models], check=True)
+    with emulators.Warehouse(str(folder / "warehouse")) as warehouse:
+        emulators.connect()
+        (folder / "mlflow").mkdir()
+        store = Store(folder / "mlflow", warehouse)
+        model = Model(models / "plain")
+        start = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
+        local = store.log(model, "weekly", start)
+        # Workers of Dataflow read artifacts from a bucket only.
+        on_a_bucket = store.log(model, "on a bucket", start, bucket=True)
+        for run in (local, on_a_bucket):
+            MlflowClient(store.uri).log_metric(run, "recall_at_10", 0.25)
+        found = {
+            "bigquery": warehouse.bigquery_url,
+            "storage": warehouse.storage_url,
+            "project": warehouse.project,
+            "temp_location": warehouse.temp_location,
+            "tracking_uri": store.uri,
+            "experiment": store.experiment,
+            "local": local,
+            "on_a_bucket": on_a_bucket,
+            "rows": {tower: model.rows(tower) for tower in ("user", "item")},
+        }
+        print(json.dumps(found), file=announce, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
