@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -15,7 +16,18 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 from google.cloud import bigquery
 
-from beam_pipeline import __version__, copies, emulators, errors, identity, metrics, preflight, publication, tag
+from beam_pipeline import (
+    __version__,
+    copies,
+    emulators,
+    errors,
+    identity,
+    inspection,
+    metrics,
+    preflight,
+    publication,
+    tag,
+)
 from beam_pipeline.errors import (
     ArtifactMissingError,
     ConfigError,
@@ -26,7 +38,7 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
-from beam_pipeline.formats.artifact import cover
+from beam_pipeline.formats.artifact import Artifact, Tower, cover, discover
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
@@ -68,6 +80,9 @@ def run(config: Config) -> None:
     terminal = Terminal(as_json=config.plan == "json")
     identity.authorize(config.tracking_uri, config.tracking_audience)
     found = _find_runs(config)
+    if config.inspect:
+        _inspect(config, found[-1], terminal)
+        return
     with ExitStack() as stack:
         options = _beam_options(config)
         cloud = options.view_as(GoogleCloudOptions)
@@ -205,31 +220,52 @@ def _without_published(
     return left
 
 
+def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
+    with ExitStack() as stack:
+        copies_to = stack.enter_context(tempfile.TemporaryDirectory())
+        folder, _ = _model_folder(config, run, copies_to, stack, terminal)
+        artifact = stack.enter_context(closing(open_artifact(folder, open_file, config.towers.values())))
+        terminal.inspected(run, folder, inspection.describe(artifact, open_file))
+
+
+def _model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> tuple[str, str]:
+    """Returns where the run's model is read, copied if it has to be, and where it comes from."""
+    model = find_model(
+        run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
+    )
+    folder = readable_folder(model)
+    if folder:
+        return folder, folder
+    to = f"{copies_to}/{run.run_id}"
+    return stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal)), model.uri
+
+
+def _towers(config: Config, artifact: Artifact, terminal: Terminal) -> tuple[Tower, ...]:
+    """Returns the towers that were named, or those that the model shows without doubt."""
+    wanted = config.towers
+    if config.discover and (found := discover(artifact.tower_layers())) and found != wanted:
+        wanted = found
+        terminal.discovered(found)
+    return cover([artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in wanted.items()])
+
+
 def _read_model(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> Training | None:
     """Returns the run's training, its model copied if workers could not read it; None if it is left out."""
     try:
-        model = find_model(
-            run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
-        )
-        folder = readable_folder(model)
-        if not config.local and folder and not folder.startswith("gs://"):
+        folder, model_uri = _model_folder(config, run, copies_to, stack, terminal)
+        if not config.local and not folder.startswith("gs://"):
             raise ConfigError(
                 f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
                 "artifacts are on gs://, or --runner=DirectRunner"
             )
-        if not folder:
-            to = f"{copies_to}/{run.run_id}"
-            folder = stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal))
         with closing(open_artifact(folder, open_file, config.towers.values())) as artifact:
-            towers = cover(
-                [artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in config.towers.items()]
-            )
+            towers = _towers(config, artifact, terminal)
     except (ArtifactMissingError, NotAModelError) as error:
         if not config.all_runs:
             raise
         terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.
         return None
-    return Training(run, readable_folder(model) or model.uri, towers)
+    return Training(run, model_uri, towers)
 
 
 def _submit(pipeline: beam.Pipeline, name: str) -> Any:

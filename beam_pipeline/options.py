@@ -25,7 +25,10 @@ _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 
 @dataclass(frozen=True)
 class Config:
-    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own."""
+    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
+
+    `discover` says that no tower was named: `towers` are the default ones, and a model may show others.
+    """
 
     run_id: str | None = None
     experiment_name: str | None = None
@@ -38,6 +41,7 @@ class Config:
     tracking_audience: str | None = None
     artifact_path: str | None = None
     towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
+    discover: bool = False
     env: str = "dev"
     project: str | None = None
     dataset: str = "raw_dev"
@@ -51,6 +55,7 @@ class Config:
     require_partition_filter: bool = False
     kms_key: str | None = None
     tag_run: bool = False
+    inspect: bool = False
     plan: str | None = None
     warehouse: str | None = None
     runner: str = "DirectRunner"
@@ -220,6 +225,11 @@ def parser() -> argparse.ArgumentParser:
         "python -m beam_pipeline.tag does it afterwards",
     )
     result.add_argument(
+        "--inspect",
+        action="store_true",
+        help="print the towers of the model, with examples of their ids, and stop; needs no destination",
+    )
+    result.add_argument(
         "--plan",
         nargs="?",
         const="text",
@@ -272,6 +282,7 @@ def parse(argv: Sequence[str]) -> Config:
         tracking_audience=found.tracking_audience,
         artifact_path=found.artifact_path and found.artifact_path.strip("/"),
         towers=towers,
+        discover=not found.tower,
         env=found.env,
         project=project,
         dataset=dataset_name,
@@ -285,6 +296,7 @@ def parse(argv: Sequence[str]) -> Config:
         require_partition_filter=found.require_partition_filter,
         kms_key=found.kms_key,
         tag_run=found.tag_run,
+        inspect=found.inspect,
         plan=found.plan,
         warehouse=found.warehouse,
         runner=found.runner,

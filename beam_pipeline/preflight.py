@@ -31,6 +31,8 @@ from beam_pipeline.tables import Destination
 _DOLLARS_PER_TIB = 6.25
 """BigQuery on demand, US and EU (https://cloud.google.com/bigquery/pricing); loads, copies and DELETEs are free."""
 
+_RESOURCE_MANAGER = "https://cloudresourcemanager.googleapis.com"
+
 _MOST_PARTITIONS = 4000  # of one load job
 _DAY_MS = 24 * 3600 * 1000
 
@@ -378,11 +380,11 @@ def _examine_permissions(
         asked.append("a query (dry run)")
     except (Forbidden, GoogleAuthError) as error:
         missing.append(f"to run a query: {_first_line(error)}")
-    whom = "this account" + (", not the workers'" if distributed else "")
+    whom = "this account, not the workers'" if distributed else "this account"
     if not missing:
         findings.ok("permissions", f"{whom}: {', '.join(asked) or 'nothing could be asked'}")
     elif distributed:  # The launcher may lawfully hold less than the workers, which do the writing.
-        findings.note("permissions", f"{whom} lacks {', '.join(missing)}")
+        findings.note("permissions", f"{whom}, lacks {', '.join(missing)}")
     else:
         findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see README, Permissions"))
 
@@ -398,7 +400,7 @@ def _project_permissions(project: str, permissions: list[str]) -> list[str]:
 
     credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     answer = AuthorizedSession(credentials).post(
-        f"https://cloudresourcemanager.googleapis.com/v1/projects/{project}:testIamPermissions",
+        f"{_RESOURCE_MANAGER}/v1/projects/{project}:testIamPermissions",
         json={"permissions": permissions},
         timeout=10,
     )

@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
@@ -89,6 +89,19 @@ class Terminal:
             )
 
         return self._progress(done, line)
+
+    def inspected(self, run: Run, folder: str, lines: Iterable[str]) -> None:
+        """Prints what is in a run's model."""
+        self._print(f"experiment  {run.experiment_name}")
+        self._print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
+        self._print(f"model       {folder}")
+        for line in lines:
+            self._print(line, flush=True)
+
+    def discovered(self, towers: Mapping[str, str]) -> None:
+        """Prints which layers are taken for the towers, none having been named."""
+        told = " ".join(f"--tower={name}={layer}" for name, layer in towers.items())
+        self._print(f"towers      found by the names of the model's only two: {told}", flush=True)
 
     def left_out(self, run: Run, reason: str) -> None:
         """Prints that a run of --all_runs is left out, and why."""

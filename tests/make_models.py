@@ -52,13 +52,37 @@ def tower(vocabulary, dimension, rows=None, dtype=None, **lookup):
     return tf.keras.Sequential([lookup, embedding])
 
 
+class Named(tf.keras.Model):
+    """A model whose towers have any names."""
+
+    def __init__(self, **towers):
+        super().__init__()
+        self.names = [*towers]
+        for name, layer in towers.items():
+            setattr(self, name, layer)
+
+    def call(self, inputs):
+        return tf.add_n([getattr(self, name)(inputs) for name in self.names])
+
+
 def write(folder, name, user_layer, item_layer):
     model = TwoTower(user_layer, item_layer)
     model({"user_id": tf.constant(["a", "b"]), "item_id": tf.constant(["a", "b"])})
     model.save(folder / name, save_format="tf")
+    write_down(folder, name, user="user_layer", item="item_layer")
+
+
+def write_named(folder, name, user, item, **towers):
+    model = Named(**towers)
+    model(tf.constant(["a", "b"]))
+    model.save(folder / name, save_format="tf")
+    write_down(folder, name, user=user, item=item)
+
+
+def write_down(folder, name, **sides):
     loaded = tf.keras.models.load_model(folder / name)
-    for side in ("user", "item"):
-        lookup, embedding = getattr(loaded, f"{side}_layer").layers
+    for side, layer in sides.items():
+        lookup, embedding = getattr(loaded, layer).layers
         ids = [str(token) for token in lookup.get_vocabulary(include_special_tokens=False)]
         rows = lookup(tf.constant(ids)).numpy()
         vectors = embedding.get_weights()[0][rows].astype(np.float64)
@@ -88,6 +112,9 @@ def main(folder):
         tower(lines(folder, "few.txt", few, end=""), 4, rows=137, mask_token="nothing"),
     )
     write(folder, "one", tower(["only"], 4), tower(lines(folder, "one.txt", ["carriage\rreturn"]), 4))
+    write_named(folder, "queries", "query_tower", "Candidates", query_tower=tower(few, 4), Candidates=tower(few[:9], 4))
+    pairs = {name: tower(few, 4) for name in ("user_tower", "item_tower", "city_tower")}
+    write_named(folder, "three", "user_tower", "item_tower", **pairs)
     write(folder, "float64", tower(few, 3, dtype="float64"), tower(few[:7], 3, dtype="float64"))
 
 

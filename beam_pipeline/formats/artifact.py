@@ -149,6 +149,26 @@ class Artifact(Protocol):
         ...
 
 
+_SAYS = {"user": ("user", "query"), "item": ("item", "candidate")}
+
+
+def discover(layers: Sequence[str]) -> dict[str, str] | None:
+    """Returns tower → layer for a model whose layers were not named, if there is no doubt about them.
+
+    These are the default layers where the model has them; else the only two layers there are, if the name of one says
+    user (or query) and that of the other item (or candidate).
+    """
+    if {*DEFAULT_TOWERS.values()} <= {*layers}:
+        return dict(DEFAULT_TOWERS)
+    found = {
+        tower: [layer for layer in layers if any(word in layer.lower() for word in words)]
+        for tower, words in _SAYS.items()
+    }
+    if len(layers) == 2 and all(len(those) == 1 for those in found.values()) and found["user"] != found["item"]:
+        return {tower: those[0] for tower, those in found.items()}
+    return None
+
+
 def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
     """Returns the towers such that together they read every byte that their matrices' checksums cover.
 
