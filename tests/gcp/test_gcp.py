@@ -1,6 +1,7 @@
 """What only the real services can prove; each test says what the emulators could not show."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from google.api_core.exceptions import Conflict
 from google.cloud import bigquery
 
 from beam_pipeline import publication, tables
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.wire import Span
 from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run
+from beam_pipeline.runs import Run, Training
+from beam_pipeline.transforms import Tally
 
 DAY = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
 
@@ -77,20 +81,27 @@ def test_the_job_on_dataflow(warehouse, destination, client, store, models):
     assert rows_of(client, destination, "user", run) == models("plain").rows("user")
 
 
+def tower(name):
+    matrix = Matrix("gs://b/data", 0, 3, 2, "float32", Checksum("crc32c", 0xABC, Span(0, 24)))
+    return Tower(name, f"{name}_layer", matrix, Vocabulary("gs://b/ids", Span(0, 8), Encoding.LINES, 1))
+
+
 @pytest.fixture
 def staged(warehouse, destination, client):
-    """A function that stages two rows of a run and returns (Publication, launch id), ready to be published."""
+    """A function that stages two rows of a run and returns (Publication, launch id, tallies), ready to be published."""
 
     def stage(run_id, how):
         run = Run(run_id, "n", "1", "e", date(2026, 3, 2), "gs://b/a")
-        what = Publication(destination, run, ("user", "item"), warehouse.temp_location, how, None, "token")
+        towers = tuple(tower(name) for name in ("user", "item"))
+        what = Publication(destination, (Training(run, "gs://b/a", towers),), warehouse.temp_location, how, "token")
+        tallies = {(run_id, name): Tally(2, 16, 1.4, 1.8, 2.3, 0) for name in what.towers}
         launch = uuid.uuid4().hex[:24]
         publication.prepare(client, what, launch)
         publication.shape(client, what, launch)
-        for tower in what.towers:
+        for name in what.towers:
             rows = ", ".join(f"(DATE '2026-03-02', '1', 'e', '{run_id}', 'n', 'id{i}', [1.0, {i}.0])" for i in (1, 2))
-            client.query_and_wait(f"INSERT INTO `{destination.staging(tower, launch)}` VALUES {rows}")
-        return what, launch
+            client.query_and_wait(f"INSERT INTO `{destination.staging(name, launch)}` VALUES {rows}")
+        return what, launch, tallies
 
     return stage
 
@@ -127,12 +138,12 @@ def test_a_job_id_is_used_once(client):
 def test_readers_see_a_transaction_whole(staged, client, destination):
     """That one query over both tables never sees one tower without the other."""
     publication.publish(client, *staged("before", "replace"))
-    what, launch = staged("after", "replace")
+    what, launch, tallies = staged("after", "replace")
     sql = " UNION ALL ".join(
         f"SELECT '{tower}', mlflow_run_id, COUNT(*) FROM `{destination.table(tower)}` WHERE train_date = '2026-03-02' GROUP BY 2"
         for tower in ("user", "item")
     )
-    thread = threading.Thread(target=publication.publish, args=(client, what, launch))
+    thread = threading.Thread(target=publication.publish, args=(client, what, launch, tallies))
     thread.start()
     while thread.is_alive():
         seen = {row.values() for row in client.query_and_wait(sql)}
@@ -150,11 +161,12 @@ def test_no_expiration_is_inherited(warehouse, destination, client):
     try:
         there = dataclasses.replace(destination, dataset=dataset.dataset_id)
         run = Run("r", "n", "1", "e", date(2020, 1, 1), "gs://b/a")
-        what = Publication(there, run, ("user",), warehouse.temp_location, "fail", None, "token")
+        training = Training(run, "gs://b/a", (tower("user"),))
+        what = Publication(there, (training,), warehouse.temp_location, "fail", "token")
         publication.prepare(client, what, "launch")
         row = "(DATE '2020-01-01', '1', 'e', 'r', 'n', 'id', [1.0])"
         client.query_and_wait(f"INSERT INTO `{there.staging('user', 'launch')}` VALUES {row}")
-        publication.audit(client, what, "launch", {"user": 1})
+        publication.audit(client, what, "launch", {("r", "user"): Tally(1, 8, 1.0, 1.0, 1.0, 0)})
         publication.shape(client, what, "launch")
         table = client.get_table(there.table("user"))
         assert table.expires is None
@@ -170,9 +182,53 @@ def test_the_first_version_is_extended(warehouse, destination, client):
     table = bigquery.Table(name, schema=schema)
     table.time_partitioning = bigquery.TimePartitioning(field="train_date")
     client.create_table(table)
-    for statement in tables.add_columns_sql(name, client.get_table(name), "old"):
+    for statement in tables.add_columns_sql(name, client.get_table(name), tables.schema_fields("old")):
         client.query_and_wait(statement)
-    assert tables.missing_columns(client.get_table(name), "old") == []
+    assert tables.missing_columns(client.get_table(name), tables.schema_fields("old")) == []
+
+
+def test_the_log_is_written_with_the_publication(staged, client, destination):
+    """That BigQuery takes the log's INSERT in the transaction, and text from hexadecimal literals."""
+    publication.publish(client, *staged("logged", "replace"))
+    sql = f"SELECT tower, row_count, norm_max, mlflow_run_name FROM `{destination.log}` WHERE mlflow_run_id = 'logged'"
+    assert {row.values() for row in client.query_and_wait(sql)} == {("user", 2, 2.3, "n"), ("item", 2, 2.3, "n")}
+
+
+def test_a_plan_asks_for_permissions_and_locations(warehouse, destination, store, models):
+    """That Resource Manager, Cloud Storage and BigQuery answer the report's questions as expected."""
+    run = store.log(models("plain"), "plan", DAY)
+    done = subprocess.run(
+        command(warehouse, store, run, "--plan=json", f"--project={warehouse.project}"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {line["check"]: line for line in json.loads(done.stdout)["findings"]}
+    assert found["permissions"]["status"] == "ok", found["permissions"]
+    assert "a query (dry run)" in found["permissions"]["text"]
+    assert found["bucket"]["status"] == "ok", found["bucket"]
+
+
+def test_tables_that_require_a_partition_filter(warehouse, destination, store, models):
+    """That every query of the job names a partition: the second run reads and replaces what the first has made."""
+    flags = ["--require_partition_filter", "--table_prefix", f"{warehouse.prefix}_filter"]
+    for name in ("plain", "retrained"):
+        run = store.log(models(name), f"{name} filter", DAY)
+        flags_of_run = [*flags, f"--project={warehouse.project}", "--if_partition_taken=replace"]
+        subprocess.run(command(warehouse, store, run, *flags_of_run), check=True)
+
+
+@pytest.mark.skipif("BEAM_PIPELINE_GCP_KMS_KEY" not in os.environ, reason="set BEAM_PIPELINE_GCP_KMS_KEY to a key")
+def test_every_table_has_the_key(warehouse, destination, client, store, models):
+    """That load jobs and tables take --kms_key."""
+    key, prefix = os.environ["BEAM_PIPELINE_GCP_KMS_KEY"], f"{warehouse.prefix}_key"
+    run = store.log(models("plain"), "key", DAY)
+    flags = [f"--kms_key={key}", f"--table_prefix={prefix}", f"--project={warehouse.project}"]
+    subprocess.run(command(warehouse, store, run, *flags), check=True)
+    made = [t.table_id for t in client.list_tables(warehouse.dataset) if t.table_id.startswith(prefix)]
+    assert len(made) == 4
+    for name in made:
+        assert client.get_table(f"{warehouse.dataset}.{name}").encryption_configuration.kms_key_name == key
 
 
 def test_the_latest_partition_is_found_in_the_metadata(staged, client, destination):
