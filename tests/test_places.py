@@ -432,9 +432,9 @@ def holder(issued, ahead=0, header="Authorization"):
 def test_an_identity_token_is_renewed_before_it_expires_and_never_shown(
     job, server, served, models, store, tmp_path, source
 ):
-    """Tokens have a second or two until five minutes before they expire; the gate refuses them a little later."""
-    with tokens(life=302) as google, gate(server.url, holder(google.issued, ahead=298)) as guarded:
-        guarded.before = lambda path: time.sleep(0.1)
+    """Tokens have a second until five minutes before they expire, and the gate refuses them a little later."""
+    with tokens(life=301) as google, gate(server.url, holder(google.issued, ahead=298.5)) as guarded:
+        guarded.before = lambda path: time.sleep(0.3)
         environment = {k: v for k, v in os.environ.items() if k != "GOOGLE_APPLICATION_CREDENTIALS"}
         if source == "key":
             environment["GOOGLE_APPLICATION_CREDENTIALS"] = service_account_key(tmp_path / "key.json", google.url)
