@@ -40,6 +40,8 @@ setup(
         "launcher": [
             # Resolves the run, its experiment and its artifact.
             "mlflow>=3.1",
+            # Gets identity tokens for a tracking server behind Google IAP or on Cloud Run; 2.40 for impersonation.
+            "google-auth>=2.40",
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
             "setuptools>=64",
         ],
