@@ -43,6 +43,8 @@ setup(
             # Finds the matrices in a .keras file's HDF5 part. Pure Python: a crafted file raises, where the C library
             # behind h5py can crash the process.
             "pyfive>=1.1",
+            # Gets identity tokens for a tracking server behind Google IAP or on Cloud Run; 2.40 for impersonation.
+            "google-auth>=2.40",
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
             "setuptools>=64",
         ],

@@ -7,7 +7,6 @@ dies before leaves them to the sweep of a later one, as it does with load files.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +84,8 @@ class _Copy:
             for file in files:
                 # The disk holds one file at a time.
                 with tempfile.TemporaryDirectory() as temporary:
-                    self._copy(file, temporary, join(self._folder, file.path.removeprefix(base).lstrip("/")))
+                    to = join(self._folder, file.path.removeprefix(base).lstrip("/"))
+                    self._copy(file, Path(temporary, "file"), to)
         return self._folder if base == self._model.path else join(self._folder, self._model.path.rpartition("/")[2])
 
     def _files(self, path: str) -> Iterator[FileInfo]:
@@ -95,17 +95,18 @@ class _Copy:
             else:
                 yield file
 
-    def _copy(self, file: FileInfo, temporary: str, to: str) -> None:
-        self._sent, self._arriving = 0, Path(temporary, file.path)
-        local = self._repository.download_artifacts(file.path, temporary)
-        size = os.path.getsize(local)
+    def _copy(self, file: FileInfo, local: Path, to: str) -> None:
+        self._sent, self._arriving = 0, local
+        # What every store implements; its public wrapper downloads in threads, for which an interrupted process waits.
+        self._repository._download_file(file.path, str(local))
+        size = local.stat().st_size
         if file.file_size is not None and size != file.file_size:
             raise TruncatedFileError(
                 f"{size:,} of the {file.file_size:,} bytes of {file.path} came from {self._model.root}; start the job "
                 "again"
             )
         with (
-            open(local, "rb") as source,
+            local.open("rb") as source,
             FileSystems.create(to, compression_type=CompressionTypes.UNCOMPRESSED) as target,
         ):
             while block := source.read(_BLOCK):

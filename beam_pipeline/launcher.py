@@ -233,6 +233,8 @@ def _model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, te
     model = find_model(
         run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
     )
+    if model.notable:
+        terminal.found(model)
     folder = readable_folder(model)
     if folder:
         return folder, folder

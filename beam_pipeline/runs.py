@@ -260,13 +260,13 @@ def store_uri(tracking_uri: str | None) -> str:
 
 
 @contextmanager
-def asking(uri: str, missing: str, *, seconds: int = _PATIENCE, retries: int = 1) -> Iterator[None]:
+def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int = 1) -> Iterator[None]:
     """Asks MLflow with limited patience, and makes one line of whatever it raises.
 
     Args:
         uri: server or store, as `store_uri` returns it.
         missing: what to say when there is no such thing.
-        seconds: longest silence of the server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise.
+        seconds: longest silence of the server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise; None for a question.
         retries: unless MLFLOW_HTTP_REQUEST_MAX_RETRIES says otherwise.
 
     Raises:
@@ -275,7 +275,7 @@ def asking(uri: str, missing: str, *, seconds: int = _PATIENCE, retries: int = 1
     """
     from mlflow.exceptions import MlflowException
 
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds or _PATIENCE)}
     # Its bars would tear the lines of the terminal and fill a log.
     wanted["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     own = {name: value for name, value in wanted.items() if name not in os.environ}

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from beam_pipeline import STARTED, metrics, tables
 from beam_pipeline.preflight import Findings
 from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run
+from beam_pipeline.runs import Model, Run
 from beam_pipeline.transforms import Tally
 
 _EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
@@ -89,6 +89,10 @@ class Terminal:
             )
 
         return self._progress(done, line)
+
+    def found(self, model: Model) -> None:
+        """Prints which model is taken, where that does not go without saying."""
+        self._print(f"found       {model.name}", flush=True)
 
     def inspected(self, run: Run, folder: str, lines: Iterable[str]) -> None:
         """Prints what is in a run's model."""

@@ -54,8 +54,11 @@ def test_everything():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "name the model: --run_id=ID, or --experiment_name=NAME"),
+        ([], "name the model: --run_id=ID, --experiment_name=NAME for its latest FINISHED run, or --model_uri=URI"),
         (["--run_id=1", "--experiment_name=x"], "--run_id names one run"),
+        (["--model_uri=models:/a@b", "--run_id=1"], "--model_uri names one model; leave out --run_id"),
+        (["--model_uri=models:/a@b", "--experiment_name=x"], "--model_uri names one model"),
+        (["--model_uri=runs:/1/a", "--artifact_path=b"], "--model_uri names one model"),
         (["--run_id=1", "--runid=2"], "unknown flag --runid=2; did you mean --run_id?"),
         (["--run_id=1", "--if_partition_token=keep"], "did you mean --if_partition_taken?"),
         (["--run_id=1", "--temp_locaton=gs://b"], "did you mean --temp_location?"),
