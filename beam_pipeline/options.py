@@ -165,7 +165,9 @@ def parse(argv: Sequence[str]) -> Config:
     found, rest = ours.parse_known_args(list(argv))
     _refuse_unknown(ours, rest)
     if not found.run_id and not found.experiment_name and not found.model_uri:
-        ours.error("name the model: --run_id=ID, --experiment_name=NAME for its latest FINISHED run, or --model_uri=URI")
+        ours.error(
+            "name the model: --run_id=ID, --experiment_name=NAME for its latest FINISHED run, or --model_uri=URI"
+        )
     if found.model_uri and (found.run_id or found.experiment_name or found.run_name or found.artifact_path is not None):
         ours.error("--model_uri names one model; leave out --run_id, --experiment_name, --run_name and --artifact_path")
     if found.run_id and (found.experiment_name or found.run_name):
