@@ -14,11 +14,12 @@ the others are met in the property `layers` before, and their attributes' names 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
 
@@ -43,6 +44,8 @@ _MAX_CONFIG = 16 << 20
 _MAX_METADATA = 64 << 20
 """Bytes read of the HDF5 file's own structures."""
 _MAX_GROUPS = 100_000
+_MAX_VALUES = 1000
+"""Values of an HDF5 attribute; Keras writes one."""
 _MAX_OOV = 100_000
 _BLOCK, _SLICE = 4 << 20, 4 << 10
 
@@ -625,6 +628,17 @@ def _read_directory(file: ByteFile) -> dict[str, _Member]:
     return members
 
 
+def _short(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps pyfive's reading of an attribute, which allocates as many values as the file says before it reads one."""
+
+    def checked(kind: Any, data: bytes, count: int, offset: int) -> Any:
+        if count > _MAX_VALUES:
+            raise ValueError(f"an attribute of {count:,} values")
+        return read(kind, data, count, offset)
+
+    return checked
+
+
 class _Weights:
     """The names and places in an HDF5 file (`model.weights.h5`).
 
@@ -637,6 +651,7 @@ class _Weights:
             import pyfive
         except ImportError as error:
             raise ConfigError("pyfive is not installed; pip install 'beam-pipeline[launcher]'") from error
+        logging.getLogger("pyfive").setLevel(logging.WARNING)  # It tells every object that it meets.
         self._where = f"{file.path}: {_WEIGHTS}"
         self._datasets: dict[str, tuple[int | None, tuple[int, ...], str]] = {}
         self.groups: dict[str, str] = {}
@@ -662,6 +677,7 @@ class _Weights:
             seen.add(address)
             is_vars = path.rsplit("/", 1)[-1] == "vars"
             if is_vars:
+                group._dataobjects._attr_value = _short(group._dataobjects._attr_value)
                 name = group.attrs.get("name", b"")
                 owner = path[: -len("/vars")] if path != "vars" else ""
                 self.groups[owner] = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
