@@ -147,7 +147,16 @@ class _ReadFn(beam.DoFn):
         self._tower = tower
 
     def display_data(self) -> dict[str, Any]:
-        return _shown(self._tower)
+        matrix = self._tower.matrix
+        return {
+            "tower": self._tower.name,
+            "layer": self._tower.layer,
+            "rows": matrix.rows,
+            "dimension": matrix.dimension,
+            "dtype": matrix.dtype,
+            "vectors": matrix.path,
+            "ids": self._tower.vocabulary.path,
+        }
 
     def setup(self) -> None:
         self._reader = ThreadPoolExecutor(1)
@@ -199,10 +208,6 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
 
     tower: Tower
 
-    def display_data(self) -> dict[str, Any]:
-        """Returns what is shown of this step, on Dataflow's page of the job for one."""
-        return _shown(self.tower)
-
     def expand(self, pbegin: PBegin) -> Any:
         """Applies the transform."""
         cut = (
@@ -216,19 +221,6 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
             | "Read" >> beam.ParDo(_ReadFn(self.tower)).with_outputs(REPORTS, main="batches")
         )
         return {"batches": read.batches, REPORTS: (cut[REPORTS], read[REPORTS]) | "Reports" >> beam.Flatten()}
-
-
-def _shown(tower: Tower) -> dict[str, Any]:
-    matrix = tower.matrix
-    return {
-        "tower": tower.name,
-        "layer": tower.layer,
-        "rows": matrix.rows,
-        "dimension": matrix.dimension,
-        "dtype": matrix.dtype,
-        "vectors": matrix.path,
-        "ids": tower.vocabulary.path,
-    }
 
 
 def to_rows(batch: Batch, tower: str, constants: dict[str, Any]) -> Iterator[dict[str, Any]]:
