@@ -1,8 +1,7 @@
 # One image for the launcher, the Flex Template and the workers, so that all run the same versions. Build, publish and
 # run: README.md, "Container and Flex Template".
 #
-# Everything is pinned: base images by tag (a registry is asked for digests, which needs a network: build with
-# `docker buildx build --metadata-file` to record them), every Python package by constraints.txt.
+# Everything is pinned: every Python package by constraints.txt, base images by tag (their digests were not looked up).
 
 # Beam's boot program and licences. The version is apache-beam's in constraints.txt.
 FROM apache/beam_python3.11_sdk:2.77.0 AS beam

@@ -296,6 +296,13 @@ def test_a_parameters_regex_takes_what_the_command_line_takes(name, good, bad):
         assert not re.match(regex, value), value
 
 
+def test_the_readmes_template_has_these_parameters():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (given,) = re.findall(r"--parameters=(run_id=\S+)", readme)
+    names = [pair.split("=")[0] for pair in given.split(",")]
+    assert {*names} - {*PARAMETERS} == {"sdk_container_image"}  # Beam's own
+
+
 @pytest.mark.parametrize(("value", "is_set"), [("", True), ("=true", True), ("=True", True), ("=false", False)])
 def test_a_switch_may_have_a_value(value, is_set):
     config = parse(["--run_id=1", f"--include_oov{value}", "--allow_dimension_change"])

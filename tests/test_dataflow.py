@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -27,6 +28,10 @@ from job import MARCH_1, Job
 from wire_format import blown_up
 
 from beam_pipeline import __version__, launcher
+from beam_pipeline.files import open_file
+from beam_pipeline.formats import ids
+from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.wire import Span
 from beam_pipeline.options import parse
 from beam_pipeline.runs import Run
 
@@ -243,10 +248,10 @@ def test_no_secret_is_staged(staged):
 def test_no_model_data_is_staged(staged, models):
     layers = [*staged.layers()]
     for tower in ("user", "item"):
-        ids = [name for name in models("plain").ids(tower) if len(name.encode()) > 7]
-        assert len(ids) > 10
+        names = [name.encode() for name in models("plain").ids(tower) if len(name.encode()) > 7]
+        assert len(names) > 10
         vectors = models("plain").vectors(tower).astype("<f4")
-        wanted = [*(name.encode() for name in ids), *(row.tobytes() for row in vectors[:100])]
+        wanted = [*names, *(row.tobytes() for row in vectors[:100])]
         assert [data for data in wanted if any(data in layer for layer in layers)] == []
 
 
@@ -264,6 +269,20 @@ def test_five_million_ids_make_the_same_small_job(staged, job, store, damaged):
     assert {step.unique_name for step in staged.graph.components.transforms.values()} == {
         step.unique_name for step in large.graph.components.transforms.values()
     }
+
+
+def test_the_readme_tells_how_many_pieces_there_are(tmp_path):
+    """Cut as on Dataflow; what a piece costs to send is what it weighs pickled."""
+    count = 5_000_000
+    (tmp_path / "ids").write_bytes(b"".join(b"user-%09d\n" % i for i in range(count)))
+    vocabulary = Vocabulary(f"{tmp_path}/ids", Span(0, 15 * count), Encoding.LINES, 0)
+    tower = Tower("user", "user_layer", Matrix("weights", 0, count, 64, "float32", 0), vocabulary)
+    pieces = [*ids.cut(tower, open_file, ids.PIECE_BYTES)]
+    assert (len(pieces), pieces[0].rows) == (153, 32_768)
+    assert max(len(pickle.dumps(piece)) for piece in pieces) < 300
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "8 MB of vectors, 32,768 rows of 64 floats: 5 million rows make 153 pieces, 100 million 3,052" in readme
+    assert -(-100_000_000 // 32_768) == 3_052
 
 
 # The workers.
