@@ -1,28 +1,42 @@
-# One image for launcher and workers, so that both run the same versions.
+# One image for the launcher, the Flex Template and the workers, so that all run the same versions. Build, publish and
+# run: README.md, "Container and Flex Template".
 #
-#   worker:    python -m beam_pipeline --runner=DataflowRunner --sdk_container_image=IMAGE …
-#   launcher:  docker run --user nobody --entrypoint python IMAGE -m beam_pipeline \
-#                --runner=DataflowRunner --sdk_container_image=IMAGE …
-#
-# With it, leave --setup_file out: the package is in the image, and workers install nothing when they start.
+# Everything is pinned: every Python package by constraints.txt, base images by tag (their digests were not looked up).
 
 # Beam's boot program and licences. The version is apache-beam's in constraints.txt.
 FROM apache/beam_python3.11_sdk:2.77.0 AS beam
 
-FROM python:3.11-slim
+# The program that starts a Flex Template. The tag is that of Google's own sample of a single image; others:
+# https://cloud.google.com/dataflow/docs/reference/flex-templates-base-images
+FROM gcr.io/dataflow-templates-base/python311-template-launcher-base:20230622_RC00 AS template
+
+FROM python:3.11.15-slim-bookworm
 COPY --from=beam /opt/apache/beam /opt/apache/beam
+COPY --from=template /opt/google/dataflow/python_template_launcher /opt/google/dataflow/python_template_launcher
 
 WORKDIR /opt/beam_pipeline
-# Dependencies change less often than code: first a layer with them, made from setup.py and an empty package.
+# Dependencies change less often than code: first a layer with them, made from setup.py and an empty package. The build
+# folder goes again, since setuptools would take the empty package from there, which is newer than the code. Bytecode
+# is compiled here, Python's own too (its image comes without), and not at each start of a container.
 COPY setup.py pyproject.toml constraints.txt ./
 RUN mkdir beam_pipeline && echo '__version__ = "0"' > beam_pipeline/__init__.py \
-    && pip install --no-cache-dir --compile -c constraints.txt '.[launcher]'
+    && pip install --no-cache-dir --no-compile --constraint=constraints.txt setuptools \
+    && pip install --no-cache-dir --no-compile --no-build-isolation --constraint=constraints.txt '.[launcher]' \
+    && rm -r build beam_pipeline ./*.egg-info \
+    && python -m compileall -q -j 0 /usr/local/lib/python3.11
 COPY beam_pipeline beam_pipeline
-# Bytecode (--compile) is made once, here, and not at each worker's start.
-RUN pip install --no-cache-dir --compile --no-deps --force-reinstall . && pip check
+RUN pip install --no-cache-dir --no-build-isolation --no-deps --force-reinstall . && pip check
+
+# A Flex Template's launcher runs this file. It lies alone in its folder: Python puts that first in the module path.
+COPY beam_pipeline/__main__.py /template/main.py
+WORKDIR /template
+ENV FLEX_TEMPLATE_PYTHON_PY_FILE=/template/main.py
 
 # Boot runs this Python instead of making a virtual environment of its own.
 ENV RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1 PYTHONUNBUFFERED=1 HOME=/tmp
-WORKDIR /tmp
-# No USER: Dataflow mounts root's folders into a worker, and boot writes there. The launcher needs no root: --user, above.
-ENTRYPOINT ["/opt/apache/beam/boot"]
+
+# No USER: on Dataflow both programs need root, boot for folders that are mounted as root's, the template launcher for
+# its log below /var/log. Where Dataflow is only called, nobody is enough: docker run --user=nobody --entrypoint=python.
+
+# Dataflow starts workers with the endpoints of its Fn API, and a Flex Template's launcher without.
+ENTRYPOINT ["/bin/sh", "-c", "case \"$*\" in *-control_endpoint*|*-worker_pool*) exec /opt/apache/beam/boot \"$@\";; *) exec /opt/google/dataflow/python_template_launcher \"$@\";; esac", "entrypoint"]

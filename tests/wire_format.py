@@ -1,5 +1,7 @@
 """The protobuf wire format, written and taken apart the plain way, to make files that test the reader."""
 
+import numpy as np
+
 
 def varint(number):
     """A number, seven bits to a byte."""
@@ -43,6 +45,24 @@ def rewrite(message, path, change):
         field(number, rewrite(content, path[1:], change)) if number == path[0] and content is not None else raw
         for number, content, raw in fields(message)
     )
+
+
+def blown_up(saved_model, ids, count):
+    """Returns a saved_model.pb whose vocabulary of that many ids is another of `count`: user-000000000 and so on."""
+
+    def shape(size):
+        return field(2, field(2, field(1, size)))
+
+    def blow_up(tensor):
+        dtype = tensor[:2]
+        if not tensor.startswith(dtype + shape(ids)):
+            return tensor
+        if dtype == field(1, 7):  # DT_STRING
+            return dtype + shape(count) + b"".join(b"\x42\x0euser-%09d" % i for i in range(count))
+        return dtype + shape(count) + field(4, np.arange(1, count + 1, dtype="<i8").tobytes())
+
+    # SavedModel.meta_graphs, MetaGraphDef.graph_def, GraphDef.node, NodeDef.attr, its value, AttrValue.tensor
+    return rewrite(saved_model, [2, 2, 1, 5, 2, 8], blow_up)
 
 
 def _read_varint(data, at):
