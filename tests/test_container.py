@@ -244,38 +244,40 @@ def test_metadata_is_what_dataflow_reads():
     assert len(PARAMETERS) == len(METADATA["parameters"])
 
 
-def test_every_option_is_a_parameter_and_the_other_way_round():
-    assert {*OPTIONS} - {*PARAMETERS} == set(), "options without a parameter in metadata.json"
-    assert {*PARAMETERS} - {*OPTIONS} == set(), "parameters in metadata.json without an option"
-    options = {action.dest for action in parser()._actions}
-    assert {*NOT_IN_A_TEMPLATE} - options == set(), "no such option any more"
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_parameter_says_what_its_option_says(name):
-    action, parameter = OPTIONS[name], PARAMETERS[name]
-    assert parameter["label"]
-    assert parameter["helpText"] == parser()._get_formatter()._expand_help(action)
-    assert parameter["isOptional"] is not action.required
+def described(action):
+    """Returns what an option says of itself, as metadata.json has it; label and regexes are for people to write."""
+    parameter = {"name": action.dest, "helpText": parser()._get_formatter()._expand_help(action)}
+    parameter["isOptional"] = not action.required
     if action.nargs == 0:
-        assert (parameter["paramType"], parameter["defaultValue"]) == ("BOOLEAN", "false")
-        allowed = ["true", "false"]
-    elif action.choices:
-        assert parameter["paramType"] == "ENUM"
-        allowed = [option["value"] for option in parameter["enumOptions"]]
-        assert allowed == [*action.choices]
+        return parameter | {"paramType": "BOOLEAN", "defaultValue": "false"}
+    if action.choices:
+        parameter |= {"paramType": "ENUM", "enumOptions": [{"value": name, "label": name} for name in action.choices]}
     else:
-        assert parameter["paramType"] == ("NUMBER" if action.type is int else "TEXT")
-        allowed = []
-    if action.nargs != 0:
-        assert parameter.get("defaultValue") == action.default
-        allowed += [action.default] if action.default is not None else []
-    assert parameter["regexes"]
-    for regex in parameter["regexes"]:
+        parameter["paramType"] = "NUMBER" if action.type is int else "TEXT"
+    return parameter | ({} if action.default is None else {"defaultValue": str(action.default)})
+
+
+def test_every_option_is_a_parameter_and_the_other_way_round():
+    missing = [described(OPTIONS[name]) for name in OPTIONS if name not in PARAMETERS]
+    assert not missing, f"add to metadata.json, with label and regexes: {json.dumps(missing, ensure_ascii=False)}"
+    assert {*PARAMETERS} - {*OPTIONS} == set(), "remove from metadata.json, there are no such options"
+    assert {*NOT_IN_A_TEMPLATE} - {action.dest for action in parser()._actions} == set(), "there are no such options"
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name in PARAMETERS])
+def test_a_parameter_says_what_its_option_says(name):
+    parameter = dict(PARAMETERS[name])
+    assert parameter.pop("label")
+    regexes = parameter.pop("regexes")
+    assert parameter == described(OPTIONS[name])
+    allowed = [option["value"] for option in parameter.get("enumOptions", [])]
+    allowed += [parameter["defaultValue"]] if "defaultValue" in parameter else []
+    assert regexes
+    for regex in regexes:
         assert regex.startswith("^")
         assert regex.endswith("$")
-        assert [value for value in allowed if not re.match(regex, value)] == []
         assert not re.match(regex, "two\nlines")
+        assert [value for value in allowed if not re.match(regex, value)] == []
     for value in allowed:
         parse([*WHICH.get(name, ["--run_id=1"]), f"--{name}={value}"])
 
