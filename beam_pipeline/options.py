@@ -88,13 +88,16 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
     model.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
     model.add_argument(
-        "--artifact_path", default="model", help="model folder inside the run's artifacts (default: %(default)s)"
+        "--artifact_path",
+        default="model",
+        help="model folder or .keras file inside the run's artifacts (default: %(default)s)",
     )
     model.add_argument(
         "--tower",
         action="append",
         metavar="NAME=LAYER",
-        help="a tower and the attribute path of the layer that holds its lookup and its embedding; repeat for each "
+        help="a tower and the attribute path of the layer that holds its lookup and its embedding, or of an embedding that "
+        "a lookup feeds; repeat for each "
         f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     model.add_argument(

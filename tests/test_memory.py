@@ -17,7 +17,7 @@ from datetime import date
 import apache_beam as beam
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from beam_pipeline import columnar, tables
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.wire import Span
 from beam_pipeline.runs import Run
 from beam_pipeline.transforms import ReadTower
@@ -30,7 +30,7 @@ with open(f"{folder}/weights", "wb") as file:
 tower = Tower(
     "user",
     "user_layer",
-    Matrix(f"{folder}/weights", 0, rows, 100, "float32", 0),
+    Matrix(f"{folder}/weights", 0, rows, 100, "float32", Checksum("crc32c", 0, Span(0, rows * 400))),
     Vocabulary(f"{folder}/ids", Span(0, os.path.getsize(f"{folder}/ids")), Encoding.LINES, 0),
 )
 constants = [*tables.run_values(Run("r", "n", "1", "e", date(2026, 3, 1), "gs://b/a")).values()]
