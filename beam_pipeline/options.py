@@ -96,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
         "--tower",
         action="append",
         metavar="NAME=LAYER",
-        help="a tower and the attribute path of the layer that holds its lookup and its embedding, or of an embedding that "
-        "a lookup feeds; repeat for each "
+        help="a tower and the attribute path of the layer that holds its lookup and its embedding, or of an embedding "
+        "that a lookup feeds; repeat for each "
         f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     model.add_argument(

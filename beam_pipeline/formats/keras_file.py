@@ -58,7 +58,7 @@ _SHAPING = ("Flatten", "Reshape", "Identity", "Cast", "Squeeze", "ExpandDims")
 """Layers and operations that may stand between a lookup and its embedding: they leave row numbers as they are."""
 _KEEP_IDS = (
     "a subclassed Keras 3 model does not store a vocabulary given as a list; give it as a file (Keras ≥ 3.12), learn "
-    "it with adapt(), or have get_config return the layer (keras.saving.serialize_keras_object), and log the model again"
+    "it with adapt(), or have get_config return the layer (keras.saving.serialize_keras_object); log the model again"
 )
 
 
