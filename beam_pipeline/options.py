@@ -167,8 +167,9 @@ def parser() -> argparse.ArgumentParser:
         "--tower",
         action="append",
         metavar="NAME=LAYER",
-        help="a tower and the attribute path of the layer that holds its lookup and its embedding; repeat for each, or "
-        f"separate them by commas (default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
+        help="a tower and the attribute path of the layer that holds its lookup and its embedding, or of an embedding "
+        "that a lookup feeds; repeat for each, or separate them by commas "
+        f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     model.add_argument(
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"

@@ -57,8 +57,8 @@ _DTYPES = {"<f4": "float32", "<f8": "float64", "<f2": "float16", "|V2": "bfloat1
 _SHAPING = ("Flatten", "Reshape", "Identity", "Cast", "Squeeze", "ExpandDims")
 """Layers and operations that may stand between a lookup and its embedding: they leave row numbers as they are."""
 _KEEP_IDS = (
-    "a subclassed Keras 3 model does not store a vocabulary given as a list; give it as a file, learn it with adapt(), "
-    "or have get_config return the layer (keras.saving.serialize_keras_object), and log the model again"
+    "a subclassed Keras 3 model does not store a vocabulary given as a list; give it as a file (Keras ≥ 3.12), learn "
+    "it with adapt(), or have get_config return the layer (keras.saving.serialize_keras_object); log the model again"
 )
 
 
@@ -451,6 +451,11 @@ class KerasFile:
             if span is None:
                 raise NotAModelError(f"{where} has ids of bytes, which Keras itself cannot load; make them strings")
             vocabulary = Vocabulary(self.path, span, Encoding.JSON, 0)
+        elif isinstance(given, str):
+            raise NotAModelError(
+                f"{where} was given the file {given!r}, which Keras < 3.12 does not store; use set_vocabulary(file) or "
+                "another Keras, and log the model again"
+            )
         elif lookup.config:
             raise NotAModelError(f"{where} has no ids: it was given none before the model was saved")
         else:
