@@ -62,11 +62,12 @@ def filled(tmp_path_factory):
 
 
 def test_emulators_die_with_a_killed_parent_and_the_data_stay(filled):
+    before = os.environ.get("BIGQUERY_EMULATOR_HOST")  # of the session's warehouse, if a test has started that
     with emulators.Warehouse(str(filled)) as warehouse:
         assert os.environ["BIGQUERY_EMULATOR_HOST"] == warehouse.bigquery_url
         assert [row.x for row in client_of(warehouse.bigquery_url).query_and_wait("SELECT x FROM kept.t")] == [7]
         assert len(children_of(filled)) == 1  # ours; the killed one's are gone
-    assert "BIGQUERY_EMULATOR_HOST" not in os.environ
+    assert os.environ.get("BIGQUERY_EMULATOR_HOST") == before
     assert children_of(filled) == []
 
 
