@@ -30,32 +30,35 @@ def describe(artifact: Artifact, open_file: OpenFile) -> Iterator[str]:
 
 
 def _describe(tower: Tower, open_file: OpenFile) -> Iterator[str]:
-    matrix = tower.matrix
-    size = matrix.rows * matrix.row_bytes
-    yield f"  embedding {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype}, {size:,} bytes in {matrix.path}"
-    if not tower.vocabulary.in_row_order:
-        yield from _describe_entries(tower, open_file)
-        return
+    matrix, vocabulary = tower.matrix, tower.vocabulary
+    size = vocabulary.span.end - vocabulary.span.start
+    shape = f"{matrix.rows:,} rows × {matrix.dimension} {matrix.dtype}"
+    yield f"  embedding {shape}, {matrix.size:,} bytes in {matrix.path}"
+    count, examples = (_in_order if vocabulary.in_row_order else _in_no_order)(tower, open_file)
+    yield f"  ids       {count:,}, {size:,} bytes in {vocabulary.path}"
+    if examples:
+        yield f"  such as   {examples}"
+    if vocabulary.in_row_order:  # Elsewhere several ids may have one row.
+        yield f"  no ids    {matrix.rows - count:,} rows, {vocabulary.first_row:,} of them before the first id"
+
+
+def _in_order(tower: Tower, open_file: OpenFile) -> tuple[int, str]:
+    """Returns the number of ids, and some of them."""
     pieces = [piece for piece in ids.cut(tower, open_file, ids.PIECE_BYTES) if piece.ids]
     count = sum(piece.rows for piece in pieces)
-    span = tower.vocabulary.span
-    yield f"  ids       {count:,}, {span.end - span.start:,} bytes in {tower.vocabulary.path}"
-    if pieces:
-        first = ids.read(pieces[0], tower, open_file)[:_EXAMPLES].to_pylist()
-        examples = ", ".join(ids.shown(name[:_LONGEST_EXAMPLE]) for name in first)
-        yield f"  such as   {examples}{', …' if count > len(first) else ''}"
-    yield f"  no ids    {matrix.rows - count:,} rows, {tower.vocabulary.first_row:,} of them before the first id"
+    first = ids.read(pieces[0], tower, open_file)[:_EXAMPLES].to_pylist() if pieces else []
+    examples = ", ".join(ids.shown(name[:_LONGEST_EXAMPLE]) for name in first)
+    return count, f"{examples}{', …' if count > len(first) else ''}"
 
 
-def _describe_entries(tower: Tower, open_file: OpenFile) -> Iterator[str]:
-    """The same of a lookup whose ids are in no order."""
+def _in_no_order(tower: Tower, open_file: OpenFile) -> tuple[int, str]:
+    """Returns the number of ids, and some of them with their rows."""
     entries = list(ids.cut_entries(tower, open_file, ids.PIECE_ENTRIES))
-    span = tower.vocabulary.span
-    yield f"  ids       {sum(e.count for e in entries):,}, {span.end - span.start:,} bytes in {tower.vocabulary.path}"
-    if entries:
-        rows, names = ids.read_entries(entries[0], tower, open_file)
-        first = names[:_EXAMPLES].to_pylist()
-        examples = ", ".join(
-            f"{ids.shown(name[:_LONGEST_EXAMPLE])} (row {row:,})" for name, row in zip(first, rows, strict=False)
-        )
-        yield f"  such as   {examples}, in the order of the table, not of the rows"
+    if not entries:
+        return 0, ""
+    rows, names = ids.read_entries(entries[0], tower, open_file)
+    examples = ", ".join(
+        f"{ids.shown(name[:_LONGEST_EXAMPLE])} (row {row:,})"
+        for name, row in zip(names[:_EXAMPLES].to_pylist(), rows, strict=False)
+    )
+    return sum(each.count for each in entries), f"{examples}, in the order of the table, not of the rows"

@@ -141,7 +141,7 @@ def run(config: Config) -> None:
             publication.discard_all(client, what)
         job = Job(what, config.writer)
         if config.local:
-            _run_here(job, options, terminal)
+            _run_here(job, options, client, terminal)
             if config.tag_run:
                 _tag(config, job, client)
         else:
@@ -282,7 +282,7 @@ def _submit(pipeline: beam.Pipeline, name: str) -> Any:
         raise
 
 
-def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
+def _run_here(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: Terminal) -> None:
     """Runs the job in this process and waits for it; cleans up after it if it fails."""
     try:
         pipeline = beam.Pipeline(options=options)
@@ -293,7 +293,6 @@ def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
     except BaseException as error:
         job_name = options.view_as(GoogleCloudOptions).job_name
         try:
-            client = publication.make_client(job.publication.destination)
             publication.discard(client, job.publication, job_name)
         except Exception as left:  # What stopped the job is what has to be told.
             logging.getLogger(__name__).warning("staging tables and load files are left, they expire: %s", left)

@@ -287,7 +287,7 @@ def _examine_length(findings: Findings, client: bigquery.Client, destination: De
 
 def _examine_bucket(findings: Findings, publication: Publication) -> None:
     location = publication.destination.location
-    name = publication.temp_location.removeprefix("gs://").split("/")[0]
+    name = publication.bucket
     try:
         bucket = storage.Client(project=publication.destination.project).get_bucket(name, timeout=10)
     except NotFound:
@@ -345,7 +345,7 @@ def _examine_permissions(
         return
     wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if distributed else [])]
     project = publication.destination.project
-    name = publication.temp_location.removeprefix("gs://").split("/")[0]
+    name = publication.bucket
     missing: list[str] = []
     asked: list[str] = []
     for place, permissions, ask in (
@@ -416,7 +416,7 @@ def _estimate(findings: Findings, publication: Publication) -> None:
         for tower in training.towers:
             span = tower.vocabulary.span
             rows += tower.matrix.rows
-            vectors += tower.matrix.rows * tower.matrix.row_bytes
+            vectors += tower.matrix.size
             size += tower.matrix.rows * (fixed + 2 + 8 * tower.matrix.dimension) + span.end - span.start
     findings.ok("size", f"at most {rows:,} rows, {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
     cost = size / (1 << 40) * _DOLLARS_PER_TIB

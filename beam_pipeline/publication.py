@@ -118,6 +118,11 @@ class Publication:
         return bigquery.EncryptionConfiguration(self.kms_key) if self.kms_key else None
 
     @property
+    def bucket(self) -> str:
+        """Name of the temp location's bucket."""
+        return self.temp_location.removeprefix("gs://").split("/")[0]
+
+    @property
     def all_load_files(self) -> str:
         """Folder for the load files of every pipeline with this temp location."""
         return f"{self.temp_location.rstrip('/')}/embedding_loads"
@@ -202,7 +207,8 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
             tables.audit_sql(publication.destination, tower, launch), job_config=keyed
         )
     }
-    for (run, tower), tally in ((key, tallies[key[0].run_id, key[1]]) for key in _keys(publication)):
+    for run, tower in ((training.run, tower) for training in publication.trainings for tower in publication.towers):
+        tally = tallies[run.run_id, tower]
         rows, ids = found.pop((run.run_id, tower), (0, 0))
         if rows == ids == tally.ids:
             continue
@@ -262,7 +268,7 @@ def require_compatible(table: bigquery.Table, tower: str) -> None:
     """Raises IncompatibleTableError, with the differences spelled out, if a table cannot be a tower's history."""
     if found := tables.differences(table, tower):
         raise IncompatibleTableError(
-            f"table {table.project}.{table.dataset_id}.{table.table_id} cannot be used: {'; '.join(found)}; "
+            f"table {table.reference} cannot be used: {'; '.join(found)}; "
             "rename it, or choose another name with --table_prefix or --dataset"
         )
 
@@ -367,13 +373,8 @@ def discard_copy(folder: str) -> None:
     _delete_files(folder)
 
 
-def _keys(publication: Publication) -> list[tuple[Run, str]]:
-    return [(training.run, tower.name) for training in publication.trainings for tower in training.towers]
-
-
 def _add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:
-    name = f"{table.project}.{table.dataset_id}.{table.table_id}"
-    for statement in tables.add_columns_sql(name, table, wanted):
+    for statement in tables.add_columns_sql(str(table.reference), table, wanted):
         client.query_and_wait(statement)
 
 
@@ -397,8 +398,7 @@ def _create(client: bigquery.Client, wanted: bigquery.Table, publication: Public
         options = ["expiration_timestamp = NULL"]
         if partitioning and not asked:
             options.append("partition_expiration_days = NULL")
-        name = f"{table.project}.{table.dataset_id}.{table.table_id}"
-        client.query_and_wait(f"ALTER TABLE `{name}` SET OPTIONS ({', '.join(options)})")
+        client.query_and_wait(f"ALTER TABLE `{table.reference}` SET OPTIONS ({', '.join(options)})")
         table = client.get_table(wanted.reference)
     return table
 

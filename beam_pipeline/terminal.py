@@ -44,8 +44,7 @@ class Terminal:
             run = training.run
             if not number:
                 self._print(f"experiment  {run.experiment_name}")
-            self._print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
-            self._print(f"model       {training.model_uri}")
+            self._run(run, training.model_uri)
             for tower in training.towers:
                 matrix = tower.matrix
                 self._print(
@@ -97,8 +96,7 @@ class Terminal:
     def inspected(self, run: Run, folder: str, lines: Iterable[str]) -> None:
         """Prints what is in a run's model."""
         self._print(f"experiment  {run.experiment_name}")
-        self._print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
-        self._print(f"model       {folder}")
+        self._run(run, folder)
         for line in lines:
             self._print(line, flush=True)
 
@@ -162,6 +160,10 @@ class Terminal:
                 self._print(text, flush=True)
             if finished:
                 return
+
+    def _run(self, run: Run, model: str) -> None:
+        self._print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
+        self._print(f"model       {model}")
 
     @property
     def _out(self) -> TextIO:

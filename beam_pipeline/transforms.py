@@ -259,11 +259,16 @@ class _ReadFn(beam.DoFn):
     def teardown(self) -> None:
         self._reader.shutdown()
 
-    def _read(self, run_id: Any, piece: Any) -> tuple[Batch | None, Report]:
+    def _read(self, key: Any, value: Any) -> tuple[Batch | None, Report]:
+        run_id, piece, rows_and_ids = self._piece(key, value)
         try:
-            return read_piece(run_id, piece, self._towers[run_id], open_file)
+            return read_piece(run_id, piece, self._towers[run_id], open_file, rows_and_ids)
         except PipelineError as problem:
             return None, Report(run_id, piece.tower, piece.first_row, problem=problem)
+
+    def _piece(self, key: Any, value: Any) -> tuple[str, Piece, tuple[np.ndarray, pa.Array] | None]:
+        """Returns what an element says: run id, piece, and the rows and ids that are not where the piece says."""
+        return key, value, None
 
     def _outputs(self, read: tuple[Batch | None, Report]) -> Iterator[Any]:
         batch, report = read
@@ -274,14 +279,10 @@ class _ReadFn(beam.DoFn):
             yield batch
 
 
-def _piece_rows(tower: Tower) -> int:
-    return max(1, ids.PIECE_BYTES // tower.matrix.row_bytes)
-
-
 def _matrix_pieces(run_id: str, towers: dict[str, Tower]) -> Iterator[Any]:
     """Yields ((run id, number), rows and ids) for each piece of a matrix: its special rows' names, as a rule none."""
     tower = towers[run_id]
-    rows = _piece_rows(tower)
+    rows = tower.matrix.rows_in(ids.PIECE_BYTES)
     named = np.arange(len(tower.vocabulary.special_tokens), dtype=np.int64)
     names = pa.array([token.encode() for token in tower.vocabulary.special_tokens], pa.binary())
     for number in range(-(-tower.matrix.rows // rows)):
@@ -307,7 +308,7 @@ class _SortFn(beam.DoFn):
             yield TaggedOutput(REPORTS, Report(run_id, tower.name, 0, problem=problem))
             return
         order = np.argsort(rows, kind="stable")
-        numbers, starts = np.unique(rows[order] // _piece_rows(tower), return_index=True)
+        numbers, starts = np.unique(rows[order] // tower.matrix.rows_in(ids.PIECE_BYTES), return_index=True)
         for number, own in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
             yield (run_id, number), (rows[own], names.take(pa.array(own)))
 
@@ -315,16 +316,14 @@ class _SortFn(beam.DoFn):
 class _GatherFn(_ReadFn):
     """Reads a piece of a matrix and takes the vectors of the rows that have ids."""
 
-    def _read(self, run_id: Any, piece: Any) -> tuple[Batch | None, Report]:
-        (run_id, number), parts = run_id, piece
+    def _piece(self, key: Any, value: Any) -> tuple[str, Piece, tuple[np.ndarray, pa.Array] | None]:
+        run_id, number = key
         tower = self._towers[run_id]
-        rows, names = zip(*parts, strict=True)
-        first = number * _piece_rows(tower)
-        own = Piece(tower.name, first, min(_piece_rows(tower), tower.matrix.rows - first), None)
-        try:
-            return read_piece(run_id, own, tower, open_file, (np.concatenate(rows), pa.concat_arrays(names)))
-        except PipelineError as problem:
-            return None, Report(run_id, tower.name, first, problem=problem)
+        rows, names = zip(*value, strict=True)
+        most = tower.matrix.rows_in(ids.PIECE_BYTES)
+        first = number * most
+        piece = Piece(tower.name, first, min(most, tower.matrix.rows - first), None)
+        return run_id, piece, (np.concatenate(rows), pa.concat_arrays(names))
 
 
 @dataclass
@@ -433,7 +432,7 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
         crc = checksums.combine(matrix.checksum.algorithm, ((report.crc, report.bytes) for report in rows))
         # A set: towers that share a matrix read it once each.
         spans = read.setdefault((matrix.path, matrix.checksum), set())
-        spans.add((matrix.offset, matrix.rows * matrix.row_bytes, crc))
+        spans.add((matrix.offset, matrix.size, crc))
         spans.update((report.offset, report.bytes, report.crc) for report in own if not report.rows)
         count = sum(report.ids for report in own)
         norms = [report.norms for report in own if report.norms]

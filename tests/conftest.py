@@ -30,24 +30,24 @@ class Model:
         return dict(zip(self.ids(tower), self.vectors(tower).tolist(), strict=True))
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """A function from a name in make_models.py to a Model; not to be written to."""
-    folder = tmp_path_factory.mktemp("models")
-    script = Path(__file__).parent / "make_models.py"
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
+def made_by(script, tmp_path_factory):
+    """Runs a script that makes models; returns a function from a name in it to a Model, not to be written to."""
+    folder = tmp_path_factory.mktemp(script.removesuffix(".py"))
+    command = [sys.executable, str(Path(__file__).parent / script), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return lambda name: Model(folder / name)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return made_by("make_models.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def keras3_models(tmp_path_factory):
-    """A function from a name in make_keras3_models.py to a Model, whose folder holds model.keras; not to be written to."""
-    folder = tmp_path_factory.mktemp("keras3_models")
-    script = Path(__file__).parent / "make_keras3_models.py"
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return lambda name: Model(folder / name)
+    """Here the folder of a Model holds model.keras."""
+    return made_by("make_keras3_models.py", tmp_path_factory)
 
 
 @pytest.fixture

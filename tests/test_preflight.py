@@ -12,25 +12,16 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
 from google.cloud.storage import Client as StorageClient
+from towers import described
 
 from beam_pipeline import preflight
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
 from beam_pipeline.preflight import Findings, location_fits
 from beam_pipeline.publication import Publication
 from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
 
-TOWERS = tuple(
-    Tower(
-        name,
-        f"{name}_layer",
-        Matrix("gs://b/data", 0, 1_000_000, 64, "float32", Checksum("crc32c", 0, Span(0, 256_000_000))),
-        Vocabulary("gs://b/ids", Span(0, 10_000_000), Encoding.LINES, 1),
-    )
-    for name in ("user", "item")
-)
+TOWERS = tuple(described(name, rows=1_000_000, dimension=64, ids_bytes=10_000_000) for name in ("user", "item"))
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://b/7/0123abcd/artifacts")
 WHAT = Publication(
     Destination("my-project", "raw_prod", "EU", "two_tower"),

@@ -5,26 +5,17 @@ from datetime import UTC, date, datetime, timedelta
 
 import pytest
 from fake_bigquery import ABORTED, BACKEND, DENIED, DONE, LOST_ANSWER, NOT_SERIALIZABLE, TAKEN, serve
+from towers import described
 
 from beam_pipeline import publication
 from beam_pipeline.errors import PartitionTakenError, PublishError
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
 from beam_pipeline.publication import Publication, partition_life
 from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
 from beam_pipeline.transforms import Tally
 
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://bucket/7/0123abcd/artifacts")
-TOWERS = tuple(
-    Tower(
-        name,
-        f"{name}_layer",
-        Matrix("gs://bucket/data", 0, 11, 8, "float32", Checksum("crc32c", 0xABC, Span(0, 352))),
-        Vocabulary("gs://bucket/ids", Span(0, 100), Encoding.LINES, 1),
-    )
-    for name in ("user", "item")
-)
+TOWERS = tuple(described(name) for name in ("user", "item"))
 WHAT = Publication(
     Destination("my-project", "raw_prod", "EU", "two_tower"),
     (Training(RUN, "gs://bucket/7/0123abcd/artifacts/model", TOWERS),),

@@ -4,25 +4,16 @@ import pytest
 from google.cloud import bigquery
 from hypothesis import given
 from hypothesis import strategies as st
+from towers import described
 
 from beam_pipeline import tables
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
 from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
 from beam_pipeline.transforms import Tally
 
 DESTINATION = Destination("p", "raw_dev", "EU", "two_tower")
 RUN = Run("0123abcd", "it's; DROP", "7", "two_tower", date(2026, 3, 1), "gs://b/a")
-TOWERS = tuple(
-    Tower(
-        name,
-        f"{name}_layer",
-        Matrix("gs://b/a/data", 0, 11, 8, "float32", Checksum("crc32c", 0xABC, Span(0, 352))),
-        Vocabulary("gs://b/a/ids", Span(0, 100), Encoding.LINES, 1),
-    )
-    for name in ("user", "item")
-)
+TOWERS = tuple(described(name, "gs://b/a") for name in ("user", "item"))
 TRAINING = Training(RUN, "gs://b/a", TOWERS)
 TALLIES = {"user": Tally(10, 352, 0.5, 1.25, 2.0, 0), "item": Tally(7, 352, 0.0, 1e-300, 1.5e300, 2)}
 

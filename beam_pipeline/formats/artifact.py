@@ -78,9 +78,18 @@ class Matrix:
         return self.dimension * {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
     @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return self.rows * self.row_bytes
+
+    @property
     def span(self) -> Span:
         """Its bytes in the file."""
-        return Span(self.offset, self.offset + self.rows * self.row_bytes)
+        return Span(self.offset, self.offset + self.size)
+
+    def rows_in(self, size: int) -> int:
+        """Returns how many rows so many bytes hold, but at least one."""
+        return max(1, size // self.row_bytes)
 
     def decode(self, raw: bytes) -> np.ndarray:
         """Returns whole rows [rows, dimension] as the floats that they are, without a copy; bfloat16 as float32."""

@@ -83,7 +83,7 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
         CorruptFileError: the vocabulary is not where the artifact says, or no vocabulary, or damaged.
     """
     matrix, vocabulary = tower.matrix, tower.vocabulary
-    rows = max(1, piece_bytes // matrix.row_bytes)
+    rows = matrix.rows_in(piece_bytes)
     yield from _gap(tower.name, 0, min(vocabulary.first_row, matrix.rows), rows)
     row, start, count = vocabulary.first_row, vocabulary.span.start, 0
     with open_file(vocabulary.path) as file:

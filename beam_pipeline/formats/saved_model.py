@@ -1,11 +1,10 @@
-"""SavedModels of tf-keras, Keras 3's `export()` and `tf.saved_model.save`: finds a tower without building an object.
+"""SavedModels of tf-keras and of `tf.saved_model.save`: finds a tower without building an object.
 
 `saved_model.pb` is a `SavedModel` (tensorflow/core/protobuf/saved_model.proto, meta_graph.proto,
 saved_object_graph.proto). Its object graph is a tree of named children: root → `user_layer` → … → `embeddings` (a
 variable) and → `lookup_table` (a resource). The lookup's `_initialize` function says where the ids are: two
 captured constants (ids and their rows) or an asset (a file with an id per line); those of a mutable table are in the
 checkpoint. The bytes of a variable are found through the checkpoint's own object graph (trackable_object_graph.proto).
-Where the objects do not say which lookup feeds an embedding, the functions do (`gathers`).
 """
 
 from __future__ import annotations
@@ -87,6 +86,7 @@ class SavedModel:
         self._nodes: list[_Node] = []
         self._functions: dict[str, Span] = {}
         self._tensors: dict[str, Span] | None = None
+        self._bodies: dict[str, Span] | None = None
         self._paths: dict[int, list[str]] | None = None
         self._read_objects(parts[7])
         self._bundle = checkpoint.read_bundle(join(folder, "variables", "variables"), open_file)
@@ -288,7 +288,7 @@ class SavedModel:
             dtype=checkpoint.DTYPES[entry.dtype],
             checksum=Checksum("crc32c", entry.crc32c, Span(entry.offset, entry.offset + entry.size)),
         )
-        if matrix.rows * matrix.row_bytes != entry.size:
+        if matrix.size != entry.size:
             raise CorruptFileError(f"{where} has {entry.size:,} bytes, which do not fit its shape {list(entry.shape)}")
         with self._open(matrix.path) as data:
             data.read(entry.offset + entry.size, 0)  # Raises, before anything is written, if the file is too short.
@@ -324,7 +324,7 @@ class SavedModel:
 
     def _initializer(self, function: str, where: str) -> tuple[str, list[int], Mapping[str, int]]:
         """Returns (op, argument number of each of its inputs, its integer attributes) of an initializer function."""
-        definition = _definitions(self._file, self._graph).get(function)
+        definition = self._definitions().get(function)
         signature = next(wire.spans(self._file, definition, 1), None) if definition else None
         if definition and signature:
             arguments = [self._string(argument, 1) for argument in wire.spans(self._file, signature, 2)]
@@ -351,7 +351,7 @@ class SavedModel:
     def _key_type(self, table: int, where: str) -> int:
         """Returns TensorFlow's number of the type of a table's keys, which only the function that makes it says."""
         function = self._function(self._nodes[table].children.get("_create_resource"))
-        definition = _definitions(self._file, self._graph).get(function or "")
+        definition = self._definitions().get(function or "")
         for node in wire.spans(self._file, definition, 3) if definition else ():
             key_type = self._integer_attributes(node).get("key_dtype")
             if key_type is not None:
@@ -518,6 +518,18 @@ class SavedModel:
             raise NotAModelError(f"{where}: constant {operation!r} has shape {sizes}, not a list")
         return tensor, sizes[0], dtype
 
+    def _definitions(self) -> dict[str, Span]:
+        """Returns the `FunctionDef` of each function in the graph's library, by name."""
+        if self._bodies is None:
+            self._bodies = {}
+            for library in wire.spans(self._file, self._graph, 2):
+                for definition in wire.spans(self._file, library, 1):
+                    signature = next(wire.spans(self._file, definition, 1), None)
+                    name = next(wire.spans(self._file, signature, 1), None) if signature else None
+                    if name:
+                        self._bodies[wire.text(self._file, name)] = definition
+        return self._bodies
+
     def _constants(self) -> dict[str, Span]:
         """Returns the TensorProto of each Const of the graph, by name."""
         if self._tensors is None:
@@ -535,18 +547,6 @@ class SavedModel:
     def _string(self, message: Span, number: int) -> str:
         span = next(wire.spans(self._file, message, number), None)
         return wire.text(self._file, span) if span is not None else ""
-
-
-def _definitions(file: ByteFile, graph: Span) -> dict[str, Span]:
-    """Returns the `FunctionDef` of each function in a GraphDef's library, by name."""
-    found = {}
-    for library in wire.spans(file, graph, 2):
-        for definition in wire.spans(file, library, 1):
-            signature = next(wire.spans(file, definition, 1), None)
-            name = next(wire.spans(file, signature, 1), None) if signature else None
-            if name:
-                found[wire.text(file, name)] = definition
-    return found
 
 
 def _called(name: str, found: list[tuple[str, int]]) -> list[int]:

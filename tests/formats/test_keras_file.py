@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from towers import read_tower
 
 from beam_pipeline.errors import (
     ArtifactMissingError,
@@ -50,23 +51,6 @@ def counted(reports, towers):
 
 def path_of(model):
     return str(model.folder / "model.keras")
-
-
-def read_tower(tower, piece_bytes=1 << 20):
-    """Reads a tower whole, piece by piece: id → vector; asserts that the pieces cover every row once, in order."""
-    found, row = {}, 0
-    for piece in ids.cut(tower, open_file, piece_bytes):
-        if piece.rest:
-            continue
-        assert piece.first_row == row
-        row += piece.rows
-        names = ids.read(piece, tower, open_file)
-        with open_file(tower.matrix.path) as file:
-            start = tower.matrix.offset + piece.first_row * tower.matrix.row_bytes
-            vectors = tower.matrix.decode(file.read(start, piece.rows * tower.matrix.row_bytes))
-        found.update(zip((name.decode() for name in names.to_pylist()), vectors.tolist(), strict=False))
-    assert row == tower.matrix.rows
-    return found
 
 
 def towers_of(model, layers, **options):

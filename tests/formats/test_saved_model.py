@@ -2,6 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
+import towers
 
 from beam_pipeline.errors import (
     ArtifactMissingError,
@@ -19,19 +20,7 @@ from beam_pipeline.formats.saved_model import SavedModel
 
 
 def read_tower(folder, name, piece_bytes=1 << 10, **options):
-    """Reads a tower whole, piece by piece: id → vector; asserts that the pieces cover every row once, in order."""
-    tower = SavedModel(str(folder), open_file).tower(name, f"{name}_layer", **options)
-    found, row = {}, 0
-    for piece in ids.cut(tower, open_file, piece_bytes):
-        assert piece.first_row == row
-        row += piece.rows
-        names = ids.read(piece, tower, open_file)
-        with open_file(tower.matrix.path) as file:
-            start = tower.matrix.offset + piece.first_row * tower.matrix.row_bytes
-            vectors = tower.matrix.decode(file.read(start, piece.rows * tower.matrix.row_bytes))
-        found.update(zip((name.decode() for name in names.to_pylist()), vectors.tolist(), strict=False))
-    assert row == tower.matrix.rows
-    return found
+    return towers.read_tower(SavedModel(str(folder), open_file).tower(name, f"{name}_layer", **options), piece_bytes)
 
 
 @pytest.mark.parametrize("name", ["plain", "special", "one", "float64"])

@@ -12,10 +12,9 @@ from datetime import UTC, date, datetime
 import pytest
 from google.api_core.exceptions import Conflict
 from google.cloud import bigquery
+from towers import described
 
 from beam_pipeline import publication, tables
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
 from beam_pipeline.publication import Publication
 from beam_pipeline.runs import Run, Training
 from beam_pipeline.transforms import Tally
@@ -81,18 +80,13 @@ def test_the_job_on_dataflow(warehouse, destination, client, store, models):
     assert rows_of(client, destination, "user", run) == models("plain").rows("user")
 
 
-def tower(name):
-    matrix = Matrix("gs://b/data", 0, 3, 2, "float32", Checksum("crc32c", 0xABC, Span(0, 24)))
-    return Tower(name, f"{name}_layer", matrix, Vocabulary("gs://b/ids", Span(0, 8), Encoding.LINES, 1))
-
-
 @pytest.fixture
 def staged(warehouse, destination, client):
     """A function that stages two rows of a run and returns (Publication, launch id, tallies), ready to be published."""
 
     def stage(run_id, how):
         run = Run(run_id, "n", "1", "e", date(2026, 3, 2), "gs://b/a")
-        towers = tuple(tower(name) for name in ("user", "item"))
+        towers = tuple(described(name, rows=3, dimension=2) for name in ("user", "item"))
         what = Publication(destination, (Training(run, "gs://b/a", towers),), warehouse.temp_location, how, "token")
         tallies = {(run_id, name): Tally(2, 16, 1.4, 1.8, 2.3, 0) for name in what.towers}
         launch = uuid.uuid4().hex[:24]
@@ -161,7 +155,7 @@ def test_no_expiration_is_inherited(warehouse, destination, client):
     try:
         there = dataclasses.replace(destination, dataset=dataset.dataset_id)
         run = Run("r", "n", "1", "e", date(2020, 1, 1), "gs://b/a")
-        training = Training(run, "gs://b/a", (tower("user"),))
+        training = Training(run, "gs://b/a", (described("user", rows=3, dimension=2),))
         what = Publication(there, (training,), warehouse.temp_location, "fail", "token")
         publication.prepare(client, what, "launch")
         row = "(DATE '2020-01-01', '1', 'e', 'r', 'n', 'id', [1.0])"

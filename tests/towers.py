@@ -1,0 +1,30 @@
+"""Towers for tests: described ones, whose files do not exist, and what a real one holds."""
+
+from beam_pipeline.files import open_file
+from beam_pipeline.formats import ids
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.wire import Span
+
+
+def described(name, folder="gs://bucket", *, rows=11, dimension=8, ids_bytes=100):
+    """Returns a tower of float32 vectors and a vocabulary file, neither of which is there."""
+    checksum = Checksum("crc32c", 0xABC, Span(0, rows * dimension * 4))
+    matrix = Matrix(f"{folder}/data", 0, rows, dimension, "float32", checksum)
+    return Tower(name, f"{name}_layer", matrix, Vocabulary(f"{folder}/ids", Span(0, ids_bytes), Encoding.LINES, 1))
+
+
+def read_tower(tower, piece_bytes=1 << 20):
+    """Reads a tower piece by piece: id → vector; asserts that the pieces cover every row once, in order."""
+    found, row = {}, 0
+    for piece in ids.cut(tower, open_file, piece_bytes):
+        if piece.rest:
+            continue
+        assert piece.first_row == row
+        row += piece.rows
+        names = ids.read(piece, tower, open_file)
+        with open_file(tower.matrix.path) as file:
+            start = tower.matrix.offset + piece.first_row * tower.matrix.row_bytes
+            vectors = tower.matrix.decode(file.read(start, piece.rows * tower.matrix.row_bytes))
+        found.update(zip((name.decode() for name in names.to_pylist()), vectors.tolist(), strict=False))
+    assert row == tower.matrix.rows
+    return found
