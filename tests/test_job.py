@@ -469,9 +469,9 @@ def test_weights_cut_while_the_job_runs(job, store, models, tmp_path):
     hook = """
 from beam_pipeline import transforms
 original = transforms.read_piece
-def read_piece(run_id, piece, tower, open_file):
+def read_piece(run_id, piece, tower, open_file, *rest):
     open(tower.matrix.path, "r+b").truncate(1000)
-    return original(run_id, piece, tower, open_file)
+    return original(run_id, piece, tower, open_file, *rest)
 transforms.read_piece = read_piece
 """
     process = job.hooked(tmp_path, hook, run)
