@@ -96,7 +96,7 @@ def run(config: Config) -> None:
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
         destination = _find_destination(config, cloud.project)
-        client = publication.make_client(destination, config.kms_key)
+        client = publication.make_client(destination)
         runs = _without_published(config, found, client, destination, terminal)
         if not runs:
             terminal.nothing_to_do(len(found))
@@ -293,7 +293,7 @@ def _run_here(job: Job, options: PipelineOptions, terminal: Terminal) -> None:
     except BaseException as error:
         job_name = options.view_as(GoogleCloudOptions).job_name
         try:
-            client = publication.make_client(job.publication.destination, job.publication.kms_key)
+            client = publication.make_client(job.publication.destination)
             publication.discard(client, job.publication, job_name)
         except Exception as left:  # What stopped the job is what has to be told.
             logging.getLogger(__name__).warning("staging tables and load files are left, they expire: %s", left)

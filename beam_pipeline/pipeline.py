@@ -51,7 +51,7 @@ class _StepFn(beam.DoFn):
         }
 
     def setup(self) -> None:
-        self._client = publication.make_client(self._publication.destination, self._publication.kms_key)
+        self._client = publication.make_client(self._publication.destination)
 
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
     def process(self, launch: str, *inputs: Any) -> Iterator[str]:

@@ -143,11 +143,9 @@ def copies_folder(temp_location: str, token: str = "") -> str:
     return f"{temp_location.rstrip('/')}/embedding_artifacts/{token}".rstrip("/")
 
 
-def make_client(destination: Destination, kms_key: str | None = None) -> bigquery.Client:
-    """Returns a client whose jobs run where the dataset is, carry our labels, and encrypt results with the key."""
+def make_client(destination: Destination) -> bigquery.Client:
+    """Returns a client whose jobs run where the dataset is and carry our labels."""
     config = bigquery.QueryJobConfig(labels=LABELS)
-    if kms_key:
-        config.destination_encryption_configuration = bigquery.EncryptionConfiguration(kms_key)
     return bigquery.Client(project=destination.project, location=destination.location, default_query_job_config=config)
 
 
@@ -195,10 +193,14 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
     """
     if _published(client, launch):
         return  # A retry after a transaction, which follows an audit; the staging tables may be gone already.
+    # BigQuery keeps results for a day. Not in the client's defaults: DDL and scripts, which have none, refuse a key.
+    keyed = bigquery.QueryJobConfig(destination_encryption_configuration=publication.encryption)
     found = {
         (run_id, tower): (rows, ids)
         for tower in publication.towers
-        for run_id, rows, ids in client.query_and_wait(tables.audit_sql(publication.destination, tower, launch))
+        for run_id, rows, ids in client.query_and_wait(
+            tables.audit_sql(publication.destination, tower, launch), job_config=keyed
+        )
     }
     for (run, tower), tally in ((key, tallies[key[0].run_id, key[1]]) for key in _keys(publication)):
         rows, ids = found.pop((run.run_id, tower), (0, 0))
@@ -206,7 +208,7 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
             continue
         if rows == tally.ids:
             query = tables.duplicates_sql(publication.destination, tower, launch, run)
-            ((name, times),) = client.query_and_wait(query)
+            ((name, times),) = client.query_and_wait(query, job_config=keyed)
             raise BadIdError(
                 f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
                 "remove the duplicates and train again"

@@ -37,7 +37,7 @@ from beam_pipeline import launcher, preflight, publication  # noqa: E402 - the f
 
 mark("import Beam and the Google clients")
 ends(launcher, "find_run", "import MLflow, find the run")
-ends(launcher, "SavedModel", "read the graph's objects and the index")
+ends(launcher, "open_artifact", "read the graph's objects and the index")
 ends(preflight, "find_destination", "find the dataset")
 ends(launcher, "build", "check the tables, build the job graph")
 ends(publication, "audit", "start, cut, read, encode, write, load, audit")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
+from job import DESTINATION_TABLES
 
 from beam_pipeline import emulators
 from beam_pipeline.errors import WarehouseError
@@ -62,11 +63,12 @@ def filled(tmp_path_factory):
 
 
 def test_emulators_die_with_a_killed_parent_and_the_data_stay(filled):
+    before = os.environ.get("BIGQUERY_EMULATOR_HOST")  # of the session's warehouse, if a test has started that
     with emulators.Warehouse(str(filled)) as warehouse:
         assert os.environ["BIGQUERY_EMULATOR_HOST"] == warehouse.bigquery_url
         assert [row.x for row in client_of(warehouse.bigquery_url).query_and_wait("SELECT x FROM kept.t")] == [7]
         assert len(children_of(filled)) == 1  # ours; the killed one's are gone
-    assert "BIGQUERY_EMULATOR_HOST" not in os.environ
+    assert os.environ.get("BIGQUERY_EMULATOR_HOST") == before
     assert children_of(filled) == []
 
 
@@ -192,4 +194,4 @@ def test_the_job_in_a_folder_of_its_own(tmp_path, store, models):
     assert done.returncode == 0, done.stderr
     with emulators.Warehouse(str(folder)) as warehouse:
         tables = {table.table_id for table in client_of(warehouse.bigquery_url).list_tables("raw_dev")}
-    assert tables == {"two_tower_user_embedding", "two_tower_item_embedding", "two_tower_embedding_lock"}
+    assert tables == DESTINATION_TABLES
