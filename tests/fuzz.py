@@ -14,6 +14,7 @@ anything that it covers. The bytes of a matrix must otherwise be those of a matr
 """
 
 import argparse
+import copy
 import faulthandler
 import io
 import json
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
 import wire_format
 from wire_format import varint
 
@@ -106,12 +109,16 @@ def read(folder, contents, layers, *, include_oov, piece_bytes):
     found, reports = {}, []
     for tower in towers:
         names, vectors = [], []
-        for piece in ids.cut(tower, open_file, piece_bytes):
-            batch, report = read_piece("run", piece, tower, open_file)
+        for batch, report in _pieces(tower, open_file, piece_bytes):
             reports.append(report)
             if batch is not None:
                 names += batch.ids.to_pylist()
+                # Of the special rows before the ids, and of those after them, not all have names.
                 vectors.append(batch.vectors[: len(batch.ids)])
+        if not tower.vocabulary.in_row_order:
+            order = sorted(range(len(names)), key=names.__getitem__)
+            names = [names[at] for at in order]
+            vectors = [np.concatenate(vectors)[order]] if vectors else []
         with open_file(tower.matrix.path) as file:
             raw = file.read(tower.matrix.offset, tower.matrix.rows * tower.matrix.row_bytes)
         vectors = np.concatenate(vectors) if vectors else np.zeros((0, tower.matrix.dimension))
@@ -121,6 +128,25 @@ def read(folder, contents, layers, *, include_oov, piece_bytes):
     assert {name: counted["run", name].ids for name in layers} == {name: len(r.ids) for name, r in found.items()}
     assert all(len(rows.ids) == len(rows.vectors) for rows in found.values())
     return found
+
+
+def _pieces(tower, open_file, piece_bytes):
+    """Yields what `read_piece` returns for all of a tower; ids in no order are sorted by row, as a shuffle does it."""
+    if tower.vocabulary.in_row_order:
+        for piece in ids.cut(tower, open_file, piece_bytes):
+            yield read_piece("run", piece, tower, open_file)
+        return
+    tokens = [token.encode() for token in tower.vocabulary.special_tokens]
+    rows, names = [np.arange(len(tokens), dtype=np.int64)], [pa.array(tokens, pa.binary())]
+    for entries in ids.cut_entries(tower, open_file, piece_bytes // 16):
+        for found, more in zip((rows, names), ids.read_entries(entries, tower, open_file), strict=True):
+            found.append(more)
+    rows, names = np.concatenate(rows), pa.concat_arrays(names)
+    step = max(1, piece_bytes // tower.matrix.row_bytes)
+    for first in range(0, tower.matrix.rows, step):
+        piece = ids.Piece(tower.name, first, min(step, tower.matrix.rows - first), None)
+        own = np.flatnonzero((rows >= first) & (rows < first + step))
+        yield read_piece("run", piece, tower, open_file, (rows[own], names.take(pa.array(own))))
 
 
 def subjects(folder, kind):
@@ -133,7 +159,8 @@ def _subject(folder):
     contents = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     with closing(open_artifact(str(folder), opener(contents), DEFAULT_TOWERS.values())) as artifact:
         layers = artifact.tower_layers()
-        towers = discover(layers) or ({"user": layers[0]} if len(layers) == 1 else DEFAULT_TOWERS)
+        by_side = {side: next((one for one in layers if side in one), own) for side, own in DEFAULT_TOWERS.items()}
+        towers = discover(layers) or ({"user": layers[0]} if len(layers) == 1 else by_side)
         free = []
         if isinstance(artifact, KerasFile):
             weights = artifact._members["model.weights.h5"].span
@@ -162,6 +189,13 @@ def _subject(folder):
             )
         except PipelineError:
             subject.expected[include_oov] = None
+    for tower in towers:
+        answer = folder.parent / f"{folder.name}.{tower}.json"
+        if answer.exists():  # what Keras or TensorFlow itself says
+            assert subject.expected[False], folder
+            rows, vectors = subject.expected[False][tower], np.load(answer.with_suffix(".npy"))
+            right = dict(zip(json.loads(answer.read_text("utf-8")), vectors.tolist(), strict=True))
+            assert dict(zip(rows.ids, rows.vectors.astype(float).tolist(), strict=True)) == right
     return subject
 
 
@@ -224,8 +258,8 @@ def spliced(one, other, rng):
 def mutate_message(data, rng, depth=0):
     """Returns a protobuf message in which one field, at any depth, was changed, and all lengths around it mended."""
     try:
-        parts = [raw for _, _, raw in wire_format.fields(data)]
         fields = list(wire_format.fields(data))
+        parts = [raw for _, _, raw in fields]
     except IndexError:
         return some(data, rng)
     if not parts or b"".join(parts) != data:
@@ -280,14 +314,14 @@ def mutate_json(text, rng):
             case 1 if isinstance(parent, dict):
                 parent[rng.choice(["", "vocabulary", "layers", "name", "config", "a\nb"])] = parent.pop(key)
             case 2:
-                parent[key] = [parent[key]] * rng.choice((1, 2, 100))
+                parent[key] = [copy.deepcopy(parent[key]) for _ in range(rng.choice((1, 2, 20)))]
             case 3:
                 parent[key] = f"<raw {rng.randrange(len(_RAWS))}>"
             case 4:
                 other = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
-                parent[key], parent[other] = parent[other], parent[key]
+                parent[key], parent[other] = copy.deepcopy(parent[other]), parent[key]
             case _:
-                parent[key] = rng.choice(_VALUES)
+                parent[key] = copy.deepcopy(rng.choice(_VALUES))
     text = json.dumps(root[0], ensure_ascii=rng.random() < 0.5)
     text = _RAW.sub(lambda found: _RAWS[int(found[1])], text)
     return text.encode("utf-8", "surrogatepass")
@@ -398,9 +432,30 @@ def mutate_saved_model(subject, others, rng):
     pb, index = path(r"saved_model\.pb$"), path(r"variables\.index$")
     data, metadata, asset = path(r"\.data-"), path(r"keras_metadata\.pb$"), path("/assets/")
     what = rng.choice(
-        ["pb", "message", "message", "objects", "objects", "objects", "initializer", "constants"] + ["index", "table", "table", "table", "graph", "graph", "data", "asset"]
-        + ["metadata", "metadata json", "splice", "other file", "missing"]
-    )  # fmt: skip
+        [
+            "pb",
+            "message",
+            "message",
+            "objects",
+            "objects",
+            "objects",
+            "initializer",
+            "constants",
+            "index",
+            "table",
+            "table",
+            "table",
+            "graph",
+            "graph",
+            "data",
+            "asset",
+            "metadata",
+            "metadata-json",
+            "splice",
+            "other-file",
+            "missing",
+        ]
+    )
     match what:
         case "pb":
             contents[pb] = some(contents[pb], rng)
@@ -432,14 +487,14 @@ def mutate_saved_model(subject, others, rng):
             contents[asset] = some(contents[asset], rng)
         case "metadata" if metadata:
             contents[metadata] = mutate_message(contents[metadata], rng)
-        case "metadata json" if metadata:
+        case "metadata-json" if metadata:
             contents[metadata] = wire_format.rewrite(
                 contents[metadata], [1, 5], lambda text: mutate_json(text, rng) if rng.random() < 0.5 else text
             )
         case "splice":
             one = rng.choice(list(contents))
             contents[one] = spliced(contents[one], rng.choice(list(rng.choice(others).files.values())), rng)
-        case "other file":
+        case "other-file":
             one = rng.choice(list(contents))
             contents[one] = rng.choice(list(rng.choice(others).files.values()))
         case _:
@@ -489,11 +544,10 @@ def _mutate_zip(data, members, rng):
             struct.pack_into("<I", end, 12, size + len(field))
             return data[:entry] + bytes(head) + rest[: -len(end)] + bytes(end)
         case _:
+            warnings.simplefilter("ignore")  # of names that are there twice
+            odd = ("a/" * 300 + "x", "a\nb", "../x")
             names = [
-                (
-                    rng.choice((name, name, name.upper(), f"assets/{name}", "a/" * 300 + "x", f"{name}\0x", "../x")),
-                    content,
-                )
+                (rng.choice((name, name, name.upper(), f"assets/{name}", f"{name}\0x", *odd)), content)
                 for name, content in members
             ]
             rng.shuffle(names)
@@ -506,14 +560,33 @@ def mutate_keras(subject, others, rng):
     data = subject.files[path]
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    what = rng.choice(["bytes", "zip", "zip"] + ["config", "json", "json", "json", "json"] + ["hdf5"] * 5 + ["asset", "splice", "members"])  # fmt: skip
+    what = rng.choice(
+        [
+            "bytes",
+            "zip",
+            "zip",
+            "config",
+            "json",
+            "json",
+            "json",
+            "json",
+            "hdf5",
+            "hdf5",
+            "hdf5",
+            "hdf5",
+            "hdf5",
+            "asset",
+            "splice",
+            "members",
+        ]
+    )
     match what:
         case "bytes":
             return what, {path: some(data, rng)}, ""
         case "zip":
             return what, {path: _mutate_zip(data, members.items(), rng)}, "ids"
-        case "splice":
-            return what, {path: spliced(data, rng.choice(list(rng.choice(others).files.values())), rng)}, "ids"
+        case "splice":  # perhaps the whole of the other
+            return what, {path: spliced(data, rng.choice(list(rng.choice(others).files.values())), rng)}, "all"
         case "config":
             members["config.json"] = some(members["config.json"], rng)
         case "json":
@@ -569,7 +642,8 @@ def one(kind, seed, number, models):
     before, started = _memory("VmRSS"), time.process_time()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        rows = read(_missing_is_missing(subject, contents), contents, subject.towers, include_oov=include_oov, piece_bytes=piece_bytes)  # fmt: skip
+        folder = _missing_is_missing(subject, contents)
+        rows = read(folder, contents, subject.towers, include_oov=include_oov, piece_bytes=piece_bytes)
         signal.setitimer(signal.ITIMER_PROF, 0)
         outcome, problem = verdict(subject, rows, allowed, include_oov), None
     except PipelineError as error:
@@ -674,7 +748,7 @@ def run(number, seed, formats, first, folder, processes=2):
 
 def make_models(folder):
     """Makes the models of both formats."""
-    for script in ("make_models.py", "make_keras3_models.py"):
+    for script in ("make_models.py", "make_tables.py", "make_keras3_models.py"):
         into = Path(folder, script.removesuffix(".py"))
         into.mkdir()
         subprocess.run(
