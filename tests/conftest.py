@@ -50,6 +50,16 @@ def keras3_models(tmp_path_factory):
     return lambda name: Model(folder / name)
 
 
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory):
+    """A function from a name in make_tables.py to a Model; not to be written to."""
+    folder = tmp_path_factory.mktemp("tables")
+    script = Path(__file__).parent / "make_tables.py"
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return lambda name: Model(folder / name)
+
+
 @pytest.fixture
 def damaged(models, tmp_path):
     """A function that copies a model so that a test can damage it."""

@@ -1,12 +1,11 @@
 """Mutates real models and reads them as the job does: right rows or a named error, in bounded time and memory.
 
-    python tests/fuzz.py [--number=20000] [--seed=1] [--format=saved_model|keras] [--first=0] [--models=DIR]
+    python tests/fuzz.py [--number=20000] [--seed=1] [--format=saved_model|keras] [--first=0] [--models DIR …]
 
-runs that many mutations of each format in child processes, at most two at a time, and prints what came of them; exit 1
-if one of them crashed, hung, took too much memory or gave wrong rows. A mutation is made from (seed, format, number)
-alone, so a finding is replayed with `--seed`, `--format`, `--first=NUMBER --number=1`. `--models` is a folder with what
-make_models.py and make_keras3_models.py make; without it they are made anew (and random weights differ, which matters
-to no finding so far).
+runs that many mutations of each format in child processes, two at a time, and prints what came of them; exit 1 if one
+of them crashed, hung, took too much memory or gave wrong rows. A mutation is made from (seed, format, number) and the
+models alone, so a finding is replayed with `--seed`, `--format`, `--first=NUMBER --number=1`. Models are searched below
+the folders given; without one they are made anew.
 
 What may differ from the rows of the unmutated model, as nothing in the formats covers it with a checksum: in a
 SavedModel the ids and which rows they get; in a `.keras` file nothing, but where the mutation mended the zip's CRC-32
@@ -149,10 +148,10 @@ def _pieces(tower, open_file, piece_bytes):
         yield read_piece("run", piece, tower, open_file, (rows[own], names.take(pa.array(own))))
 
 
-def subjects(folder, kind):
-    """Returns the models of a format in a folder."""
+def subjects(folders, kind):
+    """Returns the models of a format below folders."""
     marker = {"saved_model": "saved_model.pb", "keras": "model.keras"}[kind]
-    return [_subject(path.parent) for path in sorted(Path(folder).rglob(marker))]
+    return [_subject(path.parent) for folder in folders for path in sorted(Path(folder).rglob(marker))]
 
 
 def _subject(folder):
@@ -683,7 +682,7 @@ def _memory(name):
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
 
-def run_batch(kind, seed, first, number, folder, state):
+def run_batch(kind, seed, first, number, folders, state):
     """Runs mutations in this process; returns a summary."""
 
     def too_slow(*_):
@@ -691,7 +690,7 @@ def run_batch(kind, seed, first, number, folder, state):
 
     faulthandler.enable()
     signal.signal(signal.SIGPROF, too_slow)
-    models = subjects(folder, kind)
+    models = subjects(folders, kind)
     outcomes, kinds, problems, slowest, largest = Counter(), Counter(), [], 0.0, 0
     for at in range(first, first + number):
         state.seek(0)
@@ -706,7 +705,7 @@ def run_batch(kind, seed, first, number, folder, state):
     return {"outcomes": outcomes, "kinds": kinds, "problems": problems, "slowest": slowest, "largest": largest}
 
 
-def run(number, seed, formats, first, folder, processes=2):
+def run(number, seed, folders, *, formats=FORMATS, first=0, processes=2):
     """Runs mutations in child processes; returns {format: summary}."""
     summaries = {
         kind: {"outcomes": Counter(), "kinds": Counter(), "problems": [], "slowest": 0.0, "largest": 0}
@@ -715,10 +714,10 @@ def run(number, seed, formats, first, folder, processes=2):
 
     def batch(kind, start, count):
         with tempfile.NamedTemporaryFile("r") as state:
-            options = [str(option) for option in (kind, seed, start, count, folder, state.name)]
+            options = [str(option) for option in (kind, seed, start, count, state.name, *folders)]
             command = [sys.executable, __file__, "--batch", *options]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
                 code, out, err = done.returncode, done.stdout, done.stderr
             except subprocess.TimeoutExpired as expired:
                 code, out, err = "no end", "", str(expired)
@@ -758,26 +757,26 @@ def make_models(folder):
 
 def main(argv):
     if argv[:1] == ["--batch"]:
-        kind, seed, first, number, folder, state = argv[1:]
+        kind, seed, first, number, state, *folders = argv[1:]
         with open(state, "w") as file:
-            print(json.dumps(run_batch(kind, int(seed), int(first), int(number), folder, file)))
+            print(json.dumps(run_batch(kind, int(seed), int(first), int(number), folders, file)))
         return 0
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--number", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--format", choices=FORMATS, action="append")
-    parser.add_argument("--models")
+    parser.add_argument("--models", nargs="+")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         if not options.models:
             make_models(temporary)
-        folder = options.models or temporary
-        summaries = run(options.number, options.seed, options.format or FORMATS, options.first, folder)
+        folders = options.models or [temporary]
+        formats = options.format or FORMATS
+        summaries = run(options.number, options.seed, folders, formats=formats, first=options.first)
     for kind, summary in summaries.items():
-        print(
-            f"{kind}: {sum(summary['outcomes'].values()):,} mutations, slowest {summary['slowest']:.1f} s, largest {summary['largest']} MB"
-        )
+        count, slowest, largest = sum(summary["outcomes"].values()), summary["slowest"], summary["largest"]
+        print(f"{kind}: {count:,} mutations, the slowest took {slowest:.1f} s, the largest {largest} MB")
         print("  mutated   ", ", ".join(f"{what} {count:,}" for what, count in summary["kinds"].most_common()))
         print("  came of it", ", ".join(f"{what} {count:,}" for what, count in summary["outcomes"].most_common()))
         for problem in summary["problems"]:

@@ -1,8 +1,6 @@
 """Lookups of integers, learnt ones, and tables whose rows are in no order, each compared with TensorFlow's answer."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +9,6 @@ from job import MARCH_1, refused
 
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import ids, open_artifact
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """A function from a name in make_tables.py to a Model; not to be written to."""
-    folder = tmp_path_factory.mktemp("tables")
-    script = Path(__file__).parent / "make_tables.py"
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return lambda name: Model(folder / name)
 
 
 @pytest.mark.parametrize("name", ["integers", "learnt", "static", "mutable", "bfloat"])

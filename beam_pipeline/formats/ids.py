@@ -502,7 +502,7 @@ _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
     Encoding.INTEGER_LINES: _decode_integer_lines,
     Encoding.JSON: _decode_json,
     Encoding.PROTOBUF: _decode_strings,
-    Encoding.INT64: lambda data: _decode_integers(np.frombuffer(data, "<i8")),
+    Encoding.INT64: lambda data: _decode_integers(np.frombuffer(data[: len(data) // 8 * 8], "<i8")),
     Encoding.VARINTS: lambda data: _decode_integers(_varints(data).view("<i8")),
 }
 

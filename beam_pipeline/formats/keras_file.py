@@ -642,7 +642,7 @@ class _Window:
         self._budget -= length + 16  # An empty read counts, too.
         if self._budget < 0:
             raise CorruptFileError(f"{self._file.path}: its {self._what} is too large to be true; log the model again")
-        data = self._file.read(self._span.start + self._at, length)
+        data = self._file.read(self._span.start + self._at, length) if length else b""
         self._at += length
         return data
 
