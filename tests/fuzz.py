@@ -19,6 +19,7 @@ import io
 import json
 import random
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -280,7 +281,7 @@ def mutate_message(data, rng, depth=0):
         case 4:
             parts[at] = wire_format.field(number, some(content or b"", rng))
         case 5:
-            parts[at] = raw * rng.choice((2, 10, 1000))
+            parts[at] = raw * min(rng.choice((2, 10, 1000)), 1 + (1 << 20) // len(raw))
         case 6:
             other = rng.randrange(len(parts))
             parts[at], parts[other] = parts[other], parts[at]
@@ -689,6 +690,7 @@ def run_batch(kind, seed, first, number, folders, state):
         raise TooSlowError(f"more than {SECONDS} s")
 
     faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # What wants more ends in MemoryError, not the machine.
     signal.signal(signal.SIGPROF, too_slow)
     models = subjects(folders, kind)
     outcomes, kinds, problems, slowest, largest = Counter(), Counter(), [], 0.0, 0

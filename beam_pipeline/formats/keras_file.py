@@ -46,11 +46,11 @@ _MAX_LISTS = 10_000
 """Vocabularies in config.json."""
 _MAX_NESTING = 200
 """Levels of config.json: a model inside of a model is five. What recurses over it stays below Python's limit."""
-_MAX_STEPS = 1_000_000
+_MAX_STEPS = 300_000
 """Objects that are met while towers are looked for: a few seconds, though each layer may share all the others."""
 _MAX_FEEDING = 100
 """Layers between an embedding and its lookup."""
-_MAX_METADATA = 64 << 20
+_MAX_METADATA = 32 << 20
 """Bytes read of the HDF5 file's own structures."""
 _MAX_GROUPS, _LONGEST_PATH, _DEEPEST_PATH = 100_000, 512, 64
 _MAX_VALUES = 1000
