@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,3 +117,16 @@ class Store:
 def store(tmp_path_factory, warehouse):
     """An MLflow store for the session."""
     return Store(tmp_path_factory.mktemp("mlflow"), warehouse)
+
+
+@pytest.fixture
+def job(warehouse, store, request):
+    """Runs the job, into a dataset that is made for this test."""
+    from google.cloud import bigquery
+    from job import Job
+
+    client = bigquery.Client(project=warehouse.project)
+    dataset = re.sub(r"\W", "_", request.node.name)[:80] + f"_{os.getpid()}"
+    client.create_dataset(dataset)
+    yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}")
+    client.delete_dataset(dataset, delete_contents=True)

@@ -11,96 +11,11 @@ from pathlib import Path
 
 import pytest
 from google.cloud import bigquery
+from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 
 from beam_pipeline import publication, tables, writing
 from beam_pipeline.launcher import launch
 from beam_pipeline.options import parse
-from beam_pipeline.tables import Destination
-
-MARCH_1 = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
-MARCH_2 = datetime(2026, 3, 2, 0, 30, tzinfo=UTC)
-
-
-class Job:
-    """Runs the job into a dataset of its own.
-
-    Attributes:
-        client: of the emulated BigQuery.
-        dataset: made for this test.
-    """
-
-    def __init__(self, client, dataset, store, temp_location):
-        self.client = client
-        self.dataset = dataset
-        self.destination = Destination(client.project, dataset, "US", "two_tower")
-        self._flags = [
-            f"--tracking_uri={store.uri}",
-            f"--dataset={dataset}",
-            f"--temp_location={temp_location}",
-        ]
-
-    def run(self, run_id, *flags):
-        """Runs in this process; returns the exit code."""
-        return launch(self.config(run_id, *flags))
-
-    def config(self, run_id, *flags):
-        return parse([*self._flags, *([f"--run_id={run_id}"] if run_id else []), *flags])
-
-    def command(self, run_id, *flags):
-        return [sys.executable, "-m", "beam_pipeline", *self._flags, f"--run_id={run_id}", *flags]
-
-    def subprocess(self, run_id, *flags, **options):
-        return subprocess.run(self.command(run_id, *flags), capture_output=True, text=True, check=False, **options)
-
-    def hooked(self, tmp_path, hook, run_id, *flags):
-        """Starts the job in a process of its own whose code a test changes first; nothing else can stop it midway."""
-        script = tmp_path / "hooked.py"
-        script.write_text(
-            f"{hook}\nimport sys\n"
-            "from beam_pipeline.launcher import launch\n"
-            "from beam_pipeline.options import parse\n"
-            "sys.exit(launch(parse(sys.argv[1:])))\n"
-        )
-        command = [sys.executable, str(script), *self.command(run_id, *flags)[3:]]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def query(self, sql):
-        sql = sql.format(
-            user=f"{self.dataset}.two_tower_user_embedding", item=f"{self.dataset}.two_tower_item_embedding"
-        )
-        return [row.values() for row in self.client.query_and_wait(sql)]
-
-    def rows(self, tower, where="TRUE"):
-        """Returns (train_date, run id) → {id: vector}; asserts that no id is there twice."""
-        found = {}
-        sql = f"SELECT train_date, mlflow_run_id, {tower}_id, {tower}_embedding FROM {{{tower}}} WHERE {where}"
-        for day, run_id, name, vector in self.query(sql):
-            model = found.setdefault((str(day), run_id), {})
-            assert name not in model
-            model[name] = vector
-        return found
-
-    def published(self):
-        """Returns {(train_date, run id): (users, items)}; fails if one tower was published without the other."""
-        users, items = self.rows("user"), self.rows("item")
-        assert users.keys() == items.keys()
-        return {key: (len(users[key]), len(items[key])) for key in users}
-
-    def tables(self):
-        return {table.table_id for table in self.client.list_tables(self.dataset)}
-
-
-DESTINATION_TABLES = {"two_tower_user_embedding", "two_tower_item_embedding", "two_tower_embedding_lock"}
-
-
-@pytest.fixture
-def job(warehouse, store, request):
-    client = bigquery.Client(project=warehouse.project)
-    dataset = re.sub(r"\W", "_", request.node.name)[:80] + f"_{os.getpid()}"
-    client.create_dataset(dataset)
-    yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}")
-    client.delete_dataset(dataset, delete_contents=True)
-
 
 # What is published.
 
@@ -403,17 +318,6 @@ def test_another_vector_length(job, store, models, capsys):
 
 
 # Bad input: one line, exit 1, nothing published, nothing left.
-
-
-def refused(job, capsys, run_id, *flags):
-    """Runs what must fail; returns its one line."""
-    before = job.tables()
-    assert job.run(run_id, *flags) == 1
-    error = capsys.readouterr().err.splitlines()
-    lines = [line for line in error if not re.match(r"(INFO|WARNING):| |<|Traceback|\w+(\.\w+)*Error", line)]
-    assert lines[-1].startswith("error: ")
-    assert job.tables() == before
-    return lines[-1]
 
 
 def test_unknown_runs(job, store, capsys):
