@@ -1,6 +1,6 @@
 """The transforms: pieces of a vocabulary in, batches of rows and reports out. Wiring only; formats are elsewhere."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from beam_pipeline.errors import (
 from beam_pipeline.files import OpenFile, open_file
 from beam_pipeline.formats import ids
 from beam_pipeline.formats.artifact import Tower
-from beam_pipeline.formats.ids import Piece
+from beam_pipeline.formats.ids import Entries, Piece
 
 REPORTS = "reports"
 
@@ -38,20 +38,20 @@ class Batch:
     Attributes:
         ids: Arrow string array [n].
         vectors: floats of any width [n, dimension]; float64 holds each exactly.
-        source: the piece and the tower that it was read from.
+        source: the piece and the tower that it was read from, and which rows and ids of it if they are in no order.
     """
 
     ids: pa.Array
     vectors: np.ndarray
-    source: tuple[Piece, Tower] | None = None
+    source: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Returns how to make the batch again."""
         return (_read_again, self.source) if self.source else (Batch, (self.ids, self.vectors))
 
 
-def _read_again(piece: Piece, tower: Tower) -> Batch:
-    batch, _ = read_piece(piece, tower, open_file)
+def _read_again(piece: Piece, tower: Tower, *rows_and_ids: Any) -> Batch:
+    batch, _ = read_piece(piece, tower, open_file, *rows_and_ids)
     if batch is None:
         raise AuditError(f"tower {tower.name!r}: rows at {piece.first_row:,} had ids and have none: the file changed")
     return batch
@@ -79,8 +79,16 @@ class Report:
     problem: PipelineError | None = None
 
 
-def read_piece(piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch | None, Report]:
+def read_piece(
+    piece: Piece, tower: Tower, open_file: OpenFile, rows_and_ids: tuple[np.ndarray, pa.Array] | None = None
+) -> tuple[Batch | None, Report]:
     """Reads the ids and the vectors of a piece; None instead of a batch if its rows belong to no id.
+
+    Args:
+        piece: what is read.
+        tower: of which tower.
+        open_file: how its files are opened.
+        rows_and_ids: the ids and the row of each, if they are not in row order and so not where the piece says.
 
     Raises:
         PipelineError: anything that is wrong with its bytes.
@@ -88,16 +96,24 @@ def read_piece(piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch |
     matrix = tower.matrix
     with open_file(matrix.path) as file:
         raw = file.read(matrix.offset + piece.first_row * matrix.row_bytes, piece.rows * matrix.row_bytes)
-    names = ids.read(piece, tower, open_file)
+    rows: Sequence[int] | np.ndarray
+    if rows_and_ids is None:
+        rows, names = range(piece.first_row, piece.first_row + piece.rows), ids.read(piece, tower, open_file)
+    else:
+        rows, names = rows_and_ids
     report = Report(tower.name, piece.first_row, piece.rows, len(names), len(raw), google_crc32c.value(raw))
     if not len(names):
         return None, report
     vectors = matrix.decode(raw)
-    ids_and_vectors = _checked_ids(names, piece, tower), _checked_vectors(vectors, names, piece, tower)
-    return Batch(*ids_and_vectors, source=(piece, tower)), report
+    source: tuple[Any, ...] = (piece, tower)
+    if rows_and_ids is not None:
+        vectors = vectors[rows_and_ids[0] - piece.first_row]
+        source = (piece, tower, rows_and_ids)
+    ids_and_vectors = _checked_ids(names, rows, tower), _checked_vectors(vectors, names, rows, tower)
+    return Batch(*ids_and_vectors, source=source), report
 
 
-def _checked_ids(names: pa.Array, piece: Piece, tower: Tower) -> pa.Array:
+def _checked_ids(names: pa.Array, rows: Sequence[int] | np.ndarray, tower: Tower) -> pa.Array:
     try:
         text = names.cast(pa.string())
     except pa.ArrowInvalid as error:
@@ -106,24 +122,26 @@ def _checked_ids(names: pa.Array, piece: Piece, tower: Tower) -> pa.Array:
                 name.decode()
             except UnicodeDecodeError:
                 raise BadIdError(
-                    f"tower {tower.name!r}: id {ids.shown(name)} (row {piece.first_row + at:,}) is not UTF-8, "
+                    f"tower {tower.name!r}: id {ids.shown(name)} (row {rows[at]:,}) is not UTF-8, "
                     "which BigQuery requires; encode the ids and train again"
                 ) from error
         raise
     if (empty := pa.compute.index(pa.compute.binary_length(names), 0).as_py()) >= 0:
         raise BadIdError(
-            f"tower {tower.name!r}: the id of row {piece.first_row + empty:,} is empty; remove it from the vocabulary "
+            f"tower {tower.name!r}: the id of row {rows[empty]:,} is empty; remove it from the vocabulary "
             "and train again"
         )
     return text
 
 
-def _checked_vectors(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: Tower) -> np.ndarray:
+def _checked_vectors(
+    vectors: np.ndarray, names: pa.Array, rows: Sequence[int] | np.ndarray, tower: Tower
+) -> np.ndarray:
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         at = int(np.flatnonzero(~finite)[0])
         raise BadVectorError(
-            f"tower {tower.name!r}: the vector of id {ids.shown(names[at].as_py())} (row {piece.first_row + at:,}) "
+            f"tower {tower.name!r}: the vector of id {ids.shown(names[at].as_py())} (row {rows[at]:,}) "
             "holds NaN or infinity; the training diverged, train again"
         )
     return vectors
@@ -132,7 +150,10 @@ def _checked_vectors(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: 
 class _CutFn(beam.DoFn):
     def process(self, tower: Tower) -> Iterator[Any]:
         try:
-            yield from ids.cut(tower, open_file, ids.PIECE_BYTES)
+            if tower.vocabulary.in_row_order:
+                yield from ids.cut(tower, open_file, ids.PIECE_BYTES)
+            else:
+                yield from ids.cut_entries(tower, open_file, ids.PIECE_ENTRIES)
         except PipelineError as problem:
             yield TaggedOutput(REPORTS, Report(tower.name, 0, problem=problem))
 
@@ -152,7 +173,7 @@ class _ReadFn(beam.DoFn):
     def start_bundle(self) -> None:
         self._ahead: Future[tuple[Batch | None, Report]] | None = None
 
-    def process(self, piece: Piece) -> Iterator[Any]:
+    def process(self, piece: Any) -> Iterator[Any]:
         before, self._ahead = self._ahead, self._reader.submit(self._read, piece)
         if before:
             yield from self._outputs(before.result())
@@ -168,7 +189,7 @@ class _ReadFn(beam.DoFn):
     def teardown(self) -> None:
         self._reader.shutdown()
 
-    def _read(self, piece: Piece) -> tuple[Batch | None, Report]:
+    def _read(self, piece: Any) -> tuple[Batch | None, Report]:
         try:
             return read_piece(piece, self._tower, open_file)
         except PipelineError as problem:
@@ -183,12 +204,65 @@ class _ReadFn(beam.DoFn):
             yield batch
 
 
+def _matrix_pieces(tower: Tower, rows: int) -> Iterator[tuple[int, Any]]:
+    """Yields (number, rows and ids) for each piece of a matrix: the names of its special rows, as a rule none."""
+    named = np.arange(len(tower.vocabulary.special_tokens), dtype=np.int64)
+    names = pa.array([token.encode() for token in tower.vocabulary.special_tokens], pa.binary())
+    for number in range(-(-tower.matrix.rows // rows)):
+        own = slice(number * rows, (number + 1) * rows)
+        yield number, (named[own], names[own])
+
+
+class _SortFn(beam.DoFn):
+    """Reads entries and emits them by piece of the matrix: (number of the piece, (rows, ids)).
+
+    An array per entries and piece crosses the shuffle, not an element per id.
+    """
+
+    def __init__(self, tower: Tower, rows: int) -> None:
+        self._tower = tower
+        self._rows = rows
+
+    def process(self, entries: Entries) -> Iterator[Any]:
+        try:
+            rows, names = ids.read_entries(entries, self._tower, open_file)
+        except PipelineError as problem:
+            yield TaggedOutput(REPORTS, Report(self._tower.name, 0, problem=problem))
+            return
+        order = np.argsort(rows, kind="stable")
+        numbers, starts = np.unique(rows[order] // self._rows, return_index=True)
+        for number, own in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            yield number, (rows[own], names.take(pa.array(own)))
+
+
+class _ReadRowsFn(_ReadFn):
+    """Reads a piece of a matrix and the vectors of the rows that have ids."""
+
+    def __init__(self, tower: Tower, rows: int) -> None:
+        super().__init__(tower)
+        self._rows = rows
+
+    def process(self, element: tuple[int, Iterable[Any]]) -> Iterator[Any]:
+        yield from super().process(element)
+
+    def _read(self, element: Any) -> tuple[Batch | None, Report]:
+        number, parts = element
+        rows, names = zip(*parts, strict=True)
+        first = number * self._rows
+        piece = Piece(self._tower.name, first, min(self._rows, self._tower.matrix.rows - first), None)
+        try:
+            return read_piece(piece, self._tower, open_file, (np.concatenate(rows), pa.concat_arrays(names)))
+        except PipelineError as problem:
+            return None, Report(piece.tower, piece.first_row, problem=problem)
+
+
 @dataclass
 class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
     """Reads a tower: nothing in; batches of rows and reports out, as outputs "batches" and "reports".
 
     Cutting is one sequential scan of the vocabulary; reading is parallel, a piece at a time. Every row of the matrix
-    is read exactly once. What is wrong with a piece is reported, not raised: a retry would not mend it.
+    is read exactly once. Where ids are not in row order, they are first sorted by piece of the matrix, in a shuffle of
+    ids and row numbers. What is wrong with a piece is reported, not raised: a retry would not mend it.
 
     Attributes:
         tower: the tower.
@@ -203,12 +277,19 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
             | "Create" >> beam.Create([self.tower])
             | "Cut" >> beam.ParDo(_CutFn()).with_outputs(REPORTS, main="pieces")
         )
-        read = (
-            cut.pieces
-            | "Spread" >> beam.Reshuffle()
-            | "Read" >> beam.ParDo(_ReadFn(self.tower)).with_outputs(REPORTS, main="batches")
-        )
-        return {"batches": read.batches, REPORTS: (cut[REPORTS], read[REPORTS]) | "Reports" >> beam.Flatten()}
+        reports = [cut[REPORTS]]
+        pieces = cut.pieces | "Spread" >> beam.Reshuffle()
+        read_fn = _ReadFn(self.tower)
+        if not self.tower.vocabulary.in_row_order:
+            rows = max(1, ids.PIECE_BYTES // self.tower.matrix.row_bytes)
+            read_fn = _ReadRowsFn(self.tower, rows)
+            found = pieces | "Sort" >> beam.ParDo(_SortFn(self.tower, rows)).with_outputs(REPORTS, main="entries")
+            reports.append(found[REPORTS])
+            # Rows that no id has are read too: the checksum is that of the whole matrix.
+            matrix = pbegin | "Matrix" >> beam.Create([self.tower]) | "Rows" >> beam.FlatMap(_matrix_pieces, rows)
+            pieces = (found.entries, matrix) | "Both" >> beam.Flatten() | "Group" >> beam.GroupByKey()
+        read = pieces | "Read" >> beam.ParDo(read_fn).with_outputs(REPORTS, main="batches")
+        return {"batches": read.batches, REPORTS: (*reports, read[REPORTS]) | "Reports" >> beam.Flatten()}
 
 
 def to_rows(batch: Batch, tower: str, constants: dict[str, Any]) -> Iterator[dict[str, Any]]:
