@@ -33,6 +33,9 @@ def _describe(tower: Tower, open_file: OpenFile) -> Iterator[str]:
     matrix = tower.matrix
     size = matrix.rows * matrix.row_bytes
     yield f"  embedding {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype}, {size:,} bytes in {matrix.path}"
+    if not tower.vocabulary.in_row_order:
+        yield from _describe_entries(tower, open_file)
+        return
     pieces = [piece for piece in ids.cut(tower, open_file, ids.PIECE_BYTES) if piece.ids]
     count = sum(piece.rows for piece in pieces)
     span = tower.vocabulary.span
@@ -42,3 +45,17 @@ def _describe(tower: Tower, open_file: OpenFile) -> Iterator[str]:
         examples = ", ".join(ids.shown(name[:_LONGEST_EXAMPLE]) for name in first)
         yield f"  such as   {examples}{', …' if count > len(first) else ''}"
     yield f"  no ids    {matrix.rows - count:,} rows, {tower.vocabulary.first_row:,} of them before the first id"
+
+
+def _describe_entries(tower: Tower, open_file: OpenFile) -> Iterator[str]:
+    """The same of a lookup whose ids are in no order."""
+    entries = list(ids.cut_entries(tower, open_file, ids.PIECE_ENTRIES))
+    span = tower.vocabulary.span
+    yield f"  ids       {sum(e.count for e in entries):,}, {span.end - span.start:,} bytes in {tower.vocabulary.path}"
+    if entries:
+        rows, names = ids.read_entries(entries[0], tower, open_file)
+        first = names[:_EXAMPLES].to_pylist()
+        examples = ", ".join(
+            f"{ids.shown(name[:_LONGEST_EXAMPLE])} (row {row:,})" for name, row in zip(first, rows, strict=False)
+        )
+        yield f"  such as   {examples}, in the order of the table, not of the rows"

@@ -24,11 +24,11 @@ from beam_pipeline.errors import (
 from beam_pipeline.files import OpenFile, open_file
 from beam_pipeline.formats import ids
 from beam_pipeline.formats.artifact import Checksum, Tower
-from beam_pipeline.formats.ids import Piece
+from beam_pipeline.formats.ids import Entries, Piece
 from beam_pipeline.formats.wire import Span
 from beam_pipeline.runs import Training
 
-REPORTS = "reports"
+REPORTS, ENTRIES = "reports", "entries"
 
 _NORM_ROWS = 512
 
@@ -44,13 +44,13 @@ class Batch:
         run_id: the run that they belong to.
         ids: Arrow string array [n].
         vectors: floats of any width [n, dimension]; float64 holds each exactly.
-        source: the piece and the tower that it was read from.
+        source: the piece and the tower that it was read from, and which rows and ids of it if they are in no order.
     """
 
     run_id: str
     ids: pa.Array
     vectors: np.ndarray
-    source: tuple[Piece, Tower] | None = None
+    source: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Returns how to make the batch again."""
@@ -59,8 +59,8 @@ class Batch:
         return Batch, (self.run_id, self.ids, self.vectors)
 
 
-def _read_again(run_id: str, piece: Piece, tower: Tower) -> Batch:
-    batch, _ = read_piece(run_id, piece, tower, open_file)
+def _read_again(run_id: str, piece: Piece, tower: Tower, *rows_and_ids: Any) -> Batch:
+    batch, _ = read_piece(run_id, piece, tower, open_file, *rows_and_ids)
     if batch is None:
         raise AuditError(f"tower {tower.name!r}: rows at {piece.first_row:,} had ids and have none: the file changed")
     return batch
@@ -122,8 +122,21 @@ class Tally:
     zero_vectors: int
 
 
-def read_piece(run_id: str, piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch | None, Report]:
+def read_piece(
+    run_id: str,
+    piece: Piece,
+    tower: Tower,
+    open_file: OpenFile,
+    rows_and_ids: tuple[np.ndarray, pa.Array] | None = None,
+) -> tuple[Batch | None, Report]:
     """Reads the ids and the vectors of a piece; None instead of a batch if its rows belong to no id.
+
+    Args:
+        run_id: of which run.
+        piece: what is read.
+        tower: of which tower.
+        open_file: how its files are opened.
+        rows_and_ids: the ids and the row of each, if they are not in row order and so not where the piece says.
 
     Raises:
         PipelineError: anything that is wrong with its bytes.
@@ -133,18 +146,26 @@ def read_piece(run_id: str, piece: Piece, tower: Tower, open_file: OpenFile) -> 
     span = piece.rest or Span(start, start + piece.rows * matrix.row_bytes)
     with open_file(matrix.path) as file:
         raw = file.read(span.start, span.end - span.start)
-    names = ids.read(piece, tower, open_file)
+    rows: Sequence[int] | np.ndarray
+    if rows_and_ids is None:
+        rows, names = range(piece.first_row, piece.first_row + piece.rows), ids.read(piece, tower, open_file)
+    else:
+        rows, names = rows_and_ids
     crc = checksums.value(matrix.checksum.algorithm, raw)
     report = Report(run_id, tower.name, piece.first_row, piece.rows, len(names), span.start, len(raw), crc)
     if not len(names):
         return None, report
     vectors = matrix.decode(raw)
-    text = _checked_ids(names, piece, tower)
-    norms = _checked_norms(vectors, names, piece, tower)
-    return Batch(run_id, text, vectors, source=(piece, tower)), replace(report, norms=norms)
+    source: tuple[Any, ...] = (piece, tower)
+    if rows_and_ids is not None:
+        vectors = vectors[rows_and_ids[0] - piece.first_row]
+        source = (piece, tower, rows_and_ids)
+    text = _checked_ids(names, rows, tower)
+    norms = _checked_norms(vectors, names, rows, tower)
+    return Batch(run_id, text, vectors, source=source), replace(report, norms=norms)
 
 
-def _checked_ids(names: pa.Array, piece: Piece, tower: Tower) -> pa.Array:
+def _checked_ids(names: pa.Array, rows: Sequence[int] | np.ndarray, tower: Tower) -> pa.Array:
     try:
         text = names.cast(pa.string())
     except pa.ArrowInvalid as error:
@@ -153,19 +174,19 @@ def _checked_ids(names: pa.Array, piece: Piece, tower: Tower) -> pa.Array:
                 name.decode()
             except UnicodeDecodeError:
                 raise BadIdError(
-                    f"tower {tower.name!r}: id {ids.shown(name)} (row {piece.first_row + at:,}) is not UTF-8, "
+                    f"tower {tower.name!r}: id {ids.shown(name)} (row {rows[at]:,}) is not UTF-8, "
                     "which BigQuery requires; encode the ids and train again"
                 ) from error
         raise
     if (empty := pa.compute.index(pa.compute.binary_length(names), 0).as_py()) >= 0:
         raise BadIdError(
-            f"tower {tower.name!r}: the id of row {piece.first_row + empty:,} is empty; remove it from the vocabulary "
+            f"tower {tower.name!r}: the id of row {rows[empty]:,} is empty; remove it from the vocabulary "
             "and train again"
         )
     return text
 
 
-def _checked_norms(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: Tower) -> Norms:
+def _checked_norms(vectors: np.ndarray, names: pa.Array, rows: Sequence[int] | np.ndarray, tower: Tower) -> Norms:
     squares = np.empty(len(vectors))
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(vectors), _NORM_ROWS):  # Few rows at a time stay in the processor's cache.
@@ -177,7 +198,7 @@ def _checked_norms(vectors: np.ndarray, names: pa.Array, piece: Piece, tower: To
         if not np.isfinite(vector).all():
             raise BadVectorError(
                 f"tower {tower.name!r}: the vector of id {ids.shown(names[int(at)].as_py())} "
-                f"(row {piece.first_row + int(at):,}) holds NaN or infinity; the training diverged, train again"
+                f"(row {rows[int(at)]:,}) holds NaN or infinity; the training diverged, train again"
             )
         norms[at] = math.hypot(*vector.tolist())  # Only the square is too large.
     # A norm beyond float64 would be infinite, which no SQL literal is.
@@ -194,8 +215,12 @@ class _CutFn(beam.DoFn):
         FileSystems.report_source_lineage(tower.matrix.path)
         FileSystems.report_source_lineage(tower.vocabulary.path)
         try:
-            for piece in ids.cut(tower, open_file, ids.PIECE_BYTES):
-                yield run_id, piece
+            if tower.vocabulary.in_row_order:
+                for piece in ids.cut(tower, open_file, ids.PIECE_BYTES):
+                    yield run_id, piece
+            else:
+                for entries in ids.cut_entries(tower, open_file, ids.PIECE_ENTRIES):
+                    yield TaggedOutput(ENTRIES, (run_id, entries))
         except PipelineError as problem:
             yield TaggedOutput(REPORTS, Report(run_id, tower.name, 0, problem=problem))
 
@@ -218,7 +243,7 @@ class _ReadFn(beam.DoFn):
     def start_bundle(self) -> None:
         self._ahead: Future[tuple[Batch | None, Report]] | None = None
 
-    def process(self, element: tuple[str, Piece]) -> Iterator[Any]:
+    def process(self, element: tuple[Any, Any]) -> Iterator[Any]:
         before, self._ahead = self._ahead, self._reader.submit(self._read, *element)
         if before:
             yield from self._outputs(before.result())
@@ -234,7 +259,7 @@ class _ReadFn(beam.DoFn):
     def teardown(self) -> None:
         self._reader.shutdown()
 
-    def _read(self, run_id: str, piece: Piece) -> tuple[Batch | None, Report]:
+    def _read(self, run_id: Any, piece: Any) -> tuple[Batch | None, Report]:
         try:
             return read_piece(run_id, piece, self._towers[run_id], open_file)
         except PipelineError as problem:
@@ -249,12 +274,66 @@ class _ReadFn(beam.DoFn):
             yield batch
 
 
+def _piece_rows(tower: Tower) -> int:
+    return max(1, ids.PIECE_BYTES // tower.matrix.row_bytes)
+
+
+def _matrix_pieces(run_id: str, towers: dict[str, Tower]) -> Iterator[Any]:
+    """Yields ((run id, number), rows and ids) for each piece of a matrix: its special rows' names, as a rule none."""
+    tower = towers[run_id]
+    rows = _piece_rows(tower)
+    named = np.arange(len(tower.vocabulary.special_tokens), dtype=np.int64)
+    names = pa.array([token.encode() for token in tower.vocabulary.special_tokens], pa.binary())
+    for number in range(-(-tower.matrix.rows // rows)):
+        own = slice(number * rows, (number + 1) * rows)
+        yield (run_id, number), (named[own], names[own])
+
+
+class _SortFn(beam.DoFn):
+    """Reads entries and emits them by piece of the matrix: ((run id, number of the piece), (rows, ids)).
+
+    An array per entries and piece crosses the shuffle, not an element per id.
+    """
+
+    def __init__(self, towers: dict[str, Tower]) -> None:
+        self._towers = towers
+
+    def process(self, element: tuple[str, Entries]) -> Iterator[Any]:
+        run_id, entries = element
+        tower = self._towers[run_id]
+        try:
+            rows, names = ids.read_entries(entries, tower, open_file)
+        except PipelineError as problem:
+            yield TaggedOutput(REPORTS, Report(run_id, tower.name, 0, problem=problem))
+            return
+        order = np.argsort(rows, kind="stable")
+        numbers, starts = np.unique(rows[order] // _piece_rows(tower), return_index=True)
+        for number, own in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            yield (run_id, number), (rows[own], names.take(pa.array(own)))
+
+
+class _GatherFn(_ReadFn):
+    """Reads a piece of a matrix and takes the vectors of the rows that have ids."""
+
+    def _read(self, run_id: Any, piece: Any) -> tuple[Batch | None, Report]:
+        (run_id, number), parts = run_id, piece
+        tower = self._towers[run_id]
+        rows, names = zip(*parts, strict=True)
+        first = number * _piece_rows(tower)
+        own = Piece(tower.name, first, min(_piece_rows(tower), tower.matrix.rows - first), None)
+        try:
+            return read_piece(run_id, own, tower, open_file, (np.concatenate(rows), pa.concat_arrays(names)))
+        except PipelineError as problem:
+            return None, Report(run_id, tower.name, first, problem=problem)
+
+
 @dataclass
 class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
     """Reads a tower of one or more runs: nothing in; batches of rows and reports out, as "batches" and "reports".
 
     Cutting is one sequential scan of the vocabulary; reading is parallel, a piece at a time. Every row of the matrix
-    is read exactly once. What is wrong with a piece is reported, not raised: a retry would not mend it.
+    is read exactly once. Where ids are not in row order, they are first sorted by piece of the matrix, in a shuffle of
+    ids and row numbers. What is wrong with a piece is reported, not raised: a retry would not mend it.
 
     Attributes:
         towers: run id → the tower in that run's model.
@@ -267,14 +346,34 @@ class ReadTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
         cut = (
             pbegin
             | "Create" >> beam.Create([*self.towers])
-            | "Cut" >> beam.ParDo(_CutFn(self.towers)).with_outputs(REPORTS, main="pieces")
+            | "Cut" >> beam.ParDo(_CutFn(self.towers)).with_outputs(REPORTS, ENTRIES, main="pieces")
         )
         read = (
             cut.pieces
             | "Spread" >> beam.Reshuffle()
             | "Read" >> beam.ParDo(_ReadFn(self.towers)).with_outputs(REPORTS, main="batches")
         )
-        return {"batches": read.batches, REPORTS: (cut[REPORTS], read[REPORTS]) | "Reports" >> beam.Flatten()}
+        batches, reports = [read.batches], [cut[REPORTS], read[REPORTS]]
+        unordered = {run: tower for run, tower in self.towers.items() if not tower.vocabulary.in_row_order}
+        if unordered:
+            found = (
+                cut[ENTRIES]
+                | "SpreadEntries" >> beam.Reshuffle()
+                | "Sort" >> beam.ParDo(_SortFn(unordered)).with_outputs(REPORTS, main="entries")
+            )
+            # Rows that no id has are read too: the checksum is that of the whole matrix.
+            rows = pbegin | "Unordered" >> beam.Create([*unordered]) | "Rows" >> beam.FlatMap(_matrix_pieces, unordered)
+            gathered = (
+                (found.entries, rows)
+                | "Both" >> beam.Flatten()
+                | "Group" >> beam.GroupByKey()
+                | "Gather" >> beam.ParDo(_GatherFn(unordered)).with_outputs(REPORTS, main="batches")
+            )
+            batches.append(gathered.batches)
+            reports += [found[REPORTS], gathered[REPORTS]]
+        # A Flatten of one would only stand between what is read and what is written.
+        together = batches[0] if len(batches) == 1 else batches | "Batches" >> beam.Flatten()
+        return {"batches": together, REPORTS: reports | "Reports" >> beam.Flatten()}
 
 
 def _shown(towers: dict[str, Tower]) -> dict[str, Any]:

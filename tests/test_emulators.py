@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
+from job import DESTINATION_TABLES
 
 from beam_pipeline import emulators
 from beam_pipeline.errors import WarehouseError
@@ -193,4 +194,4 @@ def test_the_job_in_a_folder_of_its_own(tmp_path, store, models):
     assert done.returncode == 0, done.stderr
     with emulators.Warehouse(str(folder)) as warehouse:
         tables = {table.table_id for table in client_of(warehouse.bigquery_url).list_tables("raw_dev")}
-    assert tables == {"two_tower_user_embedding", "two_tower_item_embedding", "two_tower_embedding_lock"}
+    assert tables == DESTINATION_TABLES

@@ -17,7 +17,6 @@ from beam_pipeline.errors import AuditError, BadIdError, BadVectorError, Checksu
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import ids
 from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.ids import Piece
 from beam_pipeline.formats.saved_model import SavedModel
 from beam_pipeline.formats.wire import Span
 from beam_pipeline.runs import Run, Training
@@ -99,11 +98,11 @@ def test_norms_at_the_edges():
     )
     names = pa.array([b"a", b"b", b"c", b"d"])
     vectors = np.array([[0, -0.0], [3, 4], [1e200, 0], [1.7e308, 1.7e308]])
-    norms = transforms._checked_norms(vectors, names, Piece("user", 0, 4, None), tower)
+    norms = transforms._checked_norms(vectors, names, range(4), tower)
     assert (norms.smallest, norms.largest, norms.zeros) == (0.0, np.finfo(np.float64).max, 1)
     vectors[2, 1] = np.nan
     with pytest.raises(BadVectorError, match=r"id 'c' \(row 2\) holds NaN"):
-        transforms._checked_norms(vectors, names, Piece("user", 0, 4, None), tower)
+        transforms._checked_norms(vectors, names, range(4), tower)
 
 
 @pytest.mark.parametrize("change", [lambda r: r[1:], lambda r: r[:-1], lambda r: r[:2] + r[3:], lambda r: [*r, r[2]]])

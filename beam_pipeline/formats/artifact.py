@@ -27,6 +27,14 @@ class Encoding(Enum):
     """Entries of `TensorProto.string_val`: the wire format's field 8, one after the other."""
     JSON = "json"
     """Elements of a JSON array, strings or integers, one after the other with their commas."""
+    STRING_TENSOR = "string tensor"
+    """A string tensor of a checkpoint: all lengths (varints), their masked crc32c, then the bytes of all ids."""
+    INTEGER_LINES = "integer lines"
+    """One integer per line; an id is its decimal digits, as with all integers."""
+    INT64 = "int64"
+    """Integers of eight bytes, little-endian."""
+    VARINTS = "varints"
+    """Integers as a packed protobuf field, negative ones in ten bytes."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +93,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a tower, in row order: the id at position i belongs to row `first_row + i`.
+    """The ids of a tower, as a rule in row order: the id at position i belongs to row `first_row + i`.
 
     Attributes:
         path: the file that holds the ids.
         span: where in it.
         encoding: how they lie there.
-        first_row: row of the first id; the rows before it stand for out-of-vocabulary ids or the mask.
+        first_row: the lowest row of an id; the rows before it stand for out-of-vocabulary ids or the mask.
         count: number of ids, if the artifact says it without reading them.
-        row_numbers: where the artifact itself lists the row of each id (int64, little-endian, in `path`), if it does.
+        row_numbers: where the artifact itself lists the row of each id (int64, little-endian), if it does.
         special_tokens: names for the rows before `first_row`, if these are to be written too.
         checksum: covers the ids, if the artifact has one; it may begin before `span` and ends with it.
+        in_row_order: False if the row of the id at position i is the i-th of `row_numbers`, whatever that is.
+        row_numbers_path: the file of `row_numbers`, if it is not `path`.
     """
 
     path: str
@@ -106,6 +116,8 @@ class Vocabulary:
     row_numbers: Span | None = None
     special_tokens: tuple[str, ...] = ()
     checksum: Checksum | None = None
+    in_row_order: bool = True
+    row_numbers_path: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """Cuts a vocabulary into pieces without reading it whole, and reads the ids of one piece.
 
 A piece is a description: rows of the matrix and the byte range of their ids. It costs the same to send for ten
-ids as for a hundred thousand; ids and vectors are read where the piece lands.
+ids as for a hundred thousand; ids and vectors are read where the piece lands. Where ids are not in row order, they are
+cut by their position instead, as entries: each is an id and its row.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -25,8 +27,12 @@ from beam_pipeline.formats.wire import Span, read_varint
 PIECE_BYTES = 8 << 20
 """Vectors of a piece, about: small enough for any worker's memory, large enough for a range request to pay."""
 
+PIECE_ENTRIES = 1 << 19
+"""Entries that are read at once: their rows lie anywhere in the matrix, so each part of it gets few of many."""
+
 _MAX_IDS_BYTES = 1 << 30
 _BLOCK = 4 << 20
+_VARINT_BLOCK = 1 << 18  # They take eight times their bytes while they are decoded.
 _STRING_TAG = 8 << 3 | 2  # TensorProto.string_val, length-delimited
 _LONGEST_HEADER = 11  # a tag and a varint of 64 bits
 
@@ -50,6 +56,25 @@ class Piece:
     rest: Span | None = None
 
 
+@dataclass(frozen=True)
+class Entries:
+    """Consecutive entries of a lookup whose ids are not in row order.
+
+    Attributes:
+        tower: name of the tower.
+        first: position of the first one.
+        count: number of entries.
+        ids: where their ids are.
+        lengths: where the lengths of these ids are, if apart from them.
+    """
+
+    tower: str
+    first: int
+    count: int
+    ids: Span
+    lengths: Span | None = None
+
+
 def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
     """Yields pieces that cover every row of the matrix exactly once, in row order, then the rest of the tower.
 
@@ -63,11 +88,7 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
     row, start, count = vocabulary.first_row, vocabulary.span.start, 0
     with open_file(vocabulary.path) as file:
         for ids, end in _cuts(file, vocabulary, rows):
-            if end - start > _MAX_IDS_BYTES:
-                raise CorruptFileError(
-                    f"{vocabulary.path}: {ids:,} ids of tower {tower.name!r} take {end - start:,} bytes, more than a "
-                    f"worker reads at once ({_MAX_IDS_BYTES:,}): is that a vocabulary?"
-                )
+            _check_size(tower, ids, end - start)
             if row + ids > matrix.rows:
                 first_beyond = max(0, matrix.rows - row)
                 name = decode(vocabulary.encoding, file.read(start, end - start), ids)[first_beyond].as_py()
@@ -77,22 +98,73 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
                 )
             yield Piece(tower.name, row, ids, Span(start, end))
             row, start, count = row + ids, end, count + ids
-    if vocabulary.count is not None and count != vocabulary.count:
-        raise CorruptFileError(
-            f"{vocabulary.path}: tower {tower.name!r} has {count:,} ids, its graph says {vocabulary.count:,}"
-        )
+    _check_count(tower, count)
     yield from _gap(tower.name, row, matrix.rows, rows)
     for rest in tower.rest:
         for at in range(rest.start, rest.end, piece_bytes):
             yield Piece(tower.name, matrix.rows, 0, None, Span(at, min(at + piece_bytes, rest.end)))
 
 
+def cut_entries(tower: Tower, open_file: OpenFile, entries: int) -> Iterator[Entries]:
+    """Yields pieces of a vocabulary that is not in row order, every entry once, `entries` at a time.
+
+    Raises:
+        ChecksumError: the ids do not match the artifact's checksum.
+        CorruptFileError: the vocabulary is not where the artifact says.
+    """
+    vocabulary = tower.vocabulary
+    with open_file(vocabulary.path) as file:
+        if vocabulary.encoding is Encoding.STRING_TENSOR:
+            yield from _string_tensor_cuts(file, tower, entries)
+            return
+        start, count = vocabulary.span.start, 0
+        for ids, end in _cuts(file, vocabulary, entries):
+            _check_size(tower, ids, end - start)
+            yield Entries(tower.name, count, ids, Span(start, end))
+            start, count = end, count + ids
+        _check_count(tower, count)
+        _check_sum(file, tower, 0, vocabulary.span.start)
+
+
+def read_entries(entries: Entries, tower: Tower, open_file: OpenFile) -> tuple[np.ndarray, pa.Array]:
+    """Returns (rows, ids) of entries: int64 [n], and an Arrow binary array of the same length.
+
+    Raises:
+        BadIdError: an id has a row that the matrix does not have; named, with its row.
+        CorruptFileError: the bytes are not that many ids.
+    """
+    vocabulary = tower.vocabulary
+    if vocabulary.row_numbers is None:
+        raise ValueError("entries without rows")
+    with open_file(vocabulary.path) as file:
+        data = file.read(entries.ids.start, entries.ids.end - entries.ids.start)
+        if entries.lengths is None:
+            ids = decode(vocabulary.encoding, data, entries.count)
+        else:
+            lengths = _varints(file.read(entries.lengths.start, entries.lengths.end - entries.lengths.start))
+            if len(lengths) != entries.count or int(lengths.sum()) != len(data):
+                raise CorruptFileError(f"{vocabulary.path}: its ids changed while they were read")
+            offsets = np.zeros(entries.count + 1, np.int32)
+            np.cumsum(lengths, out=offsets[1:], dtype=np.int32)
+            ids = pa.Array.from_buffers(pa.binary(), entries.count, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    with open_file(vocabulary.row_numbers_path or vocabulary.path) as file:
+        rows = np.frombuffer(file.read(vocabulary.row_numbers.start + 8 * entries.first, 8 * entries.count), "<i8")
+    outside = np.flatnonzero((rows < 0) | (rows >= tower.matrix.rows))
+    if outside.size:
+        at = int(outside[0])
+        raise BadIdError(
+            f"tower {tower.name!r}: id {shown(ids[at].as_py())} has row {rows[at]:,}, but the matrix has only "
+            f"rows 0 to {tower.matrix.rows - 1:,}: vocabulary and weights do not belong together; log the model again"
+        )
+    return rows, ids
+
+
 def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
     """Returns the ids of a piece as an Arrow binary array, one for each row (none for rows without ids).
 
     Raises:
-        CorruptFileError: the bytes are not that many ids.
-        NotAModelError: the artifact gives an id another row than its position does.
+        CorruptFileError: the bytes are not that many ids, or the artifact gives an id another row than its position
+            does.
     """
     vocabulary = tower.vocabulary
     if piece.ids is None:
@@ -105,10 +177,9 @@ def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
             numbers = np.frombuffer(file.read(at, 8 * piece.rows), "<i8")
             wrong = np.flatnonzero(numbers != np.arange(piece.first_row, piece.first_row + piece.rows))
             if wrong.size:
-                raise NotAModelError(
+                raise CorruptFileError(
                     f"tower {tower.name!r}: id {shown(ids[int(wrong[0])].as_py())} has row {numbers[wrong[0]]:,} "
-                    f"instead of {piece.first_row + int(wrong[0]):,}: a lookup whose rows are not in the order of its "
-                    "ids is not supported"
+                    f"instead of {piece.first_row + int(wrong[0]):,}: {vocabulary.path} changed since the job started"
                 )
     return ids
 
@@ -118,12 +189,41 @@ def decode(encoding: Encoding, data: bytes, count: int) -> pa.Array:
 
     Raises:
         CorruptFileError: there are more or fewer.
+        BadIdError: a line that should be an integer is none.
     """
-    decoders = {Encoding.LINES: _decode_lines, Encoding.PROTOBUF: _decode_strings, Encoding.JSON: _decode_json}
-    ids = decoders[encoding](data)
+    ids = _DECODERS[encoding](data)
     if len(ids) != count:
         raise CorruptFileError(f"{len(ids):,} ids where {count:,} were counted: the file changed while it was read")
     return ids
+
+
+def _check_size(tower: Tower, ids: int, size: int) -> None:
+    if size > _MAX_IDS_BYTES:
+        raise CorruptFileError(
+            f"{tower.vocabulary.path}: {ids:,} ids of tower {tower.name!r} take {size:,} bytes, more than a "
+            f"worker reads at once ({_MAX_IDS_BYTES:,}): is that a vocabulary?"
+        )
+
+
+def _check_count(tower: Tower, count: int) -> None:
+    vocabulary = tower.vocabulary
+    if vocabulary.count is not None and count != vocabulary.count:
+        raise CorruptFileError(
+            f"{vocabulary.path}: tower {tower.name!r} has {count:,} ids, its graph says {vocabulary.count:,}"
+        )
+
+
+def _check_sum(file: ByteFile, tower: Tower, crc: int, start: int) -> None:
+    """Compares the ids with their checksum, of which `crc` covers what belongs before `start`."""
+    if tower.vocabulary.checksum is None:
+        return
+    for _, block in file.blocks(start, tower.vocabulary.span.end, _BLOCK):
+        crc = google_crc32c.extend(crc, block)
+    if crc != tower.vocabulary.checksum.value:
+        raise ChecksumError(
+            f"{file.path}: the ids of tower {tower.name!r} do not match the checkpoint's crc32c; "
+            "the file was damaged after the training: log the model again"
+        )
 
 
 def _gap(tower: str, start: int, end: int, rows: int) -> Iterator[Piece]:
@@ -143,9 +243,9 @@ def first(file: ByteFile, vocabulary: Vocabulary, count: int) -> tuple[list[str]
 
 def _cuts(file: ByteFile, vocabulary: Vocabulary, rows: int) -> Iterator[tuple[int, int]]:
     """Yields (number of ids, position after them), `rows` at a time."""
-    if vocabulary.encoding is Encoding.PROTOBUF:
-        return _string_cuts(file, vocabulary.span, rows)
-    cuts = _line_cuts if vocabulary.encoding is Encoding.LINES else _json_cuts
+    if vocabulary.encoding in _PLAIN_CUTS:
+        return _PLAIN_CUTS[vocabulary.encoding](file, vocabulary.span, rows)
+    cuts = _json_cuts if vocabulary.encoding is Encoding.JSON else _line_cuts
     return cuts(file, vocabulary.span, rows, vocabulary.checksum)
 
 
@@ -265,6 +365,91 @@ def _decode_json(data: bytes) -> pa.Array:
     return pa.array([str(element).encode("utf-8", "surrogatepass") for element in elements], pa.binary())
 
 
+def _varint_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
+    """Yields (number of varints, position after them), `rows` at a time."""
+    count, done = 0, span.start
+    for offset, block in file.blocks(span.start, span.end, _BLOCK):
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) < 0x80) + offset + 1
+        for end in ends[rows - count - 1 :: rows]:
+            yield rows, int(end)
+            done = int(end)
+        count = (count + len(ends)) % rows
+    if done < span.end:
+        yield count, span.end
+
+
+def _int64_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
+    for start in range(span.start, span.end, 8 * rows):
+        end = min(start + 8 * rows, span.end)
+        yield (end - start) // 8, end
+
+
+def _string_tensor_cuts(file: ByteFile, tower: Tower, entries: int) -> Iterator[Entries]:
+    """Yields pieces of a string tensor, once its checksums are compared.
+
+    The layout, and what the checksums cover, is that of WriteStringTensor in
+    tensorflow/core/util/tensor_bundle/tensor_bundle.cc: lengths count as little-endian uint32.
+    """
+    vocabulary = tower.vocabulary
+    cuts, at, crc = list[tuple[int, Span, int]](), vocabulary.span.start, 0
+    left = vocabulary.count or 0
+    while left:
+        start, count, size = at, 0, 0
+        while count < min(entries, left):
+            block = file.read(at, min(_VARINT_BLOCK, vocabulary.span.end - at))
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) < 0x80)[: min(entries, left) - count]
+            if not ends.size:
+                raise CorruptFileError(f"{file.path}: no length of an id at byte {at:,}")
+            lengths = _varints(block[: int(ends[-1]) + 1])
+            if (lengths > _MAX_IDS_BYTES).any():
+                raise CorruptFileError(f"{file.path}: tower {tower.name!r} has an id of {lengths.max():,} bytes")
+            crc = google_crc32c.extend(crc, lengths.astype("<u4").tobytes())
+            at, count, size = at + int(ends[-1]) + 1, count + len(ends), size + int(lengths.sum())
+        _check_size(tower, count, size)
+        cuts.append((count, Span(start, at), size))
+        left -= count
+    stored = file.read(at, 4)
+    total = sum(size for _, _, size in cuts)
+    if checksums.unmask(int.from_bytes(stored, "little")) != crc or at + 4 + total != vocabulary.span.end:
+        raise ChecksumError(
+            f"{file.path}: the lengths of the ids of tower {tower.name!r} do not match their crc32c; "
+            "the file was damaged after the training: log the model again"
+        )
+    at += 4
+    _check_sum(file, tower, google_crc32c.extend(crc, stored), at)
+    first = 0
+    for count, lengths_span, size in cuts:
+        yield Entries(tower.name, first, count, Span(at, at + size), lengths_span)
+        first, at = first + count, at + size
+
+
+def _varints(data: bytes) -> np.ndarray:
+    """Returns the varints lying one after the other in `data`, as uint64."""
+    raw = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(raw < 0x80)
+    if not ends.size or ends[-1] != len(raw) - 1:
+        raise CorruptFileError("a list of integers that ends inside one")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 7 * (np.arange(len(raw)) - np.repeat(starts, ends - starts + 1))
+    if shifts.max() > 63:
+        raise CorruptFileError("a list of integers with one of more than 64 bits")
+    values: np.ndarray = np.bitwise_or.reduceat((raw & 0x7F).astype(np.uint64) << shifts.astype(np.uint64), starts)
+    return values
+
+
+def _decode_integers(numbers: np.ndarray) -> pa.Array:
+    return pa.array(numbers).cast(pa.string()).cast(pa.binary())
+
+
+def _decode_integer_lines(data: bytes) -> pa.Array:
+    # TensorFlow takes spaces around a number, and zeros before it, for no part of it.
+    lines = pa.compute.ascii_trim_whitespace(_decode_lines(data).cast(pa.string(), safe=False))
+    try:
+        return lines.cast(pa.int64()).cast(pa.string()).cast(pa.binary())
+    except pa.ArrowInvalid as error:
+        raise BadIdError(f"a vocabulary of integers has a line that is none ({error}); train with integers") from error
+
+
 def _decode_lines(data: bytes) -> pa.Array:
     if data and not data.endswith(b"\n"):
         data += b"\n"
@@ -298,6 +483,21 @@ _Strings = _strings_message()
 
 def _decode_strings(data: bytes) -> pa.Array:
     return pa.array(list(_Strings.FromString(data).string_val), pa.binary())
+
+
+_PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]] = {
+    Encoding.PROTOBUF: _string_cuts,
+    Encoding.INT64: _int64_cuts,
+    Encoding.VARINTS: _varint_cuts,
+}
+_DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
+    Encoding.LINES: _decode_lines,
+    Encoding.INTEGER_LINES: _decode_integer_lines,
+    Encoding.JSON: _decode_json,
+    Encoding.PROTOBUF: _decode_strings,
+    Encoding.INT64: lambda data: _decode_integers(np.frombuffer(data, "<i8")),
+    Encoding.VARINTS: lambda data: _decode_integers(_varints(data).view("<i8")),
+}
 
 
 def shown(name: bytes) -> str:

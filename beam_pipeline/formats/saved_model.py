@@ -1,10 +1,11 @@
-"""Keras 2 SavedModels (tf-keras): finds a tower's lookup and embedding without building a Keras object.
+"""SavedModels of tf-keras, Keras 3's `export()` and `tf.saved_model.save`: finds a tower without building an object.
 
 `saved_model.pb` is a `SavedModel` (tensorflow/core/protobuf/saved_model.proto, meta_graph.proto,
 saved_object_graph.proto). Its object graph is a tree of named children: root → `user_layer` → … → `embeddings` (a
 variable) and → `lookup_table` (a resource). The lookup's `_initialize` function says where the ids are: two
-captured constants (ids and their rows) or an asset (a file with an id per line). The bytes of a variable are found
-through the checkpoint's own object graph (trackable_object_graph.proto).
+captured constants (ids and their rows) or an asset (a file with an id per line); those of a mutable table are in the
+checkpoint. The bytes of a variable are found through the checkpoint's own object graph (trackable_object_graph.proto).
+Where the objects do not say which lookup feeds an embedding, the functions do (`gathers`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError, TowerMissingError
+import google_crc32c
+import numpy as np
+
+from beam_pipeline.errors import (
+    ArtifactMissingError,
+    ChecksumError,
+    CorruptFileError,
+    NotAModelError,
+    TowerMissingError,
+)
 from beam_pipeline.files import ByteFile, OpenFile, join
 from beam_pipeline.formats import checkpoint, wire
 from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
@@ -25,6 +35,7 @@ _DT_STRING, _DT_INT64 = 7, 9
 _IMPORT_OPS = ("LookupTableImportV2", "InitializeTableV2")
 _FILE_OP = "InitializeTableFromTextFileV2"
 _WHOLE_LINE, _LINE_NUMBER = -2, -1
+_BLOCK = 4 << 20
 
 
 @dataclass
@@ -76,6 +87,7 @@ class SavedModel:
         self._nodes: list[_Node] = []
         self._functions: dict[str, Span] = {}
         self._tensors: dict[str, Span] | None = None
+        self._paths: dict[int, list[str]] | None = None
         self._read_objects(parts[7])
         self._bundle = checkpoint.read_bundle(join(folder, "variables", "variables"), open_file)
         self._checkpoint_nodes = self._read_checkpoint_graph()
@@ -88,23 +100,11 @@ class SavedModel:
             NotAModelError: it holds them in a form that cannot be read.
             CorruptFileError: the files contradict each other.
         """
-        path = layer.replace("/", ".").split(".")
-        node = self._walk(path)
-        lookups, embeddings = self._parts(node) if node is not None else ([], [])
-        if len(lookups) != 1 or len(embeddings) != 1:
-            problem = (
-                f"holds {len(lookups)} lookup(s) and {len(embeddings)} embedding(s) instead of one of each"
-                if node is not None
-                else "does not exist"
-            )
-            raise TowerMissingError(
-                f"tower {name!r}: layer {layer!r} {problem} in {self.folder}; layers that are towers: "
-                f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
-            )
-        matrix = self._matrix([*path, *embeddings[0]])
-        vocabulary = self._vocabulary([*path, *lookups[0]])
+        lookup, embedding = self._lookup_and_embedding(name, layer)
+        matrix = self._matrix(embedding)
+        vocabulary = self._vocabulary(lookup)
         if include_oov:
-            vocabulary = replace(vocabulary, special_tokens=self._special_tokens([*path, *lookups[0][:-1]], vocabulary))
+            vocabulary = replace(vocabulary, special_tokens=self._special_tokens(lookup, vocabulary))
         return Tower(name, layer, matrix, vocabulary)
 
     def tower_layers(self) -> list[str]:
@@ -175,52 +175,103 @@ class SavedModel:
                 seen.add(child)
                 yield name, child
 
-    def _parts(self, root: int) -> tuple[list[list[str]], list[list[str]]]:
-        """Returns the paths, from a layer, of all lookup tables and all embedding variables below it."""
-        lookups, embeddings = [], []
-        queue: deque[tuple[int, list[str]]] = deque([(root, [])])
-        seen = {root}
+    def _parts(self, root: int) -> tuple[list[int], list[int]]:
+        """Returns all lookup tables and all embedding variables of an object.
+
+        Keras calls them `lookup_table` and `embeddings`; where nothing is called so, any table and any matrix counts.
+        """
+        tables, variables = [], []
+        if self._is_matrix(root):
+            variables.append(("", root))
+        queue, seen = deque([root]), {root}
         while queue:
-            node, path = queue.popleft()
-            children = self._nodes[node].children
-            table, variable = children.get("lookup_table"), children.get("embeddings")
-            if table is not None and self._nodes[table].kind == _RESOURCE:
-                lookups.append([*path, "lookup_table"])
-            if variable is not None and self._nodes[variable].kind == _VARIABLE:
-                embeddings.append([*path, "embeddings"])
-            queue.extend((child, [*path, name]) for name, child in self._objects(node, seen))
-        return lookups, embeddings
+            node = queue.popleft()
+            for name, child in self._nodes[node].children.items():
+                if self._nodes[child].kind == _RESOURCE:
+                    tables.append((name, child))
+                elif name == "embeddings" or self._is_matrix(child):
+                    variables.append((name, child))
+            queue.extend(child for _, child in self._objects(node, seen))
+        return _called("lookup_table", tables), _called("embeddings", variables)
+
+    def _is_matrix(self, node: int) -> bool:
+        """Whether an object is a variable of floats in two dimensions."""
+        if self._nodes[node].kind != _VARIABLE:
+            return False
+        dtype, dimensions = 0, 0
+        for number, value in wire.scan(self._file, self._nodes[node].content):
+            if number == 1 and isinstance(value, int):
+                dtype = value
+            elif number == 2 and isinstance(value, Span):
+                dimensions = len(checkpoint.read_shape(self._file, value))
+        return dtype in checkpoint.DTYPES and dimensions == 2
+
+    def _lookup_and_embedding(self, name: str, layer: str) -> tuple[int, int]:
+        """Returns the lookup table and the variable of a tower."""
+        node = self._walk(layer.replace("/", ".").split("."))
+        tables, variables = self._parts(node) if node is not None else ([], [])
+        if len(tables) == len(variables) == 1:
+            return tables[0], variables[0]
+        problem = (
+            f"holds {len(tables)} lookup(s) and {len(variables)} embedding(s) instead of one of each"
+            if node is not None
+            else "does not exist"
+        )
+        raise TowerMissingError(
+            f"tower {name!r}: layer {layer!r} {problem} in {self.folder}; layers that are towers: "
+            f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
+        )
+
+    def _path(self, node: int) -> list[str]:
+        """Returns a path from the root to an object: the shortest, since all are the same to the checkpoint."""
+        if self._paths is None:
+            self._paths = {0: []}
+            queue = deque([0])
+            while queue:
+                parent = queue.popleft()
+                for name, child in self._nodes[parent].children.items():
+                    if child not in self._paths:
+                        self._paths[child] = [*self._paths[parent], name]
+                        queue.append(child)
+        return self._paths[node]
 
     # The embedding matrix.
 
-    def _read_checkpoint_graph(self) -> list[tuple[dict[str, int], str]]:
-        """Returns (children, checkpoint key) of each node of the checkpoint's object graph."""
+    def _read_checkpoint_graph(self) -> list[tuple[dict[str, int], dict[str, str]]]:
+        """Returns (children, checkpoint key of each attribute) of each node of the checkpoint's object graph."""
         data = self._bundle.read_string(checkpoint.OBJECT_GRAPH_KEY, self._open)
         file = ByteFile(f"{self._bundle.prefix} ({checkpoint.OBJECT_GRAPH_KEY})", io.BytesIO(data), len(data))
         nodes = []
         for span in wire.spans(file, Span(0, file.size), 1):
             children: dict[str, int] = {}
-            key = ""
+            keys: dict[str, str] = {}
             for number, value in wire.scan(file, span):
                 if number == 1 and isinstance(value, Span):
                     child, name = self._reference(file, value)
                     children[name] = child
                 elif number == 2 and isinstance(value, Span):
                     attribute = {n: wire.text(file, v) for n, v in wire.scan(file, value) if isinstance(v, Span)}
-                    if attribute.get(1) == "VARIABLE_VALUE":
-                        key = attribute.get(3, "")
-            nodes.append((children, key))
+                    keys[attribute.get(1, "")] = attribute.get(3, "")
+            nodes.append((children, keys))
         return nodes
 
-    def _matrix(self, path: list[str]) -> Matrix:
-        where = f"{self._bundle.prefix}.index: embedding {'.'.join(path)!r}"
+    def _keys(self, path: list[str]) -> dict[str, str] | None:
+        """Returns the checkpoint key of each attribute of an object; None if the checkpoint does not know it."""
         node = 0
         for name in path:
             children = self._checkpoint_nodes[node][0] if node < len(self._checkpoint_nodes) else {}
             if name not in children:
-                raise CorruptFileError(f"{where} is in the graph but not in the checkpoint; log the model again")
+                return None
             node = children[name]
-        entry = self._bundle.entries.get(self._checkpoint_nodes[node][1] if node < len(self._checkpoint_nodes) else "")
+        return self._checkpoint_nodes[node][1] if node < len(self._checkpoint_nodes) else {}
+
+    def _matrix(self, variable: int) -> Matrix:
+        path = self._path(variable)
+        where = f"{self._bundle.prefix}.index: embedding {'.'.join(path)!r}"
+        keys = self._keys(path)
+        if keys is None:
+            raise CorruptFileError(f"{where} is in the graph but not in the checkpoint; log the model again")
+        entry = self._bundle.entries.get(keys.get("VARIABLE_VALUE", ""))
         if entry is None:
             raise CorruptFileError(f"{where} has no entry in the checkpoint; log the model again")
         if entry.sliced:
@@ -245,16 +296,15 @@ class SavedModel:
 
     # The ids.
 
-    def _vocabulary(self, path: list[str]) -> Vocabulary:
+    def _vocabulary(self, table: int) -> Vocabulary:
+        path = self._path(table)
+        for key in (self._keys(path) or {}).values():
+            if f"{key}-keys" in self._bundle.entries:
+                return self._checkpoint_vocabulary(key)
         where = f"{self._file.path}: lookup {'.'.join(path)!r}"
-        table = self._walk(path)
-        initializer = self._nodes[table].children.get("_initialize") if table is not None else None
-        if initializer is None or self._nodes[initializer].kind != _FUNCTION:
+        function = self._function(self._nodes[table].children.get("_initialize"))
+        if function is None:
             raise NotAModelError(f"{where} has no initializer: its ids are not in the artifact")
-        names = list(wire.spans(self._file, self._nodes[initializer].content, 1))
-        function = wire.text(self._file, names[0]) if names else ""
-        if function not in self._functions:
-            raise CorruptFileError(f"{where}: its initializer is missing; log the model again")
         captured = wire.integers(self._file, self._functions[function], 2)
         op, inputs, attributes = self._initializer(function, where)
         # The function's arguments are what it captured, in the order of `bound_inputs`.
@@ -262,36 +312,92 @@ class SavedModel:
         if len(nodes) != len(inputs) or any(node >= len(self._nodes) for node in nodes):
             raise CorruptFileError(f"{where}: its initializer names objects that are not there")
         if op == _FILE_OP:
-            return self._file_vocabulary(nodes[1], attributes, where)
+            return self._file_vocabulary(nodes[1], attributes, self._key_type(table, where), where)
         return self._constant_vocabulary(nodes[1], nodes[2], where)
+
+    def _function(self, node: int | None) -> str | None:
+        """Returns the name of the first concrete function of a function object."""
+        if node is None or self._nodes[node].kind != _FUNCTION:
+            return None
+        names = [wire.text(self._file, span) for span in wire.spans(self._file, self._nodes[node].content, 1)]
+        return next((name for name in names if name in self._functions), None)
 
     def _initializer(self, function: str, where: str) -> tuple[str, list[int], Mapping[str, int]]:
         """Returns (op, argument number of each of its inputs, its integer attributes) of an initializer function."""
-        for library in wire.spans(self._file, self._graph, 2):
-            for definition in wire.spans(self._file, library, 1):
-                signature = next(wire.spans(self._file, definition, 1), None)
-                if signature is None or self._string(signature, 1) != function:
-                    continue
-                arguments = [self._string(argument, 1) for argument in wire.spans(self._file, signature, 2)]
-                for node in wire.spans(self._file, definition, 3):
-                    op = self._string(node, 2)
-                    if op == _FILE_OP or op in _IMPORT_OPS:
-                        inputs = [wire.text(self._file, span) for span in wire.spans(self._file, node, 3)]
-                        if len(inputs) < (2 if op == _FILE_OP else 3) or any(i not in arguments for i in inputs):
-                            raise CorruptFileError(f"{where}: its initializer has other inputs than its arguments")
-                        return op, [arguments.index(name) for name in inputs], self._integer_attributes(node)
+        definition = _definitions(self._file, self._graph).get(function)
+        signature = next(wire.spans(self._file, definition, 1), None) if definition else None
+        if definition and signature:
+            arguments = [self._string(argument, 1) for argument in wire.spans(self._file, signature, 2)]
+            for node in wire.spans(self._file, definition, 3):
+                op = self._string(node, 2)
+                if op == _FILE_OP or op in _IMPORT_OPS:
+                    inputs = [wire.text(self._file, span) for span in wire.spans(self._file, node, 3)]
+                    if len(inputs) < (2 if op == _FILE_OP else 3) or any(i not in arguments for i in inputs):
+                        raise CorruptFileError(f"{where}: its initializer has other inputs than its arguments")
+                    return op, [arguments.index(name) for name in inputs], self._integer_attributes(node)
         raise NotAModelError(f"{where} is initialized in a way that is not known: neither from a list nor from a file")
 
     def _integer_attributes(self, node: Span) -> dict[str, int]:
+        """Returns the attributes of a node that are integers or types."""
         attributes = {}
         for entry in wire.spans(self._file, node, 5):
             value = next(wire.spans(self._file, entry, 2), None)
             for number, content in wire.scan(self._file, value) if value is not None else ():
-                if number == 3 and isinstance(content, int):  # AttrValue.i, two's complement in 64 bits
+                # AttrValue.i, two's complement in 64 bits, and AttrValue.type
+                if number in (3, 6) and isinstance(content, int):
                     attributes[self._string(entry, 1)] = content - (1 << 64) if content >> 63 else content
         return attributes
 
-    def _file_vocabulary(self, node: int, attributes: Mapping[str, int], where: str) -> Vocabulary:
+    def _key_type(self, table: int, where: str) -> int:
+        """Returns TensorFlow's number of the type of a table's keys, which only the function that makes it says."""
+        function = self._function(self._nodes[table].children.get("_create_resource"))
+        definition = _definitions(self._file, self._graph).get(function or "")
+        for node in wire.spans(self._file, definition, 3) if definition else ():
+            key_type = self._integer_attributes(node).get("key_dtype")
+            if key_type is not None:
+                return key_type
+        raise NotAModelError(f"{where}: the type of its ids is not in the artifact")
+
+    def _checkpoint_vocabulary(self, key: str) -> Vocabulary:
+        """The vocabulary of a mutable table: in the order of its hashes, so its rows are in none."""
+        where = f"{self._bundle.prefix}.index: lookup {key!r}"
+        keys, values = (self._bundle.entries.get(f"{key}-{part}") for part in ("keys", "values"))
+        if keys is None or values is None:
+            raise CorruptFileError(f"{where} has ids but no rows; log the model again")
+        if keys.sliced or values.sliced:
+            raise NotAModelError(f"{where} is saved in slices, which is not supported")
+        if keys.dtype not in (_DT_STRING, _DT_INT64) or values.dtype != _DT_INT64:
+            raise NotAModelError(f"{where} {_other_types(keys.dtype, values.dtype)}")
+        if len(keys.shape) != 1:  # A dense hash table keeps its empty buckets, and not what an empty one looks like.
+            raise NotAModelError(
+                f"{where} has ids of shape {list(keys.shape)}, not a list: a DenseHashTable is not supported, "
+                "save the model with a MutableHashTable or a StaticHashTable"
+            )
+        count = keys.shape[0]
+        if (
+            values.shape != keys.shape
+            or values.size != 8 * count
+            or (keys.dtype == _DT_INT64 and keys.size != 8 * count)
+        ):
+            raise CorruptFileError(f"{where} has {count:,} ids, and rows of shape {list(values.shape)}; log it again")
+        path, span = self._bundle.data_path(values), Span(values.offset, values.offset + values.size)
+        with self._open(path) as file:
+            first_row, _, crc = _row_order(file, span)
+        if crc != values.crc32c:
+            raise ChecksumError(f"{path}: {key}-values does not match its crc32c; log the model again")
+        return Vocabulary(
+            path=self._bundle.data_path(keys),
+            span=Span(keys.offset, keys.offset + keys.size),
+            encoding=Encoding.STRING_TENSOR if keys.dtype == _DT_STRING else Encoding.INT64,
+            first_row=first_row,
+            count=count,
+            row_numbers=span,
+            in_row_order=False,
+            row_numbers_path=path,
+            checksum=Checksum("crc32c", keys.crc32c, Span(keys.offset, keys.offset + keys.size)),
+        )
+
+    def _file_vocabulary(self, node: int, attributes: Mapping[str, int], key_type: int, where: str) -> Vocabulary:
         asset = self._nodes[node]
         if asset.kind != _ASSET:
             raise CorruptFileError(f"{where}: its vocabulary file is not an asset of the model")
@@ -303,50 +409,81 @@ class SavedModel:
             attributes.get("value_index", _LINE_NUMBER) != _LINE_NUMBER
         ):
             raise NotAModelError(f"{where} reads columns of its file; only one id per line, in order, is supported")
+        encodings = {_DT_STRING: Encoding.LINES, _DT_INT64: Encoding.INTEGER_LINES}
+        if key_type not in encodings:
+            raise NotAModelError(f"{where} {_other_types(key_type, _DT_INT64)}")
         path = join(self.folder, "assets", self._assets[index])
         with self._open(path) as file:
-            return Vocabulary(path, Span(0, file.size), Encoding.LINES, first_row=attributes.get("offset", 0))
+            return Vocabulary(path, Span(0, file.size), encodings[key_type], first_row=attributes.get("offset", 0))
 
     def _constant_vocabulary(self, keys: int, values: int, where: str) -> Vocabulary:
         ids, count, ids_type = self._constant(keys, where)
         rows, row_count, rows_type = self._constant(values, where)
-        if ids_type != _DT_STRING or rows_type != _DT_INT64:
-            raise NotAModelError(f"{where} maps TensorFlow type {ids_type} to {rows_type}; only strings are supported")
+        if ids_type not in (_DT_STRING, _DT_INT64) or rows_type != _DT_INT64:
+            raise NotAModelError(f"{where} {_other_types(ids_type, rows_type)}")
         if count != row_count:
             raise CorruptFileError(f"{where} has {count:,} ids and {row_count:,} rows; log the model again")
         content = next(wire.spans(self._file, rows, 4), None)
+        in_row_order = True
         if content is not None:
             if content.end - content.start != 8 * count or not count:
                 raise CorruptFileError(
                     f"{where}: its rows have {content.end - content.start:,} bytes, not {8 * count:,}"
                 )
-            first_row = int.from_bytes(self._file.read(content.start, 8), "little", signed=True)
+            first_row, in_row_order, _ = _row_order(self._file, content)
         else:  # A list of one is written as a number instead.
             numbers = wire.integers(self._file, rows, 10)
             if count > 1 or len(numbers) != count:
                 raise NotAModelError(f"{where}: its rows are not stored as a plain array")
             first_row = numbers[0] if numbers else 0
-        if not 0 <= first_row < 1 << 62:
-            raise CorruptFileError(f"{where}: its first id has row {first_row}")
-        first = wire.position(self._file, ids, 8) if count else ids.end
-        if first is None:
-            raise NotAModelError(f"{where}: its ids are not stored as a list of strings")
+            if first_row >= 1 << 62:
+                raise CorruptFileError(f"{where}: its first id has row {first_row}")
+        encoding, span = self._constant_ids(ids, ids_type, count, where)
         return Vocabulary(
-            self._file.path, Span(first, ids.end), Encoding.PROTOBUF, first_row, count, row_numbers=content
+            self._file.path, span, encoding, first_row, count, row_numbers=content, in_row_order=in_row_order
         )
 
-    def _special_tokens(self, path: list[str], vocabulary: Vocabulary) -> tuple[str, ...]:
+    def _constant_ids(self, tensor: Span, dtype: int, count: int, where: str) -> tuple[Encoding, Span]:
+        """Returns how and where the ids of a TensorProto lie."""
+        if not count:
+            return Encoding.PROTOBUF, Span(tensor.end, tensor.end)
+        if dtype == _DT_STRING:
+            first = wire.position(self._file, tensor, 8)
+            if first is None:
+                raise NotAModelError(f"{where}: its ids are not stored as a list of strings")
+            return Encoding.PROTOBUF, Span(first, tensor.end)
+        content = next(wire.spans(self._file, tensor, 4), None)
+        if content is not None:
+            if content.end - content.start != 8 * count:
+                raise CorruptFileError(
+                    f"{where}: its ids have {content.end - content.start:,} bytes, not {8 * count:,}"
+                )
+            return Encoding.INT64, content
+        packed = list(wire.spans(self._file, tensor, 10))
+        if len(packed) != 1:
+            raise NotAModelError(f"{where}: its ids are not stored as a plain array")
+        return Encoding.VARINTS, packed[0]
+
+    def _special_tokens(self, table: int, vocabulary: Vocabulary) -> tuple[str, ...]:
         """Returns names for the rows before the first id, from the lookup's config in `keras_metadata.pb`.
 
         The file is Keras's `SavedMetadata` (tf_keras/protobuf/saved_metadata.proto): of each object the node number
         (field 2) and a JSON config (field 5). The mask token comes first, then one row per out-of-vocabulary bucket.
         """
-        node = self._walk(path)
-        with self._open(join(self.folder, "keras_metadata.pb")) as file:
+        path = self._path(table)[:-1]
+        layers = [number for number, node in enumerate(self._nodes) if node.children.get("lookup_table") == table]
+        try:
+            file = self._open(join(self.folder, "keras_metadata.pb"))
+        except ArtifactMissingError as error:
+            raise NotAModelError(
+                f"{self.folder} has no keras_metadata.pb, which alone names the rows before the ids of "
+                f"{'.'.join(path)!r}: it was not saved by Keras 2's model.save; leave out --include_oov"
+            ) from error
+        with file:
             for entry in wire.spans(file, Span(0, file.size), 1):
                 fields = dict(wire.scan(file, entry))
                 metadata = fields.get(5)
-                if fields.get(2) != node or not isinstance(metadata, Span):
+                if fields.get(2, 0) not in layers or not isinstance(metadata, Span):
                     continue
                 try:
                     config = json.loads(wire.text(file, metadata))["config"]
@@ -355,7 +492,7 @@ class SavedModel:
                     raise CorruptFileError(f"{file.path}: no lookup's config for {'.'.join(path)!r}") from error
                 # Rows are told apart: ids are unique. An empty mask token is Keras's old default, and no id.
                 tokens = [] if mask is None else [str(mask) or "[MASK]"]
-                tokens += [oov if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]
+                tokens += [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]
                 if len(tokens) == vocabulary.first_row:
                     return tuple(tokens)
         raise NotAModelError(
@@ -398,3 +535,40 @@ class SavedModel:
     def _string(self, message: Span, number: int) -> str:
         span = next(wire.spans(self._file, message, number), None)
         return wire.text(self._file, span) if span is not None else ""
+
+
+def _definitions(file: ByteFile, graph: Span) -> dict[str, Span]:
+    """Returns the `FunctionDef` of each function in a GraphDef's library, by name."""
+    found = {}
+    for library in wire.spans(file, graph, 2):
+        for definition in wire.spans(file, library, 1):
+            signature = next(wire.spans(file, definition, 1), None)
+            name = next(wire.spans(file, signature, 1), None) if signature else None
+            if name:
+                found[wire.text(file, name)] = definition
+    return found
+
+
+def _called(name: str, found: list[tuple[str, int]]) -> list[int]:
+    """Returns the objects of that name, or all if none has it, each once."""
+    named = [node for own, node in found if own == name]
+    return list(dict.fromkeys(named or [node for _, node in found]))
+
+
+def _other_types(ids: int, rows: int) -> str:
+    return f"maps TensorFlow type {ids} to {rows}; only strings and int64 to int64 are supported"
+
+
+def _row_order(file: ByteFile, span: Span) -> tuple[int, bool, int]:
+    """Returns (the lowest row, whether each is the next one of that before, crc32c) of an array of int64."""
+    first, lowest, in_order, crc = 0, 0, True, 0
+    for offset, block in file.blocks(span.start, span.end, _BLOCK):
+        rows = np.frombuffer(block, "<i8")
+        if offset == span.start:
+            first = lowest = int(rows[0])
+        position = first + (offset - span.start) // 8
+        in_order = in_order and bool((rows == np.arange(position, position + len(rows))).all())
+        lowest = min(lowest, int(rows.min()))
+        crc = google_crc32c.extend(crc, block)
+    # An id below row 0 is left to whoever reads it, and its name.
+    return max(lowest, 0), in_order and first >= 0, crc

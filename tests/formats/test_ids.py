@@ -112,7 +112,7 @@ def test_ids_that_do_not_match_their_checksum(at):
         list(ids.cut(tower, open_file, 4))
 
 
-@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("encoding", [Encoding.LINES, Encoding.PROTOBUF, Encoding.JSON])
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 13, 14, 15])
 def test_edges_of_a_piece(encoding, count):
     names = [b"id%d" % i for i in range(count)]
@@ -125,7 +125,7 @@ def test_the_last_line_needs_no_newline(count):
     assert read_all(*make(Encoding.LINES, names, last_newline=False), 7) == names
 
 
-@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("encoding", [Encoding.LINES, Encoding.PROTOBUF, Encoding.JSON])
 def test_an_id_beyond_the_matrix_is_named(encoding):
     names = [b"id%d" % i for i in range(20)]
     tower, open_file = make(encoding, names, rows=18)
@@ -166,5 +166,5 @@ def test_long_ids(long):
 def test_row_numbers_are_compared():
     names = [b"a", b"b", b"c"]
     assert read_all(*make(Encoding.PROTOBUF, names, numbers=[1, 2, 3]), 2) == names
-    with pytest.raises(NotAModelError, match=r"id 'b' has row 3 instead of 2"):
+    with pytest.raises(CorruptFileError, match=r"id 'b' has row 3 instead of 2"):
         read_all(*make(Encoding.PROTOBUF, names, numbers=[1, 3, 2]), 2)

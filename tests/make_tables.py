@@ -1,0 +1,104 @@
+"""Makes models whose ids are integers, learnt, or in no order, with real tf-keras and TensorFlow, and what they say.
+
+Run as a program: `python make_tables.py DIR`; the files beside each model are as those of make_models.py.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TF_USE_LEGACY_KERAS"] = "1"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import numpy as np
+import tensorflow as tf
+from make_models import TwoTower
+
+LAYERS = {"user": "user_layer", "item": "item_layer"}
+
+
+def write_down(folder, name, side, ids, vectors):
+    np.save(folder / f"{name}.{side}.npy", vectors.astype(np.float64))
+    (folder / f"{name}.{side}.json").write_text(json.dumps(ids), encoding="utf-8")
+
+
+def pair(lookup, dimension, rows=None):
+    return tf.keras.Sequential([lookup, tf.keras.layers.Embedding(rows or lookup.vocabulary_size(), dimension)])
+
+
+def save_layers(folder, name, user, item, example):
+    model = TwoTower(user, item)
+    model({"user_id": example, "item_id": example})
+    model.save(folder / name, save_format="tf")
+    loaded = tf.keras.models.load_model(folder / name)
+    for side, layer in LAYERS.items():
+        lookup, embedding = getattr(loaded, layer).layers
+        ids = lookup.get_vocabulary(include_special_tokens=False)
+        rows = lookup(tf.constant(ids, example.dtype)).numpy()
+        write_down(folder, name, side, [str(key) for key in ids], embedding.get_weights()[0][rows])
+
+
+class Side(tf.Module):
+    """A table and a variable, with no Keras at all."""
+
+    def __init__(self, keys, rows, size, mutable, dtype):
+        super().__init__()
+        keys, values = tf.constant(keys), tf.constant(rows, tf.int64)
+        if mutable:
+            self.table = tf.lookup.experimental.MutableHashTable(keys.dtype, tf.int64, -1)
+            self.table.insert(keys, values)
+        else:
+            self.table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), -1)
+        self.vectors = tf.Variable(tf.cast(tf.random.normal([size, 6]), dtype), name="vectors")
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def __call__(self, ids):
+        return tf.gather(self.vectors, self.table.lookup(ids))
+
+
+def save_module(folder, name, dtype=tf.float32, **sides):
+    model = tf.Module()
+    for side, (keys, rows, size, mutable) in sides.items():
+        setattr(model, LAYERS[side], Side(keys, rows, size, mutable, dtype))
+    tf.saved_model.save(model, str(folder / name))
+    loaded = tf.saved_model.load(str(folder / name))
+    for side, (keys, *_) in sides.items():
+        write_down(folder, name, side, keys, tf.cast(getattr(loaded, LAYERS[side])(keys), tf.float64).numpy())
+
+
+def main(folder):
+    tf.random.set_seed(7)
+    random = np.random.default_rng(7)
+    # -1 stands for unknown ids, and 0 for the mask.
+    integers = [n for n in (random.permutation(3000) - 1500).tolist() if n not in (-1, 0)]
+    path = folder / "integers.txt"
+    path.write_text("\n".join(map(str, integers[:700])) + "\n")
+    layers = tf.keras.layers
+    save_layers(
+        folder,
+        "integers",
+        pair(layers.IntegerLookup(vocabulary=integers, num_oov_indices=2), 4),
+        pair(layers.IntegerLookup(vocabulary=str(path), mask_token=0), 4, rows=800),
+        tf.constant([1, 2], tf.int64),
+    )
+    learnt = []
+    for seed, size in ((1, 2000), (2, 300)):
+        lookup = layers.StringLookup(mask_token="nothing", num_oov_indices=3)
+        lookup.adapt(tf.constant([f"word {n}" for n in np.random.default_rng(seed).zipf(1.3, 20 * size) if n < size]))
+        # Without an input, a Sequential takes the type of a learnt lookup's rows for that of its ids.
+        first = tf.keras.Input(shape=(), dtype=tf.string)
+        learnt.append(tf.keras.Sequential([first, *pair(lookup, 4).layers]))
+    save_layers(folder, "learnt", *learnt, tf.constant(["a", "b"]))
+    names = [f"name é {n}" for n in range(5000)]
+    shuffled = random.permutation(6000)[:5000].tolist()
+    few, twice = names[:50], [*range(25), *range(25)]
+    save_module(folder, "static", user=(names, shuffled, 6000, False), item=(few, twice, 30, False))
+    save_module(folder, "mutable", tf.float16, user=(names, shuffled, 6000, True), item=(few, twice, 50, True))
+    save_module(
+        folder, "bfloat", tf.bfloat16, user=(few, [*range(50)], 50, False), item=(few, [*range(50, 0, -1)], 51, False)
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

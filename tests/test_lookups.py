@@ -1,0 +1,55 @@
+"""Lookups of integers, learnt ones, and tables whose rows are in no order, each compared with TensorFlow's answer."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Model
+from job import MARCH_1, refused
+
+from beam_pipeline.files import open_file
+from beam_pipeline.formats import ids, open_artifact
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """A function from a name in make_tables.py to a Model; not to be written to."""
+    folder = tmp_path_factory.mktemp("tables")
+    script = Path(__file__).parent / "make_tables.py"
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return lambda name: Model(folder / name)
+
+
+@pytest.mark.parametrize("name", ["integers", "learnt", "static", "mutable", "bfloat"])
+def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name):
+    monkeypatch.setattr(ids, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(ids, "PIECE_ENTRIES", 170)
+    run = store.log(tables(name), name, MARCH_1)
+    assert job.run(run) == 0
+    for tower in ("user", "item"):
+        assert job.rows(tower) == {("2026-03-01", run): tables(name).rows(tower)}
+
+
+def test_special_rows_of_integers(job, store, tables):
+    run = store.log(tables("integers"), "special", MARCH_1)
+    assert job.run(run, "--include_oov") == 0
+    for tower, special in (("user", {"-1", "-1:1"}), ("item", {"0", "-1"})):
+        assert {*job.rows(tower)[("2026-03-01", run)]} == {*tables("integers").ids(tower)} | special
+
+
+def test_special_rows_without_names_are_refused(job, store, tables, capsys):
+    run = store.log(tables("bfloat"), "no names", MARCH_1)
+    assert "leave out --include_oov" in refused(job, capsys, run, "--include_oov")
+
+
+def test_damaged_ids_of_a_table_in_the_checkpoint(job, store, tables, tmp_path, capsys):
+    model = Model(Path(shutil.copytree(tables("mutable").folder, tmp_path / "mutable")))
+    tower = open_artifact(str(model.folder), open_file).tower("user", "user_layer")
+    data = bytearray(Path(tower.vocabulary.path).read_bytes())
+    data[tower.vocabulary.span.end - 10] ^= 1
+    Path(tower.vocabulary.path).write_bytes(data)
+    line = refused(job, capsys, store.log(model, "damaged", MARCH_1))
+    assert "the ids of tower 'user' do not match the checkpoint's crc32c" in line
