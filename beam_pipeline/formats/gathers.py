@@ -1,0 +1,150 @@
+"""Which lookup feeds which embedding: what a SavedModel's functions compute (tensorflow/core/framework/function.proto).
+
+Keras 3's `export()` keeps variables and tables in flat lists, and a Functional model has a lookup and its embedding in
+separate layers. There only the graph of a call tells which belong together: the row numbers that a gather takes from a
+variable come from a table, unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from beam_pipeline.files import ByteFile
+from beam_pipeline.formats import wire
+from beam_pipeline.formats.wire import Span
+
+_GATHERS = ("ResourceGather", "GatherV2", "Gather")
+_SELECTS = ("SelectV2", "Select")
+_PASSING = (
+    "Cast",
+    "EnsureShape",
+    "ExpandDims",
+    "Identity",
+    "LookupTableFindV2",
+    "ReadVariableOp",
+    "Reshape",
+    "Squeeze",
+    "StopGradient",
+    "StridedSlice",
+    "Transpose",
+)
+"""Operations that leave the values of their first input as they are; looking up is taken for reading a table."""
+
+
+@dataclass
+class Gather:
+    """A variable whose rows are gathered by the row numbers of a table.
+
+    Attributes:
+        table, variable: numbers of the objects.
+        scopes: where in calls it happens: the names of the layers, from the outermost to that of the embedding.
+    """
+
+    table: int
+    variable: int
+    scopes: list[str] = field(default_factory=list)
+
+    def is_within(self, layer: str) -> bool:
+        """Whether a layer of this name, or path of names, is around it.
+
+        TensorFlow adds _1, _2, … to a name that its graph has already.
+        """
+        names = "/".join(rf"{re.escape(name)}(_\d+)?" for name in layer.split("/"))
+        return any(re.search(rf"(^|/){names}(/|$)", scope) for scope in self.scopes)
+
+
+def definitions(file: ByteFile, graph: Span) -> dict[str, Span]:
+    """Returns the `FunctionDef` of each function in a GraphDef's library, by name."""
+    found = {}
+    for library in wire.spans(file, graph, 2):
+        for definition in wire.spans(file, library, 1):
+            signature = next(wire.spans(file, definition, 1), None)
+            name = next(wire.spans(file, signature, 1), None) if signature else None
+            if name:
+                found[wire.text(file, name)] = definition
+    return found
+
+
+def find(
+    file: ByteFile, graph: Span, captured: Mapping[str, Sequence[int]], tables: set[int], variables: set[int]
+) -> list[Gather]:
+    """Returns every pair of a table and a variable that a function looks up and gathers.
+
+    Args:
+        file: saved_model.pb.
+        graph: its GraphDef.
+        captured: of each concrete function, the objects that are its last arguments.
+        tables: which objects are tables.
+        variables: which are matrices.
+    """
+    functions = definitions(file, graph)
+    found: dict[tuple[int, int], Gather] = {}
+    for name, objects in captured.items():
+        if name in functions and tables & {*objects} and variables & {*objects}:
+            for table, variable, node in _of_function(file, functions[name], objects, tables, variables):
+                gather = found.setdefault((table, variable), Gather(table, variable))
+                scope = node.rpartition("/")[0]
+                if scope not in gather.scopes:
+                    gather.scopes.append(scope)
+    return list(found.values())
+
+
+_Objects = frozenset[int]
+_NONE: tuple[_Objects, _Objects] = (frozenset(), frozenset())
+
+
+def _of_function(
+    file: ByteFile, definition: Span, objects: Sequence[int], tables: set[int], variables: set[int]
+) -> list[tuple[int, int, str]]:
+    """Returns (table, variable, name of the gathering node) of a function's own operations."""
+    arguments, nodes = _read(file, definition)
+    # Of each node: the tables and variables whose values it has, unchanged and not.
+    values = {
+        argument: (frozenset([number]), frozenset[int]())
+        for argument, number in zip(arguments[-len(objects) :], objects, strict=False)
+        if number in tables or number in variables
+    }
+    found: list[tuple[int, int, str]] = []
+    for _ in range(2):  # Nodes come in the order in which they were made; the second time every input is known.
+        found = []
+        for name, op, inputs in nodes:
+            own = [values.get(source, _NONE) for source in inputs]
+            if op in _GATHERS and len(own) > 1 and variables & own[0][0]:
+                if len(own[0][0]) == len(own[1][0]) == 1 and own[1][0] <= tables and not own[1][1]:
+                    (table,), (variable,) = own[1][0], own[0][0]
+                    found.append((table, variable, name))
+                values[name] = _NONE
+            elif op in _PASSING and own:
+                values[name] = own[0]
+            elif op in _SELECTS and any(unchanged for unchanged, _ in own[1:]):
+                # Unknown ids, the mask, or rows counted from the end take the other branch.
+                values[name] = (frozenset().union(*(unchanged for unchanged, _ in own[1:])), frozenset())
+            else:
+                values[name] = (frozenset(), frozenset().union(*(a | b for a, b in own)))
+    return found
+
+
+def _read(file: ByteFile, definition: Span) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """Returns (arguments, nodes as (name, op, names of the nodes that it takes its inputs from)) of a FunctionDef."""
+    arguments: list[str] = []
+    nodes = []
+    for number, value in wire.scan(file, definition):
+        if number == 1 and isinstance(value, Span):
+            for argument in wire.spans(file, value, 2):
+                arguments += [wire.text(file, name) for name in wire.spans(file, argument, 1)]
+        elif number == 3 and isinstance(value, Span):
+            name, op, inputs = "", "", list[str]()
+            for part, content in wire.scan(file, value):
+                if not isinstance(content, Span) or part > 3:
+                    continue
+                text = wire.text(file, content)
+                if part == 1:
+                    name = text
+                elif part == 2:
+                    op = text
+                elif not text.startswith("^"):  # a control input
+                    inputs.append(text.partition(":")[0])
+            nodes.append((name, op, inputs))
+    return arguments, nodes
