@@ -23,7 +23,7 @@ def tables(tmp_path_factory):
     return lambda name: Model(folder / name)
 
 
-@pytest.mark.parametrize("name", ["integers", "learnt", "static", "mutable", "bfloat"])
+@pytest.mark.parametrize("name", ["integers", "learnt", "static", "mutable", "sharded", "bfloat"])
 def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name):
     monkeypatch.setattr(ids, "PIECE_BYTES", 3000)
     monkeypatch.setattr(ids, "PIECE_ENTRIES", 170)
@@ -31,6 +31,17 @@ def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name
     assert job.run(run) == 0
     for tower in ("user", "item"):
         assert job.rows(tower) == {("2026-03-01", run): tables(name).rows(tower)}
+
+
+def test_several_data_files(tables):
+    towers = [open_artifact(str(tables("sharded").folder), open_file).tower(t, f"{t}_layer") for t in ("user", "item")]
+    files = {path for t in towers for path in (t.matrix.path, t.vocabulary.path, t.vocabulary.row_numbers_path)}
+    assert len(files) == 6
+
+
+def test_a_variable_in_slices_is_refused(job, store, tables, capsys):
+    line = refused(job, capsys, store.log(tables("sliced"), "sliced", MARCH_1))
+    assert "is saved in slices (a partitioned variable), which is not supported" in line
 
 
 def test_special_rows_of_integers(job, store, tables):
