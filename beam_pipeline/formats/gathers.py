@@ -32,6 +32,9 @@ _PASSING = (
 )
 """Operations that leave the values of their first input as they are; looking up is taken for reading a table."""
 
+_PASSES = 8
+"""Nodes come after their inputs, except in loops: as a rule the second pass finds nothing new."""
+
 
 @dataclass
 class Gather:
@@ -107,8 +110,8 @@ def _of_function(
         if number in tables or number in variables
     }
     found: list[tuple[int, int, str]] = []
-    for _ in range(2):  # Nodes come in the order in which they were made; the second time every input is known.
-        found = []
+    for _ in range(_PASSES):
+        found, before = [], dict(values)
         for name, op, inputs in nodes:
             own = [values.get(source, _NONE) for source in inputs]
             if op in _GATHERS and len(own) > 1 and variables & own[0][0]:
@@ -123,7 +126,9 @@ def _of_function(
                 values[name] = (frozenset().union(*(unchanged for unchanged, _ in own[1:])), frozenset())
             else:
                 values[name] = (frozenset(), frozenset().union(*(a | b for a, b in own)))
-    return found
+        if values == before:
+            return found
+    return []
 
 
 def _read(file: ByteFile, definition: Span) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
