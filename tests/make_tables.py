@@ -62,6 +62,63 @@ class Side(tf.Module):
         return tf.gather(self.vectors, self.table.lookup(ids))
 
 
+class Flat(tf.Module):
+    """Tables and variables side by side: which belong together, only the call says."""
+
+    def __init__(self, users, items):
+        super().__init__()
+        initializer = tf.lookup.KeyValueTensorInitializer(users, tf.range(len(users), dtype=tf.int64))
+        # Unknown ids get the rows after those of the others.
+        self.user_table = tf.lookup.StaticVocabularyTable(initializer, num_oov_buckets=3)
+        self.item_table = tf.lookup.StaticVocabularyTable(
+            tf.lookup.TextFileInitializer(items, tf.int64, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, -1), 1
+        )
+        self.user_vectors = tf.Variable(tf.random.normal([len(users) + 3, 5]))
+        self.item_vectors = tf.Variable(tf.random.normal([81, 5]))
+        self.kernel = tf.Variable(tf.ones([5, 5]))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64)])
+    def __call__(self, user, item):
+        users = tf.gather(self.user_vectors, self.user_table.lookup(user))
+        items = tf.nn.embedding_lookup(self.item_vectors, self.item_table.lookup(item))
+        return {
+            "user": users,
+            "item": items,
+            "scores": tf.matmul(tf.matmul(users, self.kernel), items, transpose_b=True),
+        }
+
+
+def save_flat(folder, name, users, items):
+    path = folder / f"{name}.txt"
+    path.write_text("".join(f"{number}\n" for number in items))
+    tf.saved_model.save(Flat(users, str(path)), str(folder / name))
+    answers = tf.saved_model.load(str(folder / name))(tf.constant(users), tf.constant(items, tf.int64))
+    for side, those in (("user", users), ("item", items)):
+        write_down(folder, name, side, [str(key) for key in those], answers[side].numpy())
+
+
+class Unread(tf.Module):
+    """What is refused: for each layer a table of another kind."""
+
+    def __init__(self, folder):
+        super().__init__()
+        path = folder / "columns.csv"
+        path.write_text("a,0\nb,1\n")
+        tables = {
+            "dense": tf.lookup.experimental.DenseHashTable(tf.int64, tf.int64, -1, -2, -3),
+            "narrow": tf.lookup.StaticHashTable(
+                tf.lookup.KeyValueTensorInitializer(tf.constant([1, 2]), tf.constant([0, 1])), -1
+            ),
+            "columns": tf.lookup.StaticHashTable(
+                tf.lookup.TextFileInitializer(str(path), tf.string, 0, tf.int64, 1, delimiter=","), -1
+            ),
+        }
+        for name, table in tables.items():
+            layer = tf.Module()
+            layer.table, layer.vectors = table, tf.Variable(tf.ones([2, 3]))
+            setattr(self, name, layer)
+
+
 class Apart(tf.train.experimental.ShardingCallback):
     """Every tensor in a data file of its own."""
 
@@ -119,6 +176,8 @@ def main(folder):
         user=(names, shuffled, 6000, True),
         item=([7, -8, 1 << 40], [2, 0, 1], 3, True),
     )
+    save_flat(folder, "flat", names[:90], [number * number - 3 for number in range(80)])
+    tf.saved_model.save(Unread(folder), str(folder / "unread"))
     in_slices = tf.train.experimental.MaxShardSizePolicy(max_shard_size=1000)
     save_module(folder, "sliced", sharding=in_slices, user=(few, twice, 50, False), item=(few, twice, 50, False))
     save_module(

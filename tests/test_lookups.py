@@ -9,6 +9,7 @@ import pytest
 from conftest import Model
 from job import MARCH_1, refused
 
+from beam_pipeline.errors import NotAModelError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import ids, open_artifact
 
@@ -31,6 +32,27 @@ def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name
     assert job.run(run) == 0
     for tower in ("user", "item"):
         assert job.rows(tower) == {("2026-03-01", run): tables(name).rows(tower)}
+
+
+def test_tables_and_variables_side_by_side(job, store, tables):
+    run = store.log(tables("flat"), "flat", MARCH_1)
+    for towers in ((), ("--tower=user=user_vectors", "--tower=item=item_vectors")):
+        assert job.run(run, *towers) == 0
+        for tower in ("user", "item"):
+            assert job.rows(tower) == {("2026-03-01", run): tables("flat").rows(tower)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ("dense", "a DenseHashTable is not supported, save the model with a MutableHashTable or a StaticHashTable"),
+        ("narrow", "maps TensorFlow type 3 to 3; only strings and int64 to int64 are supported"),
+        ("columns", "reads columns of its file; only one id per line, in order, is supported"),
+    ],
+)
+def test_tables_that_are_refused(tables, layer, words):
+    with pytest.raises(NotAModelError, match=words):
+        open_artifact(str(tables("unread").folder), open_file).tower("user", layer)
 
 
 def test_several_data_files(tables):
