@@ -52,6 +52,35 @@ def two_towers(library, lookups, names=(None, None)):
     return model
 
 
+class Features(tf_keras.layers.Layer):
+    """A tower with an id and another feature: of which the embedding is depends on what is hashed."""
+
+    def __init__(self, vocabulary, embeds_ids, **options):
+        super().__init__(**options)
+        layers = tf_keras.layers
+        self.lookup = layers.StringLookup(vocabulary=vocabulary)
+        self.hashing = layers.Hashing(7)
+        self.others = layers.Embedding(7, 4)
+        if embeds_ids:
+            self.ids = layers.Embedding(self.lookup.vocabulary_size(), 4)
+        self.embeds_ids = embeds_ids
+
+    def call(self, inputs):
+        other = self.others(self.hashing(inputs))
+        if self.embeds_ids:
+            return self.ids(self.lookup(inputs)), other
+        return tf.one_hot(self.lookup(inputs), 4) + other, other
+
+
+def features(vocabulary, embeds_ids):
+    inputs = {f"{side}_id": tf_keras.Input((), name=f"{side}_id", dtype="string") for side in SIDES}
+    towers = [Features(vocabulary, embeds_ids, name=f"{side}_layer") for side in SIDES]
+    outputs = {side: tower(ids)[0] for side, tower, ids in zip(SIDES, towers, inputs.values(), strict=True)}
+    model = tf_keras.Model(inputs, outputs)
+    model.user_layer, model.item_layer = towers
+    return model, [tower.lookup for tower in towers]
+
+
 def write(folder, name, model, lookups, save):
     save(model, str(folder / name))
     serve = tf.saved_model.load(str(folder / name)).signatures["serving_default"]
@@ -109,6 +138,9 @@ def main(folder):
         write(folder, f"{which}_unnamed", two_towers(library, lookups), lookups, export)
     lookups = mixed(tf_keras)
     write(folder, "keras2_saved", functional(tf_keras, lookups), lookups, save)
+    for name, embeds_ids in (("features", True), ("hashed", False)):
+        model, lookups = features(users, embeds_ids)
+        write(folder, name, model, lookups, save)
     lookups = mixed(keras)
     write(folder, "shifted", functional(keras, lookups, between=lambda rows: rows + 1), lookups, export)
     both = keras.layers.StringLookup(vocabulary=users)

@@ -44,6 +44,8 @@ BY_NAME = asked("user_embedding", "item_embedding")
         ("keras3_named", ()),
         ("keras2_named", asked("user_layer", "item_layer")),
         ("one_lookup", ()),
+        # Beside the ids' embedding that of another feature, in one layer.
+        ("features", ()),
     ],
 )
 def test_every_row_is_what_the_artifact_answers(job, store, exported, monkeypatch, name, flags):
@@ -72,8 +74,13 @@ def test_row_numbers_that_are_changed_on_the_way_are_no_pair(job, store, exporte
     assert "layer 'user_layer' does not exist" in line
     assert "layers that are towers: none" in line
     model = SavedModel(str(exported("shifted").folder), open_file)
-    with pytest.raises(TowerMissingError, match=r"holds 0 lookup\(s\) and 1 embedding\(s\) .* no lookups feed it"):
+    with pytest.raises(TowerMissingError, match="calls feed none of its embeddings from a lookup"):
         model.tower("user", "variables.0")
+
+
+def test_an_embedding_of_something_else_beside_a_lookup_is_refused(job, store, exported, capsys):
+    line = refused(job, capsys, store.log(exported("hashed"), "hashed", MARCH_1))
+    assert "layer 'user_layer' holds a lookup and an embedding that the model feeds from elsewhere" in line
 
 
 def test_special_rows_have_names_only_in_keras_metadata(job, store, exported, capsys):

@@ -38,16 +38,18 @@ _PASSES = 8
 
 @dataclass
 class Gather:
-    """A variable whose rows are gathered by the row numbers of a table.
+    """A variable whose rows are gathered, in a function that has a table.
 
     Attributes:
         table, variable: numbers of the objects.
         scopes: where in calls it happens: the names of the layers, from the outermost to that of the embedding.
+        fed: whether the rows are gathered by row numbers of that table; if not, by something that is not from it.
     """
 
     table: int
     variable: int
     scopes: list[str] = field(default_factory=list)
+    fed: bool = True
 
     def is_within(self, layer: str) -> bool:
         """Whether a layer of this name, or path of names, is around it.
@@ -73,7 +75,7 @@ def definitions(file: ByteFile, graph: Span) -> dict[str, Span]:
 def find(
     file: ByteFile, graph: Span, captured: Mapping[str, Sequence[int]], tables: set[int], variables: set[int]
 ) -> list[Gather]:
-    """Returns every pair of a table and a variable that a function looks up and gathers.
+    """Returns every pair of a table and a variable that belong together, or certainly do not.
 
     Args:
         file: saved_model.pb.
@@ -84,14 +86,18 @@ def find(
     """
     functions = definitions(file, graph)
     found: dict[tuple[int, int], Gather] = {}
+    apart = set[tuple[int, int]]()
     for name, objects in captured.items():
         if name in functions and tables & {*objects} and variables & {*objects}:
             for table, variable, node in _of_function(file, functions[name], objects, tables, variables):
+                if node is None:
+                    apart.add((table, variable))
+                    continue
                 gather = found.setdefault((table, variable), Gather(table, variable))
                 scope = node.rpartition("/")[0]
                 if scope not in gather.scopes:
                     gather.scopes.append(scope)
-    return list(found.values())
+    return [*found.values(), *(Gather(*pair, fed=False) for pair in sorted(apart - found.keys()))]
 
 
 _Objects = frozenset[int]
@@ -100,8 +106,11 @@ _NONE: tuple[_Objects, _Objects] = (frozenset(), frozenset())
 
 def _of_function(
     file: ByteFile, definition: Span, objects: Sequence[int], tables: set[int], variables: set[int]
-) -> list[tuple[int, int, str]]:
-    """Returns (table, variable, name of the gathering node) of a function's own operations."""
+) -> list[tuple[int, int, str | None]]:
+    """Returns (table, variable, name of the node that gathers by the table, or None if it gathers by others).
+
+    Only a function's own operations are seen: Keras and TensorFlow save at least one function with all of a call's.
+    """
     arguments, nodes = _read(file, definition)
     # Of each node: the tables and variables whose values it has, unchanged and not.
     values = {
@@ -109,15 +118,17 @@ def _of_function(
         for argument, number in zip(arguments[-len(objects) :], objects, strict=False)
         if number in tables or number in variables
     }
-    found: list[tuple[int, int, str]] = []
+    found: list[tuple[int, int, str | None]] = []
     for _ in range(_PASSES):
         found, before = [], dict(values)
         for name, op, inputs in nodes:
             own = [values.get(source, _NONE) for source in inputs]
             if op in _GATHERS and len(own) > 1 and variables & own[0][0]:
-                if len(own[0][0]) == len(own[1][0]) == 1 and own[1][0] <= tables and not own[1][1]:
-                    (table,), (variable,) = own[1][0], own[0][0]
-                    found.append((table, variable, name))
+                same, changed = own[1]
+                for variable in variables & own[0][0]:
+                    if len(own[0][0]) == len(same) == 1 and same <= tables and not changed:
+                        found += [(table, variable, name) for table in same]
+                    found += [(table, variable, None) for table in tables & {*objects} - same - changed]
                 values[name] = _NONE
             elif op in _PASSING and own:
                 values[name] = own[0]

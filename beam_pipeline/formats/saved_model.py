@@ -220,33 +220,51 @@ class SavedModel:
         """Returns the lookup table and the variable of a tower."""
         node = self._walk(layer.replace("/", ".").split("."))
         tables, variables = self._parts(node) if node is not None else ([], [])
-        if len(tables) == len(variables) == 1:
-            return tables[0], variables[0]
         if node is None:
             found = self._called(layer)
         else:
-            found = [gather for gather in self._fed() if [gather.variable] == variables]
+            below = self._matrices(node)
+            found = [gather for gather in self._fed() if gather.variable in below]
+        # What the calls do says more than what lies where.
         if len(found) == 1:
             return found[0].table, found[0].variable
         if node is None:
             problem = f"is around {len(found)} embeddings that a lookup feeds" if found else "does not exist"
-        else:
+        elif len(tables) != 1 or len(variables) != 1:
             problem = f"holds {len(tables)} lookup(s) and {len(variables)} embedding(s) instead of one of each"
-            if len(variables) == 1:
-                problem += f", and {len(found) or 'no'} lookups feed it in the model's calls"
+            if variables:
+                problem += f", and the model's calls feed {len(found) or 'none'} of its embeddings from a lookup"
+        elif any((gather.table, gather.variable) == (tables[0], variables[0]) for gather in self._gathered()):
+            problem = "holds a lookup and an embedding that the model feeds from elsewhere"
+        else:
+            return tables[0], variables[0]
         raise TowerMissingError(
             f"tower {name!r}: layer {layer!r} {problem} in {self.folder}; layers that are towers: "
             f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
         )
 
-    def _fed(self) -> list[Gather]:
-        """Returns the embeddings that a lookup feeds, as the model's functions tell."""
+    def _matrices(self, root: int) -> set[int]:
+        """Returns all matrices of an object, whatever they are called."""
+        found = {root} if self._is_matrix(root) else set[int]()
+        queue, seen = deque([root]), {root}
+        while queue:
+            node = queue.popleft()
+            found.update(child for child in self._nodes[node].children.values() if self._is_matrix(child))
+            queue.extend(child for _, child in self._objects(node, seen))
+        return found
+
+    def _gathered(self) -> list[Gather]:
+        """Returns what the model's functions tell of tables and embeddings."""
         if self._gathers is None:
             captured = {name: wire.integers(self._file, span, 2) for name, span in self._functions.items()}
             tables = {number for number, node in enumerate(self._nodes) if node.kind == _RESOURCE}
             matrices = {number for number in range(len(self._nodes)) if self._is_matrix(number)}
             self._gathers = gathers.find(self._file, self._graph, captured, tables, matrices)
         return self._gathers
+
+    def _fed(self) -> list[Gather]:
+        """Returns the embeddings that a lookup feeds."""
+        return [gather for gather in self._gathered() if gather.fed]
 
     def _called(self, layer: str) -> list[Gather]:
         """Returns the embeddings of that name; more than one if it is not clear which is meant."""

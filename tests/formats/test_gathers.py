@@ -31,6 +31,10 @@ def find(*nodes, captured=(10, 20, 11, 21), **options):
     return gathers.find(file, Span(0, len(data)), {"call": captured}, {10, 11}, {20, 21})
 
 
+def pairs(*nodes, **options):
+    return [gather for gather in find(*nodes, **options) if gather.fed]
+
+
 @pytest.mark.parametrize(
     "nodes",
     [
@@ -50,7 +54,7 @@ def find(*nodes, captured=(10, 20, 11, 21), **options):
     ],
 )
 def test_what_a_lookup_feeds(nodes):
-    assert find(*nodes) == [Gather(10, 20, ["tower/embedding"])]
+    assert pairs(*nodes) == [Gather(10, 20, ["tower/embedding"])]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def test_what_a_lookup_feeds(nodes):
     ],
 )
 def test_what_is_no_pair(nodes):
-    assert find(*nodes) == []
+    assert pairs(*nodes) == []
 
 
 def test_every_function_adds_its_pairs_and_scopes():
@@ -85,8 +89,17 @@ def test_every_function_adds_its_pairs_and_scopes():
         ("c/gather", "ResourceGather", "matrix", FIND[0]),
         ("d/gather", "ResourceGather", "other_matrix", FIND[0]),
     ]
-    assert find(*nodes) == [Gather(10, 20, ["a/b", "c"]), Gather(10, 21, ["d"])]
-    assert find(*nodes, captured=(10, 20)) == []  # These are the last two arguments.
+    assert pairs(*nodes) == [Gather(10, 20, ["a/b", "c"]), Gather(10, 21, ["d"])]
+    assert pairs(*nodes, captured=(10, 20)) == []  # These are the last two arguments.
+
+
+def test_what_certainly_does_not_belong_together():
+    by_ids = ("gather", "ResourceGather", "matrix", "ids")
+    assert find(FIND, by_ids) == [Gather(10, 20, fed=False), Gather(11, 20, fed=False)]
+    by_rows = ("gather", "ResourceGather", "matrix", FIND[0])
+    assert find(FIND, by_ids, by_rows) == [Gather(10, 20, [""]), Gather(11, 20, fed=False)]
+    changed = ("more", "AddV2", FIND[0], "one")
+    assert find(FIND, changed, ("gather", "ResourceGather", "matrix", "more")) == [Gather(11, 20, fed=False)]
 
 
 @pytest.mark.parametrize(
