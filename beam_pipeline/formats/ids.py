@@ -15,6 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
@@ -447,7 +448,7 @@ def _decode_integers(numbers: np.ndarray) -> pa.Array:
 
 def _decode_integer_lines(data: bytes) -> pa.Array:
     # TensorFlow takes spaces around a number, and zeros before it, for no part of it.
-    lines = pa.compute.ascii_trim_whitespace(_decode_lines(data).cast(pa.string(), safe=False))
+    lines = pc.ascii_trim_whitespace(_decode_lines(data).cast(pa.string(), safe=False))
     try:
         return lines.cast(pa.int64()).cast(pa.string()).cast(pa.binary())
     except pa.ArrowInvalid as error:

@@ -22,6 +22,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, BinaryIO, cast
 
 from beam_pipeline.errors import (
@@ -149,6 +150,7 @@ class KerasFile:
             self._named: dict[int, dict[str, _Layer | None]] = {}
             self._positions: dict[int, int] = {}
             self._fed_by: dict[int, list[str]] = {}
+            self._roles: dict[tuple[str, int], str] = {}
             self._steps = 0
             if _is_graph(self._root):
                 self._read_layers(self._root)
@@ -347,7 +349,14 @@ class KerasFile:
         return list(parts["lookup"].values()), list((parts["embedding"] or parts["table"]).values())
 
     def _role(self, layer: _Layer) -> str:
-        """Returns "lookup", "embedding", "table" for what may be an embedding, or "".
+        """Returns "lookup", "embedding", "table" for what may be an embedding, or ""."""
+        key = layer.path, id(layer.config)
+        if key not in self._roles:
+            self._roles[key] = self._find_role(layer)
+        return self._roles[key]
+
+    def _find_role(self, layer: _Layer) -> str:
+        """Returns the role of a layer.
 
         Without a config, its class shows in its path, unless that has an attribute's name, or in the layer's name.
         """
@@ -683,10 +692,11 @@ def _read_directory(file: ByteFile) -> dict[str, _Member]:
 def _short(read: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps pyfive's reading of an attribute, which allocates as many values as the file says before it reads one."""
 
-    def checked(kind: Any, data: bytes, count: int, offset: int) -> Any:
+    @wraps(read)
+    def checked(self: Any, kind: Any, data: bytes, count: int, offset: int) -> Any:
         if count > _MAX_VALUES:
             raise ValueError(f"an attribute of {count:,} values")
-        return read(kind, data, count, offset)
+        return read(self, kind, data, count, offset)
 
     return checked
 
@@ -704,6 +714,10 @@ class _Weights:
         except ImportError as error:
             raise ConfigError("pyfive is not installed; pip install 'beam-pipeline[launcher]'") from error
         logging.getLogger("pyfive").setLevel(logging.WARNING)  # It tells every object that it meets.
+        # Of the class: pyfive reads a dataset's attributes before it hands the dataset over.
+        objects = pyfive.dataobjects.DataObjects
+        if not hasattr(objects._attr_value, "__wrapped__"):
+            objects._attr_value = _short(objects._attr_value)
         self._where = f"{file.path}: {_WEIGHTS}"
         self._datasets: dict[str, tuple[int | None, tuple[int, ...], str]] = {}
         self._counts = Counter[str]()
@@ -731,7 +745,6 @@ class _Weights:
             seen.add(address)
             is_vars = path.rsplit("/", 1)[-1] == "vars"
             if is_vars:
-                group._dataobjects._attr_value = _short(group._dataobjects._attr_value)
                 name = group.attrs.get("name", b"")
                 owner = path[: -len("/vars")] if path != "vars" else ""
                 name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)

@@ -472,6 +472,7 @@ def test_other_layouts_of_the_weights(keras3_models, tmp_path):
         "del target['layers/embedding/vars/0']; target['layers/embedding/vars/0'] = h5py.ExternalLink('x', '/y')": "parsed",
         "target['layers/loop'] = target['layers']; put(data=data, chunks=(2, 2))": "stored in chunks",
         "target['vars'].attrs['name'] = ['x'] * 2000": "cannot be parsed .an attribute of 2,000 values",
+        "target['layers/embedding/vars/0'].attrs['x'] = ['x'] * 2000": "cannot be parsed .an attribute of 2,000 values",
     }
     model, weights = keras3_models("sequential"), tmp_path / "weights"
     with zipfile.ZipFile(path_of(model)) as archive:
