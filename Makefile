@@ -24,11 +24,12 @@ for package in sorted(
 endef
 export WRITE_LOCK
 
-.PHONY: help demo test test-airflow lint bench lock test-gcp gcp-variables clean
+.PHONY: help demo test fuzz test-airflow lint bench lock test-gcp gcp-variables clean
 
 help:
 	@echo 'make demo      train a small model twice, historize both, show the history (in demo/)'
 	@echo 'make test      run all tests'
+	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
 	@echo 'make lint      check style, format, types and the Dockerfile'
 	@echo 'make bench     measure against the ways this replaces; writes docs/benchmark.md (half an hour, on a quiet machine)'
@@ -59,6 +60,11 @@ demo: $(VENV)
 
 test: $(VENV)
 	$(BIN)/python -m pytest
+
+NUMBER ?= 20000
+SEED ?= 1
+fuzz: $(VENV)
+	$(BIN)/python tests/fuzz.py --number=$(NUMBER) --seed=$(SEED)
 
 $(AIRFLOW_VENV): tests/airflow/constraints.txt
 	@echo 'Setting up .venv-airflow: two minutes, once.'

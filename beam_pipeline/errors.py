@@ -1,8 +1,20 @@
 """One class per way the job can be stopped; each message is one line that names the thing and the remedy."""
 
+_LONGEST_MESSAGE = 2000
+
 
 class PipelineError(Exception):
-    """The job cannot go on; nothing was published."""
+    """The job cannot go on; nothing was published.
+
+    Names in a message may come from an artifact: whatever they hold, it is one line, of bounded length, without
+    anything that a terminal would take for a command.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _LONGEST_MESSAGE:  # What it is about comes first, the remedy last.
+            half = _LONGEST_MESSAGE // 2
+            message = f"{message[:half]} … {message[-half:]}"
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in message))
 
 
 class RunNotFoundError(PipelineError):

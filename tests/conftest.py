@@ -50,6 +50,11 @@ def keras3_models(tmp_path_factory):
     return made_by("make_keras3_models.py", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory):
+    return made_by("make_tables.py", tmp_path_factory)
+
+
 @pytest.fixture
 def damaged(models, tmp_path):
     """A function that copies a model so that a test can damage it."""

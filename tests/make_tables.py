@@ -39,12 +39,16 @@ def save_layers(folder, name, user, item, example):
         write_down(folder, name, side, [str(key) for key in ids], embedding.get_weights()[0][rows])
 
 
+def typed(keys):
+    return tf.constant(keys, tf.int64 if isinstance(keys[0], int) else tf.string)
+
+
 class Side(tf.Module):
     """A table and a variable, with no Keras at all."""
 
     def __init__(self, keys, rows, size, mutable, dtype):
         super().__init__()
-        keys, values = tf.constant(keys), tf.constant(rows, tf.int64)
+        keys, values = typed(keys), tf.constant(rows, tf.int64)
         if mutable:
             self.table = tf.lookup.experimental.MutableHashTable(keys.dtype, tf.int64, -1)
             self.table.insert(keys, values)
@@ -52,19 +56,88 @@ class Side(tf.Module):
             self.table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), -1)
         self.vectors = tf.Variable(tf.cast(tf.random.normal([size, 6]), dtype), name="vectors")
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def __call__(self, ids):
+        self.answer = tf.function(self._answer, input_signature=[tf.TensorSpec([None], keys.dtype)])
+
+    def _answer(self, ids):
         return tf.gather(self.vectors, self.table.lookup(ids))
 
 
-def save_module(folder, name, dtype=tf.float32, **sides):
+class Flat(tf.Module):
+    """Tables and variables side by side: which belong together, only the call says."""
+
+    def __init__(self, users, items):
+        super().__init__()
+        initializer = tf.lookup.KeyValueTensorInitializer(users, tf.range(len(users), dtype=tf.int64))
+        # Unknown ids get the rows after those of the others.
+        self.user_table = tf.lookup.StaticVocabularyTable(initializer, num_oov_buckets=3)
+        self.item_table = tf.lookup.StaticVocabularyTable(
+            tf.lookup.TextFileInitializer(items, tf.int64, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, -1), 1
+        )
+        self.user_vectors = tf.Variable(tf.random.normal([len(users) + 3, 5]))
+        self.item_vectors = tf.Variable(tf.random.normal([81, 5]))
+        self.kernel = tf.Variable(tf.ones([5, 5]))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64)])
+    def __call__(self, user, item):
+        users = tf.gather(self.user_vectors, self.user_table.lookup(user))
+        items = tf.nn.embedding_lookup(self.item_vectors, self.item_table.lookup(item))
+        return {
+            "user": users,
+            "item": items,
+            "scores": tf.matmul(tf.matmul(users, self.kernel), items, transpose_b=True),
+        }
+
+
+def save_flat(folder, name, users, items):
+    path = folder / f"{name}.txt"
+    path.write_text("".join(f"{number}\n" for number in items))
+    tf.saved_model.save(Flat(users, str(path)), str(folder / name))
+    answers = tf.saved_model.load(str(folder / name))(tf.constant(users), tf.constant(items, tf.int64))
+    for side, those in (("user", users), ("item", items)):
+        write_down(folder, name, side, [str(key) for key in those], answers[side].numpy())
+
+
+class Unread(tf.Module):
+    """What is refused: for each layer a table of another kind."""
+
+    def __init__(self, folder):
+        super().__init__()
+        path = folder / "columns.csv"
+        path.write_text("a,0\nb,1\n")
+        tables = {
+            "dense": tf.lookup.experimental.DenseHashTable(tf.int64, tf.int64, -1, -2, -3),
+            "narrow": tf.lookup.StaticHashTable(
+                tf.lookup.KeyValueTensorInitializer(tf.constant([1, 2]), tf.constant([0, 1])), -1
+            ),
+            "columns": tf.lookup.StaticHashTable(
+                tf.lookup.TextFileInitializer(str(path), tf.string, 0, tf.int64, 1, delimiter=","), -1
+            ),
+        }
+        for name, table in tables.items():
+            layer = tf.Module()
+            layer.table, layer.vectors = table, tf.Variable(tf.ones([2, 3]))
+            setattr(self, name, layer)
+
+
+class Apart(tf.train.experimental.ShardingCallback):
+    """Every tensor in a data file of its own."""
+
+    description = "apart"
+
+    def __call__(self, tensors):
+        return [{each.checkpoint_key: {each.slice_spec: each.tensor}} for each in tensors]
+
+
+def save_module(folder, name, dtype=tf.float32, sharding=None, **sides):
     model = tf.Module()
     for side, (keys, rows, size, mutable) in sides.items():
         setattr(model, LAYERS[side], Side(keys, rows, size, mutable, dtype))
-    tf.saved_model.save(model, str(folder / name))
+    options = tf.saved_model.SaveOptions(experimental_sharding_callback=sharding)
+    tf.saved_model.save(model, str(folder / name), options=options)
     loaded = tf.saved_model.load(str(folder / name))
     for side, (keys, *_) in sides.items():
-        write_down(folder, name, side, keys, tf.cast(getattr(loaded, LAYERS[side])(keys), tf.float64).numpy())
+        vectors = getattr(loaded, LAYERS[side]).answer(typed(keys))
+        write_down(folder, name, side, [str(key) for key in keys], tf.cast(vectors, tf.float64).numpy())
 
 
 def main(folder):
@@ -95,6 +168,18 @@ def main(folder):
     few, twice = names[:50], [*range(25), *range(25)]
     save_module(folder, "static", user=(names, shuffled, 6000, False), item=(few, twice, 30, False))
     save_module(folder, "mutable", tf.float16, user=(names, shuffled, 6000, True), item=(few, twice, 50, True))
+    save_module(
+        folder,
+        "sharded",
+        tf.float64,
+        Apart(),
+        user=(names, shuffled, 6000, True),
+        item=([7, -8, 1 << 40], [2, 0, 1], 3, True),
+    )
+    save_flat(folder, "flat", names[:90], [number * number - 3 for number in range(80)])
+    tf.saved_model.save(Unread(folder), str(folder / "unread"))
+    in_slices = tf.train.experimental.MaxShardSizePolicy(max_shard_size=1000)
+    save_module(folder, "sliced", sharding=in_slices, user=(few, twice, 50, False), item=(few, twice, 50, False))
     save_module(
         folder, "bfloat", tf.bfloat16, user=(few, [*range(50)], 50, False), item=(few, [*range(50, 0, -1)], 51, False)
     )

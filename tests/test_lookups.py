@@ -4,19 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Model, made_by
+from conftest import Model
 from job import MARCH_1, refused
 
+from beam_pipeline.errors import NotAModelError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import ids, open_artifact
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    return made_by("make_tables.py", tmp_path_factory)
-
-
-@pytest.mark.parametrize("name", ["integers", "learnt", "static", "mutable", "bfloat"])
+@pytest.mark.parametrize("name", ["integers", "learnt", "static", "mutable", "sharded", "bfloat"])
 def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name):
     monkeypatch.setattr(ids, "PIECE_BYTES", 3000)
     monkeypatch.setattr(ids, "PIECE_ENTRIES", 170)
@@ -24,6 +20,38 @@ def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name
     assert job.run(run) == 0
     for tower in ("user", "item"):
         assert job.rows(tower) == {("2026-03-01", run): tables(name).rows(tower)}
+
+
+def test_tables_and_variables_side_by_side(job, store, tables):
+    run = store.log(tables("flat"), "flat", MARCH_1)
+    for towers in ((), ("--tower=user=user_vectors", "--tower=item=item_vectors")):
+        assert job.run(run, *towers) == 0
+        for tower in ("user", "item"):
+            assert job.rows(tower) == {("2026-03-01", run): tables("flat").rows(tower)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ("dense", "a DenseHashTable is not supported, save the model with a MutableHashTable or a StaticHashTable"),
+        ("narrow", "maps TensorFlow type 3 to 3; only strings and int64 to int64 are supported"),
+        ("columns", "reads columns of its file; only one id per line, in order, is supported"),
+    ],
+)
+def test_tables_that_are_refused(tables, layer, words):
+    with pytest.raises(NotAModelError, match=words):
+        open_artifact(str(tables("unread").folder), open_file).tower("user", layer)
+
+
+def test_several_data_files(tables):
+    towers = [open_artifact(str(tables("sharded").folder), open_file).tower(t, f"{t}_layer") for t in ("user", "item")]
+    files = {path for t in towers for path in (t.matrix.path, t.vocabulary.path, t.vocabulary.row_numbers_path)}
+    assert len(files) == 6
+
+
+def test_a_variable_in_slices_is_refused(job, store, tables, capsys):
+    line = refused(job, capsys, store.log(tables("sliced"), "sliced", MARCH_1))
+    assert "is saved in slices (a partitioned variable), which is not supported" in line
 
 
 def test_special_rows_of_integers(job, store, tables):

@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from beam_pipeline.errors import CorruptFileError
+from beam_pipeline.errors import CorruptFileError, NotAModelError
 from beam_pipeline.formats.wire import Span
+
+_MAX_DIMENSION = 1 << 20
+"""BigQuery takes blocks of 16 MB of Avro, and a row lies in one."""
+_MAX_OOV = 100_000
+_LONGEST_TOKEN = 300
 
 DEFAULT_TOWERS = {"user": "user_layer", "item": "item_layer"}
 
@@ -190,6 +195,36 @@ def discover(layers: Sequence[str]) -> dict[str, str] | None:
     return None
 
 
+def special_names(where: str, mask: Any, oov: Any, buckets: Any) -> list[str]:
+    """Returns names for the rows before the first id: the mask token, then one row per out-of-vocabulary bucket.
+
+    Args:
+        where: the lookup, for a message.
+        mask: `mask_token` of its config, whatever JSON holds there, as with the others.
+        oov: `oov_token`.
+        buckets: `num_oov_indices`.
+
+    Raises:
+        CorruptFileError: they are not what Keras writes.
+    """
+    if type(buckets) is not int or not 0 <= buckets <= _MAX_OOV:
+        number = f"{buckets:,}" if type(buckets) is int and abs(buckets) < 1 << 64 else "no sensible number of"
+        raise CorruptFileError(f"{where} has {number} out-of-vocabulary rows; log the model again")
+    for token in (mask, oov):
+        try:
+            sensible = type(token) in (str, int, type(None)) and len(str(token).encode()) <= _LONGEST_TOKEN
+        except ValueError:  # half a surrogate pair, or an integer of thousands of digits
+            sensible = False
+        if not sensible:
+            raise CorruptFileError(
+                f"{where} has a mask or out-of-vocabulary token that is no text of up to {_LONGEST_TOKEN} bytes; "
+                "log the model again"
+            )
+    # Rows are told apart: ids are unique. An empty mask token is Keras's old default, and no id.
+    names = [] if mask is None else [str(mask) or "[MASK]"]
+    return names + [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]
+
+
 def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
     """Returns the towers such that together they read every byte that their matrices' checksums cover.
 
@@ -198,7 +233,14 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
 
     Raises:
         CorruptFileError: two different matrices share bytes.
+        NotAModelError: a row is too large for BigQuery, and for a piece.
     """
+    for tower in towers:
+        if tower.matrix.dimension > _MAX_DIMENSION:
+            raise NotAModelError(
+                f"tower {tower.name!r} has vectors of {tower.matrix.dimension:,} values, more than the "
+                f"{_MAX_DIMENSION:,} that BigQuery loads in a row: is {tower.layer!r} an embedding?"
+            )
     rest: dict[int, tuple[Span, ...]] = {}
     for path, checksum in dict.fromkeys((tower.matrix.path, tower.matrix.checksum) for tower in towers):
         those = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]

@@ -22,7 +22,10 @@ from beam_pipeline.formats.wire import Span
 _FOOTER_SIZE = 48
 _MAGIC = 0xDB4775248B80FB57
 _BLOCK_TRAILER = 5  # One byte of compression type, four of masked crc32c.
-_MAX_INDEX = 256 << 20
+_MAX_INDEX = 16 << 20
+_MAX_ENTRIES = 100_000
+_MAX_KEY = 1024
+_MAX_DIMENSIONS = 254  # tensorflow/core/framework/tensor_shape.h
 _DT_STRING = 7
 
 DTYPES = {1: "float32", 2: "float64", 14: "bfloat16", 19: "float16"}
@@ -115,14 +118,20 @@ def read_bundle(prefix: str, open_file: OpenFile) -> Bundle:
         try:
             _, _, at = _handle(footer, 0)
             start, size, _ = _handle(footer, at)
-            entries = {}
+            entries: dict[str, Entry] = {}
             shards = None
+            done = 0  # Data blocks lie one after the other: none is read twice.
             for _, block in _block(file, start, size):
                 data_start, data_size, _ = _handle(block, 0)
+                if data_start < done:
+                    raise ValueError(f"two blocks at byte {data_start:,}")
+                done = data_start + data_size
                 for key, value in _block(file, data_start, data_size):
                     message = ByteFile(path, io.BytesIO(value), len(value))
                     if key:
                         entries[key.decode("utf-8", "replace")] = _entry(message)
+                        if len(entries) > _MAX_ENTRIES:
+                            raise ValueError(f"more than {_MAX_ENTRIES:,} tensors")
                     else:
                         shards = _shards(message)
         except (IndexError, ValueError, struct.error) as error:
@@ -134,10 +143,12 @@ def read_bundle(prefix: str, open_file: OpenFile) -> Bundle:
 
 def read_shape(file: ByteFile, span: Span) -> list[int]:
     """Returns the length of each dimension of a `TensorShapeProto` (tensorflow/core/framework/tensor_shape.proto)."""
-    return [
-        next((size for number, size in wire.scan(file, dim) if number == 1 and isinstance(size, int)), 0)
-        for dim in wire.spans(file, span, 2)
-    ]
+    sizes = list[int]()
+    for dim in wire.spans(file, span, 2):
+        if len(sizes) == _MAX_DIMENSIONS:
+            raise CorruptFileError(f"{file.path}: a tensor of more than {_MAX_DIMENSIONS} dimensions")
+        sizes.append(next((size for number, size in wire.scan(file, dim) if number == 1 and isinstance(size, int)), 0))
+    return sizes
 
 
 def _handle(data: bytes, at: int) -> tuple[int, int, int]:
@@ -162,7 +173,7 @@ def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
     end = size - 4 - 4 * restarts
     if end < 0:
         raise ValueError(f"{restarts:,} restart points in a block of {size:,} bytes")
-    pairs = []
+    pairs = list[tuple[bytes, bytes]]()
     key, at = b"", 0
     while at < end:
         shared, at = wire.read_varint(data, at)
@@ -170,6 +181,8 @@ def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
         length, at = wire.read_varint(data, at)
         if shared > len(key) or at + own + length > end:
             raise ValueError("an entry that is longer than its block")
+        if shared + own > _MAX_KEY or len(pairs) == _MAX_ENTRIES:  # Shared parts of keys are not paid for in bytes.
+            raise ValueError(f"a key of {shared + own:,} bytes, or more than {_MAX_ENTRIES:,} of them")
         key = key[:shared] + data[at : at + own]
         pairs.append((key, data[at + own : at + own + length]))
         at += own + length

@@ -15,7 +15,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 
 from beam_pipeline import checksums
 from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
@@ -30,7 +32,7 @@ PIECE_BYTES = 8 << 20
 PIECE_ENTRIES = 1 << 19
 """Entries that are read at once: their rows lie anywhere in the matrix, so each part of it gets few of many."""
 
-_MAX_IDS_BYTES = 1 << 30
+_MAX_IDS_BYTES = 1 << 28
 _BLOCK = 4 << 20
 _VARINT_BLOCK = 1 << 18  # They take eight times their bytes while they are decoded.
 _STRING_TAG = 8 << 3 | 2  # TensorProto.string_val, length-delimited
@@ -360,7 +362,8 @@ def _decode_json(data: bytes) -> pa.Array:
         raise CorruptFileError(f"no list of ids in JSON ({error}); log the model again") from error
     wrong = next((element for element in elements if type(element) not in (str, int)), None)
     if wrong is not None or None in elements:
-        raise NotAModelError(f"an id that is neither string nor integer: {str(wrong)[:100]}")
+        kind = type(wrong).__name__  # Not the thing itself: its repr may recurse too deeply.
+        raise NotAModelError(f"an id that is neither string nor integer, but of JSON type {kind}; log the model again")
     # Half a surrogate pair becomes bytes that are not UTF-8, which is told later, with its row.
     return pa.array([str(element).encode("utf-8", "surrogatepass") for element in elements], pa.binary())
 
@@ -429,6 +432,8 @@ def _varints(data: bytes) -> np.ndarray:
     ends = np.flatnonzero(raw < 0x80)
     if not ends.size or ends[-1] != len(raw) - 1:
         raise CorruptFileError("a list of integers that ends inside one")
+    if len(raw) > 10 * len(ends):
+        raise CorruptFileError("a list of integers with one of more than 64 bits")
     starts = np.concatenate([[0], ends[:-1] + 1])
     shifts = 7 * (np.arange(len(raw)) - np.repeat(starts, ends - starts + 1))
     if shifts.max() > 63:
@@ -443,7 +448,7 @@ def _decode_integers(numbers: np.ndarray) -> pa.Array:
 
 def _decode_integer_lines(data: bytes) -> pa.Array:
     # TensorFlow takes spaces around a number, and zeros before it, for no part of it.
-    lines = pa.compute.ascii_trim_whitespace(_decode_lines(data).cast(pa.string(), safe=False))
+    lines = pc.ascii_trim_whitespace(_decode_lines(data).cast(pa.string(), safe=False))
     try:
         return lines.cast(pa.int64()).cast(pa.string()).cast(pa.binary())
     except pa.ArrowInvalid as error:
@@ -482,7 +487,10 @@ _Strings = _strings_message()
 
 
 def _decode_strings(data: bytes) -> pa.Array:
-    return pa.array(list(_Strings.FromString(data).string_val), pa.binary())
+    try:
+        return pa.array(list(_Strings.FromString(data).string_val), pa.binary())
+    except DecodeError as error:
+        raise CorruptFileError(f"no list of ids in protobuf ({error}); log the model again") from error
 
 
 _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]] = {
@@ -495,7 +503,7 @@ _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
     Encoding.INTEGER_LINES: _decode_integer_lines,
     Encoding.JSON: _decode_json,
     Encoding.PROTOBUF: _decode_strings,
-    Encoding.INT64: lambda data: _decode_integers(np.frombuffer(data, "<i8")),
+    Encoding.INT64: lambda data: _decode_integers(np.frombuffer(data[: len(data) // 8 * 8], "<i8")),
     Encoding.VARINTS: lambda data: _decode_integers(_varints(data).view("<i8")),
 }
 

@@ -18,9 +18,11 @@ import logging
 import re
 import zipfile
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, BinaryIO, cast
 
 from beam_pipeline.errors import (
@@ -33,20 +35,29 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
 from beam_pipeline.formats.wire import Span
 
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
 _MAX_DIRECTORY = 8 << 20
 """Bytes read of the zip's directory: 100,000 members, each of which takes half a kilobyte of memory."""
-_MAX_CONFIG = 16 << 20
-"""Bytes of config.json apart from the ids in it; parsed they take about ten times that."""
-_MAX_METADATA = 64 << 20
+_MAX_CONFIG = 8 << 20
+"""Bytes of config.json apart from the ids in it; parsed they take up to 25 times that."""
+_MAX_LISTS = 10_000
+"""Vocabularies in config.json."""
+_MAX_NESTING = 200
+"""Levels of config.json: a model inside of a model is five. What recurses over it stays below Python's limit."""
+_MAX_STEPS = 300_000
+"""Objects that are met while towers are looked for: a few seconds, though each layer may share all the others."""
+_MAX_FEEDING = 100
+"""Layers between an embedding and its lookup."""
+_MAX_METADATA = 32 << 20
 """Bytes read of the HDF5 file's own structures."""
-_MAX_GROUPS = 100_000
+_MAX_GROUPS, _LONGEST_PATH, _DEEPEST_PATH = 100_000, 512, 64
 _MAX_VALUES = 1000
 """Values of an HDF5 attribute; Keras writes one."""
 _MAX_OOV = 100_000
+"""Lines at the start of a vocabulary that may stand for unknown ids."""
 _BLOCK, _SLICE = 4 << 20, 4 << 10
 
 _LIST = re.compile(rb'"vocabulary"\s{0,8}:\s{0,8}\[')
@@ -134,7 +145,13 @@ class KerasFile:
                 if name.startswith("assets/"):
                     self._weights.add_group(name.removeprefix("assets/").removesuffix("/vocabulary.txt"))
             self._first_paths: dict[int, str] = {}
-            self._inside: dict[int, list[_Layer]] = {}  # by the id of the parent's config
+            # By the ids of configs: of the parent, of the parent, of the layer itself, of the layer itself.
+            self._inside: dict[int, list[_Layer]] = {}
+            self._named: dict[int, dict[str, _Layer | None]] = {}
+            self._positions: dict[int, int] = {}
+            self._fed_by: dict[int, list[str]] = {}
+            self._roles: dict[tuple[str, int], str] = {}
+            self._steps = 0
             if _is_graph(self._root):
                 self._read_layers(self._root)
             self._by_name = _serialized_layers(config)
@@ -214,6 +231,10 @@ class KerasFile:
                     plain = plain and (not marks.size or marks[0] == end)
                     at, width = at + (len(part) if end is None else end), 2 * width
                     if end is not None:
+                        if len(lists) == _MAX_LISTS:
+                            raise NotAModelError(
+                                f"{self.path}: config.json has more than {_MAX_LISTS:,} vocabularies; split the model"
+                            )
                         lists.append(Span(start, offset + at) if plain else None)
                         text += b"%d" % (len(lists) - 1)
                         start, searched, at = None, len(text), at + 1
@@ -227,6 +248,10 @@ class KerasFile:
             raise CorruptFileError(f"{self.path}: config.json is no JSON ({error}); log the model again") from error
         if start is not None or not isinstance(config, dict):
             raise CorruptFileError(f"{self.path}: config.json describes no model; log the model again")
+        if _is_deeper(config, _MAX_NESTING):
+            raise CorruptFileError(
+                f"{self.path}: config.json is nested more than {_MAX_NESTING} levels deep; log the model again"
+            )
         return config, lists
 
     def _read_layers(self, parent: _Layer) -> None:
@@ -240,7 +265,10 @@ class KerasFile:
             # What is used twice is saved where it is met first.
             shared = entry.get("shared_object_id")
             layer = _Layer(self._first_paths.setdefault(shared, path) if isinstance(shared, int) else path, entry)
+            self._positions[id(entry)] = len(children)
             children.append(layer)
+            named = self._named.setdefault(id(parent.config), {})
+            named[layer.name] = None if layer.name in named else layer
             if _is_graph(layer):
                 self._read_layers(layer)
 
@@ -258,10 +286,10 @@ class KerasFile:
     def _find_by_names(self, names: Sequence[str]) -> _Layer | None:
         found = self._root
         for name in names:
-            children = [child for child in self._children(found) if child.name == name]
-            if len(children) != 1:
+            child = self._child(found, name)
+            if child is None:
                 return None
-            found = children[0]
+            found = child
         return found
 
     def _find_by_name(self, layer: str) -> _Layer | None:
@@ -295,16 +323,23 @@ class KerasFile:
         """Returns the layers directly inside of a layer of a Functional or Sequential model."""
         return self._inside.get(id(layer.config), [])
 
+    def _child(self, layer: _Layer, name: str) -> _Layer | None:
+        """Returns the only layer of that name directly inside of a layer of a Functional or Sequential model."""
+        return self._named.get(id(layer.config), {}).get(name)
+
     def _below(self, layer: _Layer) -> Iterator[_Layer]:
         """Yields a layer and all layers inside of it."""
+        self._steps += 1
+        if self._steps > _MAX_STEPS:
+            raise CorruptFileError(f"{self.path}: its layers share each other too often; log the model again")
         yield layer
         if _is_graph(layer):
             for child in self._children(layer):
                 yield from self._below(child)
         else:
-            prefix = _joined(layer.path, "")
-            inside = (path for path in self._weights.groups if path.startswith(prefix) and path != layer.path)
-            yield from map(self._described, inside)
+            for path in self._weights.below(layer.path):
+                self._steps += 1
+                yield self._described(path)
 
     def _parts(self, layer: _Layer) -> tuple[list[_Layer], list[_Layer]]:
         """Returns the lookups and the embeddings that a layer is or holds."""
@@ -314,7 +349,14 @@ class KerasFile:
         return list(parts["lookup"].values()), list((parts["embedding"] or parts["table"]).values())
 
     def _role(self, layer: _Layer) -> str:
-        """Returns "lookup", "embedding", "table" for what may be an embedding, or "".
+        """Returns "lookup", "embedding", "table" for what may be an embedding, or ""."""
+        key = layer.path, id(layer.config)
+        if key not in self._roles:
+            self._roles[key] = self._find_role(layer)
+        return self._roles[key]
+
+    def _find_role(self, layer: _Layer) -> str:
+        """Returns the role of a layer.
 
         Without a config, its class shows in its path, unless that has an attribute's name, or in the layer's name.
         """
@@ -344,13 +386,14 @@ class KerasFile:
             names = path.split("/") if role else []
             for depth in range(1, len(names)):
                 counts.setdefault("/".join(names[:depth]), Counter())[role] += 1
-        found: list[str] = []
+        found: dict[str, None] = {}
         for path, count in sorted(counts.items(), key=lambda item: item[0].count("/")):
             one_of_each = count["lookup"] == (count["embedding"] or count["table"]) == 1
             is_container = path.rsplit("/", 1)[-1] == "layers"
-            if one_of_each and not is_container and not any(path.startswith(f"{outer}/") for outer in found):
-                found.append(path)
-        return found
+            outer = (path[: slash.start()] for slash in re.finditer("/", path))
+            if one_of_each and not is_container and not any(one in found for one in outer):
+                found[path] = None
+        return list(found)
 
     def _tower_names(self, parent: _Layer, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for child in self._children(parent):
@@ -377,33 +420,39 @@ class KerasFile:
                 "(keras.Sequential([lookup, embedding])), name that, and log the model again"
             )
         parent = self._find_by_names(layer.replace("/", ".").split(".")[:-1])
-        siblings = list(self._children(parent)) if parent else []
-        at = next((i for i, sibling in enumerate(siblings) if sibling.config is embedding.config), None)
-        if at is None:
+        siblings = self._children(parent) if parent else []
+        at = self._positions.get(id(embedding.config), len(siblings))
+        if parent is None or at >= len(siblings) or siblings[at].config is not embedding.config:
             return []
-        if not _is_functional(cast(_Layer, parent)):
-            before = [sibling for sibling in siblings[:at] if sibling.kind not in _SHAPING]
+        if not _is_functional(parent):
+            before = [sibling for sibling in siblings[max(0, at - _MAX_FEEDING) : at] if sibling.kind not in _SHAPING]
             return before[-1:] if before and before[-1].kind in _LOOKUPS else []
-        by_name = {sibling.name: sibling for sibling in siblings}
-        lookups, queue, seen = dict[str, _Layer](), [embedding.name], set[str]()
+        lookups, queue, seen = dict[str, _Layer](), [embedding], set[str]()
         while queue:
-            name = queue.pop()
-            sources = _sources((by_name[name].config or {}).get("inbound_nodes")) if name in by_name else []
-            for source in sources:
+            for source in self._sources(queue.pop()):
                 if source in seen:
                     continue
                 seen.add(source)
-                feeding = by_name.get(source, _Layer(""))
+                if len(seen) > _MAX_FEEDING:
+                    raise NotAModelError(f"{where} is fed by more than {_MAX_FEEDING} layers before there is a lookup")
+                feeding = self._child(parent, source) or _Layer("")
                 if feeding.kind in _LOOKUPS:
                     lookups[feeding.path] = feeding
                 elif feeding.kind in _SHAPING:
-                    queue.append(source)
+                    queue.append(feeding)
                 else:
                     raise NotAModelError(
                         f"{where} is fed by {feeding.kind or 'something'} {source!r}, not by a lookup: its rows have "
                         "no ids in the file"
                     )
         return list(lookups.values())
+
+    def _sources(self, layer: _Layer) -> list[str]:
+        """Returns the names of the layers that feed a layer of a Functional model."""
+        config = layer.config or {}
+        if id(config) not in self._fed_by:
+            self._fed_by[id(config)] = list(dict.fromkeys(_sources(config.get("inbound_nodes"))))
+        return self._fed_by[id(config)]
 
     # The embedding matrix.
 
@@ -462,6 +511,7 @@ class KerasFile:
             raise NotAModelError(f"{self.path}: the ids of lookup {lookup.path!r} are not in the file: {_KEEP_IDS}")
         special, names = self._special_rows(lookup, vocabulary, where)
         size = lookup.settings.get("vocabulary_size")
+        size = size if type(size) is int and abs(size) < 1 << 62 else None
         head, end = ids.first(self._file, vocabulary, len(special)) if special else ([], vocabulary.span.start)
         # As Keras does: the special tokens may stand at the start of a list, and stand at the start of a file.
         if head == special:
@@ -469,7 +519,7 @@ class KerasFile:
         return replace(
             vocabulary,
             first_row=len(special),
-            count=size - len(special) if type(size) is int else None,
+            count=None if size is None else size - len(special),
             special_tokens=tuple(names) if include_oov else (),
         )
 
@@ -481,8 +531,7 @@ class KerasFile:
         if lookup.config:
             settings = lookup.settings
             mask, oov, buckets = settings.get("mask_token"), settings.get("oov_token"), settings.get("num_oov_indices")
-            if type(buckets) is not int or not 0 <= buckets <= _MAX_OOV:
-                raise CorruptFileError(f"{where} has {buckets!r} out-of-vocabulary rows; log the model again")
+            names = special_names(where, mask, oov, buckets)
             tokens = [] if mask is None else [str(mask)]
         else:
             # Without its config the file itself has to tell: it holds the special tokens, and no id is one of them.
@@ -495,15 +544,22 @@ class KerasFile:
                     f"{where} does not say which rows stand for unknown ids (no {oov} in its first two lines); have "
                     " get_config return the layer (keras.saving.serialize_keras_object) and log the model again"
                 )
-        # An empty mask token is no id.
-        names = [token or "[MASK]" for token in tokens]
-        names += [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]
-        return [*tokens, *[str(oov)] * buckets], names
+            names = special_names(where, tokens[0] if tokens else None, oov, buckets)
+        return [*tokens, *[str(oov)] * (len(names) - len(tokens))], names
 
 
 def _is_graph(layer: _Layer) -> bool:
     """Whether the config has all layers of a model: it is Functional or Sequential."""
     return isinstance(layer.settings.get("layers"), list)
+
+
+def _is_deeper(config: Any, levels: int) -> bool:
+    """Whether something of JSON is nested more than so many levels deep."""
+    level = [config]
+    for _ in range(levels):
+        lists_and_dicts = [one for one in level if isinstance(one, dict | list)]
+        level = [child for one in lists_and_dicts for child in (one.values() if isinstance(one, dict) else one)]
+    return bool(level)
 
 
 def _is_functional(layer: _Layer) -> bool:
@@ -595,7 +651,7 @@ class _Window:
         self._budget -= length + 16  # An empty read counts, too.
         if self._budget < 0:
             raise CorruptFileError(f"{self._file.path}: its {self._what} is too large to be true; log the model again")
-        data = self._file.read(self._span.start + self._at, length)
+        data = self._file.read(self._span.start + self._at, length) if length else b""
         self._at += length
         return data
 
@@ -636,10 +692,11 @@ def _read_directory(file: ByteFile) -> dict[str, _Member]:
 def _short(read: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps pyfive's reading of an attribute, which allocates as many values as the file says before it reads one."""
 
-    def checked(kind: Any, data: bytes, count: int, offset: int) -> Any:
+    @wraps(read)
+    def checked(self: Any, kind: Any, data: bytes, count: int, offset: int) -> Any:
         if count > _MAX_VALUES:
             raise ValueError(f"an attribute of {count:,} values")
-        return read(kind, data, count, offset)
+        return read(self, kind, data, count, offset)
 
     return checked
 
@@ -657,9 +714,15 @@ class _Weights:
         except ImportError as error:
             raise ConfigError("pyfive is not installed; pip install 'beam-pipeline[launcher]'") from error
         logging.getLogger("pyfive").setLevel(logging.WARNING)  # It tells every object that it meets.
+        # Of the class: pyfive reads a dataset's attributes before it hands the dataset over.
+        objects = pyfive.dataobjects.DataObjects
+        if not hasattr(objects._attr_value, "__wrapped__"):
+            objects._attr_value = _short(objects._attr_value)
         self._where = f"{file.path}: {_WEIGHTS}"
         self._datasets: dict[str, tuple[int | None, tuple[int, ...], str]] = {}
+        self._counts = Counter[str]()
         self.groups: dict[str, str] = {}
+        self._sorted: list[str] = []
         try:
             root = pyfive.File(_Window(file, span, _MAX_METADATA, _WEIGHTS))
             self._base = int(root.userblock_size)
@@ -682,31 +745,52 @@ class _Weights:
             seen.add(address)
             is_vars = path.rsplit("/", 1)[-1] == "vars"
             if is_vars:
-                group._dataobjects._attr_value = _short(group._dataobjects._attr_value)
                 name = group.attrs.get("name", b"")
                 owner = path[: -len("/vars")] if path != "vars" else ""
-                self.groups[owner] = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+                name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+                self.groups[owner] = name[:_LONGEST_PATH]
             elif path:
-                self.groups.setdefault(path, "")
+                self._note(path)
             for key in group:
                 child = group.get_lazy_view(key)  # Lazy: a chunked dataset's index is not read.
                 below = f"{path}/{key}" if path else key
+                self._check_path(below)
                 if isinstance(child, pyfive.Group):
                     queue.append((below, child))
                 elif is_vars and isinstance(child, pyfive.Dataset):
                     plain = child.id.layout_class == 1 and not child.id.filter_pipeline
                     offset = int(child.id.data_offset) + self._base if plain else None
+                    self._counts[path] += 1
                     self._datasets[below] = (offset, tuple(int(n) for n in child.shape), child.dtype.str)
 
     def add_group(self, path: str) -> None:
         """Notes a saved object, and those that hold it: one without variables may be nowhere in the HDF5 file."""
+        self._check_path(path)
         names = path.split("/")
         for depth in range(1, len(names) + 1):
-            self.groups.setdefault("/".join(names[:depth]), "")
+            self._note("/".join(names[:depth]))
+
+    def _note(self, path: str) -> None:
+        if len(self.groups) >= _MAX_GROUPS:
+            raise CorruptFileError(f"{self._where} has more than {_MAX_GROUPS:,} groups; log the model again")
+        self.groups.setdefault(path, "")
+
+    def _check_path(self, path: str) -> None:
+        if len(path) > _LONGEST_PATH or path.count("/") > _DEEPEST_PATH:
+            raise CorruptFileError(f"{self._where} has an object {path[:100]!r}… of {len(path):,} characters")
+
+    def below(self, path: str) -> list[str]:
+        """Returns the paths of all objects inside of one."""
+        if len(self._sorted) != len(self.groups):
+            self._sorted = sorted(self.groups)
+        prefix = _joined(path, "")
+        # "0" comes after "/".
+        end = bisect_left(self._sorted, f"{path}0") if path else len(self._sorted)
+        return [one for one in self._sorted[bisect_left(self._sorted, prefix) : end] if one != path]
 
     def count(self, path: str) -> int:
         """Returns the number of variables of a layer."""
-        return sum(one.startswith(f"{path}/vars/") for one in self._datasets)
+        return self._counts[f"{path}/vars"]
 
     def is_table(self, path: str) -> bool:
         """Whether a layer's only variable has two dimensions."""

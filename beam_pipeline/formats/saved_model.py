@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,9 @@ from beam_pipeline.errors import (
     TowerMissingError,
 )
 from beam_pipeline.files import ByteFile, OpenFile, join
-from beam_pipeline.formats import checkpoint, wire
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats import checkpoint, gathers, wire
+from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
+from beam_pipeline.formats.gathers import Gather
 from beam_pipeline.formats.wire import Span
 
 _DT_STRING, _DT_INT64 = 7, 9
@@ -35,6 +37,10 @@ _IMPORT_OPS = ("LookupTableImportV2", "InitializeTableV2")
 _FILE_OP = "InitializeTableFromTextFileV2"
 _WHOLE_LINE, _LINE_NUMBER = -2, -1
 _BLOCK = 4 << 20
+_MAX_OBJECTS = 1_000_000
+"""Objects, their children's names, functions, constants: half a kilobyte of memory each, for a few bytes of a file."""
+_MAX_STEPS = 5_000_000
+"""Objects that are met while towers are looked for: a few seconds, though each object may hold all the others."""
 
 
 @dataclass
@@ -44,6 +50,7 @@ class _Node:
     kind: int = 0
     content: Span = field(default=Span(0, 0))
     children: dict[str, int] = field(default_factory=dict)
+    is_matrix: bool | None = None
 
 
 _USER_OBJECT, _ASSET, _FUNCTION, _VARIABLE, _CONSTANT, _RESOURCE = 4, 5, 6, 7, 9, 10
@@ -71,29 +78,32 @@ class SavedModel:
             raise NotAModelError(
                 f"{folder} does not hold a model: {error}; name its folder inside the run with --artifact_path"
             ) from error
-        graphs = list(wire.spans(self._file, Span(0, self._file.size), 2))
-        if not graphs:
+        self._counted = self._steps = 0
+        graph = next(wire.spans(self._file, Span(0, self._file.size), 2), None)
+        if graph is None:
             raise CorruptFileError(f"{self._file.path} holds no graph; log the model again")
-        parts = {number: value for number, value in wire.scan(self._file, graphs[0]) if isinstance(value, Span)}
+        parts = {number: value for number, value in wire.scan(self._file, graph) if isinstance(value, Span)}
         self._graph = parts.get(2, Span(0, 0))
-        self._assets = [
-            wire.text(self._file, name)
-            for asset in wire.spans(self._file, graphs[0], 6)
-            for name in wire.spans(self._file, asset, 2)
-        ]
+        self._assets = []
+        for asset in wire.spans(self._file, graph, 6):
+            self._count()
+            self._assets += [wire.text(self._file, name) for name in wire.spans(self._file, asset, 2)]
         if 7 not in parts or 2 not in parts:
             raise NotAModelError(f"{self._file.path} holds no objects: saved by TensorFlow 1? save it with tf-keras")
         self._nodes: list[_Node] = []
         self._functions: dict[str, Span] = {}
         self._tensors: dict[str, Span] | None = None
-        self._bodies: dict[str, Span] | None = None
-        self._paths: dict[int, list[str]] | None = None
+        self._definitions: dict[str, Span] | None = None
+        self._parents: dict[int, tuple[int, str]] | None = None
+        self._gathers: list[Gather] | None = None
         self._read_objects(parts[7])
         self._bundle = checkpoint.read_bundle(join(folder, "variables", "variables"), open_file)
         self._checkpoint_nodes = self._read_checkpoint_graph()
 
     def tower(self, name: str, layer: str, *, include_oov: bool = False) -> Tower:
         """Returns the tower whose layer has the attribute path `layer`, such as "user_layer" or "towers.user".
+
+        If there is none, `layer` is the name of an embedding that a lookup feeds, or of a layer around one.
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
@@ -108,8 +118,12 @@ class SavedModel:
         return Tower(name, layer, matrix, vocabulary)
 
     def tower_layers(self) -> list[str]:
-        """Returns the paths of all layers that hold exactly one lookup and one embedding, outermost ones only."""
-        found = []
+        """Returns what could be given as `layer`.
+
+        These are the paths of all layers that hold exactly one lookup and one embedding, outermost ones only, and the
+        names of all other embeddings that a lookup feeds.
+        """
+        found, covered = list[str](), set[int]()
         queue: deque[tuple[int, tuple[str, ...]]] = deque([(0, ())])
         seen = {0}
         while queue:
@@ -117,9 +131,10 @@ class SavedModel:
             lookups, embeddings = self._parts(node)
             if path and len(lookups) == len(embeddings) == 1:
                 found.append(".".join(path))
+                covered.update(embeddings)
             elif lookups and embeddings:
                 queue.extend((child, (*path, name)) for name, child in self._objects(node, seen))
-        return sorted(found)
+        return sorted([*found, *(self._name(gather) for gather in self._fed() if gather.variable not in covered)])
 
     def close(self) -> None:
         """Closes the file."""
@@ -127,16 +142,24 @@ class SavedModel:
 
     # The object graph.
 
+    def _count(self) -> None:
+        """Counts something that is kept."""
+        self._counted += 1
+        if self._counted > _MAX_OBJECTS:
+            raise CorruptFileError(f"{self._file.path} has more than {_MAX_OBJECTS:,} objects; log the model again")
+
     def _read_objects(self, span: Span) -> None:
         for number, value in wire.scan(self._file, span):
             if not isinstance(value, Span):
                 continue
+            self._count()
             if number == 1:
                 node = _Node()
                 for kind, content in wire.scan(self._file, value):
                     if not isinstance(content, Span):
                         continue
                     if kind == 1:
+                        self._count()
                         child, name = self._reference(self._file, content)
                         node.children[name] = child
                     elif kind in (_USER_OBJECT, _ASSET, _FUNCTION, _VARIABLE, _CONSTANT, _RESOURCE):
@@ -186,6 +209,9 @@ class SavedModel:
         queue, seen = deque([root]), {root}
         while queue:
             node = queue.popleft()
+            self._steps += 1 + len(self._nodes[node].children)
+            if self._steps > _MAX_STEPS:
+                raise CorruptFileError(f"{self._file.path}: its objects hold each other too often; log the model again")
             for name, child in self._nodes[node].children.items():
                 if self._nodes[child].kind == _RESOURCE:
                     tables.append((name, child))
@@ -196,44 +222,105 @@ class SavedModel:
 
     def _is_matrix(self, node: int) -> bool:
         """Whether an object is a variable of floats in two dimensions."""
-        if self._nodes[node].kind != _VARIABLE:
+        variable = self._nodes[node]
+        if variable.kind != _VARIABLE:
             return False
-        dtype, dimensions = 0, 0
-        for number, value in wire.scan(self._file, self._nodes[node].content):
-            if number == 1 and isinstance(value, int):
-                dtype = value
-            elif number == 2 and isinstance(value, Span):
-                dimensions = len(checkpoint.read_shape(self._file, value))
-        return dtype in checkpoint.DTYPES and dimensions == 2
+        if variable.is_matrix is None:
+            dtype, dimensions = 0, 0
+            for number, value in wire.scan(self._file, variable.content):
+                if number == 1 and isinstance(value, int):
+                    dtype = value
+                elif number == 2 and isinstance(value, Span):
+                    dimensions = len(checkpoint.read_shape(self._file, value))
+            variable.is_matrix = dtype in checkpoint.DTYPES and dimensions == 2
+        return variable.is_matrix
 
     def _lookup_and_embedding(self, name: str, layer: str) -> tuple[int, int]:
         """Returns the lookup table and the variable of a tower."""
         node = self._walk(layer.replace("/", ".").split("."))
         tables, variables = self._parts(node) if node is not None else ([], [])
-        if len(tables) == len(variables) == 1:
+        if node is None:
+            found = self._called(layer)
+        else:
+            below = self._matrices(node)
+            found = [gather for gather in self._fed() if gather.variable in below]
+        # What the calls do says more than what lies where.
+        if len(found) == 1:
+            return found[0].table, found[0].variable
+        if node is None:
+            problem = f"is around {len(found)} embeddings that a lookup feeds" if found else "does not exist"
+        elif len(tables) != 1 or len(variables) != 1:
+            problem = f"holds {len(tables)} lookup(s) and {len(variables)} embedding(s) instead of one of each"
+            if variables:
+                problem += f", and the model's calls feed {len(found) or 'none'} of its embeddings from a lookup"
+        elif any((gather.table, gather.variable) == (tables[0], variables[0]) for gather in self._gathered()):
+            problem = "holds a lookup and an embedding that the model feeds from elsewhere"
+        else:
             return tables[0], variables[0]
-        problem = (
-            f"holds {len(tables)} lookup(s) and {len(variables)} embedding(s) instead of one of each"
-            if node is not None
-            else "does not exist"
-        )
         raise TowerMissingError(
             f"tower {name!r}: layer {layer!r} {problem} in {self.folder}; layers that are towers: "
             f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
         )
 
+    def _matrices(self, root: int) -> set[int]:
+        """Returns all matrices of an object, whatever they are called."""
+        found = {root} if self._is_matrix(root) else set[int]()
+        queue, seen = deque([root]), {root}
+        while queue:
+            node = queue.popleft()
+            found.update(child for child in self._nodes[node].children.values() if self._is_matrix(child))
+            queue.extend(child for _, child in self._objects(node, seen))
+        return found
+
+    def _gathered(self) -> list[Gather]:
+        """Returns what the model's functions tell of tables and embeddings."""
+        if self._gathers is None:
+            captured = {name: wire.integers(self._file, span, 2) for name, span in self._functions.items()}
+            tables = {number for number, node in enumerate(self._nodes) if node.kind == _RESOURCE}
+            matrices = {number for number in range(len(self._nodes)) if self._is_matrix(number)}
+            self._gathers = gathers.find(self._file, self._functions_by_name(), captured, tables, matrices)
+        return self._gathers
+
+    def _fed(self) -> list[Gather]:
+        """Returns the embeddings that a lookup feeds."""
+        return [gather for gather in self._gathered() if gather.fed]
+
+    def _called(self, layer: str) -> list[Gather]:
+        """Returns the embeddings of that name; more than one if it is not clear which is meant."""
+        name = layer.replace(".", "/")
+        exact = [gather for gather in self._fed() if name in (*gather.scopes, self._layer_of(gather))]
+        # A variable's name is as its layer was called; those in a graph are numbered where they would be double.
+        return exact if len(exact) == 1 else [gather for gather in self._fed() if gather.is_within(name)] or exact
+
+    def _layer_of(self, gather: Gather) -> str:
+        """Returns the name of the layer that a variable says it belongs to: all but its last part."""
+        return self._string(self._nodes[gather.variable].content, 6).rpartition("/")[0]
+
+    def _name(self, gather: Gather) -> str:
+        """Returns the shortest name, from the outermost layer inwards, by which an embedding can be asked for."""
+        parts = [part for scope in gather.scopes for part in scope.split("/")]
+        names = [*(re.sub(r"_\d+$", "", part) for part in parts), *parts, self._layer_of(gather), *gather.scopes]
+        path = ".".join(self._path(gather.variable))
+        return next((name for name in names if name and self._called(name) == [gather]), path)
+
     def _path(self, node: int) -> list[str]:
         """Returns a path from the root to an object: the shortest, since all are the same to the checkpoint."""
-        if self._paths is None:
-            self._paths = {0: []}
+        if self._parents is None:
+            self._parents = {0: (0, "")}
             queue = deque([0])
             while queue:
                 parent = queue.popleft()
                 for name, child in self._nodes[parent].children.items():
-                    if child not in self._paths:
-                        self._paths[child] = [*self._paths[parent], name]
+                    if child not in self._parents:
+                        self._parents[child] = (parent, name)
                         queue.append(child)
-        return self._paths[node]
+        path = []
+        while node:
+            if node not in self._parents:
+                raise CorruptFileError(f"{self._file.path}: object {node:,} belongs to no other; log the model again")
+            node, name = self._parents[node]
+            path.append(name)
+        return path[::-1]
 
     # The embedding matrix.
 
@@ -245,7 +332,9 @@ class SavedModel:
         for span in wire.spans(file, Span(0, file.size), 1):
             children: dict[str, int] = {}
             keys: dict[str, str] = {}
+            self._count()
             for number, value in wire.scan(file, span):
+                self._count()
                 if number == 1 and isinstance(value, Span):
                     child, name = self._reference(file, value)
                     children[name] = child
@@ -324,17 +413,18 @@ class SavedModel:
 
     def _initializer(self, function: str, where: str) -> tuple[str, list[int], Mapping[str, int]]:
         """Returns (op, argument number of each of its inputs, its integer attributes) of an initializer function."""
-        definition = self._definitions().get(function)
+        definition = self._functions_by_name().get(function)
         signature = next(wire.spans(self._file, definition, 1), None) if definition else None
         if definition and signature:
-            arguments = [self._string(argument, 1) for argument in wire.spans(self._file, signature, 2)]
+            names = (self._string(argument, 1) for argument in wire.spans(self._file, signature, 2))
+            arguments = {name: number for number, name in enumerate(names)}
             for node in wire.spans(self._file, definition, 3):
                 op = self._string(node, 2)
                 if op == _FILE_OP or op in _IMPORT_OPS:
                     inputs = [wire.text(self._file, span) for span in wire.spans(self._file, node, 3)]
                     if len(inputs) < (2 if op == _FILE_OP else 3) or any(i not in arguments for i in inputs):
                         raise CorruptFileError(f"{where}: its initializer has other inputs than its arguments")
-                    return op, [arguments.index(name) for name in inputs], self._integer_attributes(node)
+                    return op, [arguments[name] for name in inputs], self._integer_attributes(node)
         raise NotAModelError(f"{where} is initialized in a way that is not known: neither from a list nor from a file")
 
     def _integer_attributes(self, node: Span) -> dict[str, int]:
@@ -351,7 +441,7 @@ class SavedModel:
     def _key_type(self, table: int, where: str) -> int:
         """Returns TensorFlow's number of the type of a table's keys, which only the function that makes it says."""
         function = self._function(self._nodes[table].children.get("_create_resource"))
-        definition = self._definitions().get(function or "")
+        definition = self._functions_by_name().get(function or "")
         for node in wire.spans(self._file, definition, 3) if definition else ():
             key_type = self._integer_attributes(node).get("key_dtype")
             if key_type is not None:
@@ -412,9 +502,14 @@ class SavedModel:
         encodings = {_DT_STRING: Encoding.LINES, _DT_INT64: Encoding.INTEGER_LINES}
         if key_type not in encodings:
             raise NotAModelError(f"{where} {_other_types(key_type, _DT_INT64)}")
-        path = join(self.folder, "assets", self._assets[index])
+        name, first_row = self._assets[index], attributes.get("offset", 0)
+        if {"", ".", ".."} & {*name.split("/")}:
+            raise CorruptFileError(f"{where}: its vocabulary file {name!r} is none of the model; log the model again")
+        if not 0 <= first_row < 1 << 62:
+            raise CorruptFileError(f"{where}: its first id has row {first_row}")
+        path = join(self.folder, "assets", name)
         with self._open(path) as file:
-            return Vocabulary(path, Span(0, file.size), encodings[key_type], first_row=attributes.get("offset", 0))
+            return Vocabulary(path, Span(0, file.size), encodings[key_type], first_row)
 
     def _constant_vocabulary(self, keys: int, values: int, where: str) -> Vocabulary:
         ids, count, ids_type = self._constant(keys, where)
@@ -471,7 +566,7 @@ class SavedModel:
         (field 2) and a JSON config (field 5). The mask token comes first, then one row per out-of-vocabulary bucket.
         """
         path = self._path(table)[:-1]
-        layers = [number for number, node in enumerate(self._nodes) if node.children.get("lookup_table") == table]
+        layers = {number for number, node in enumerate(self._nodes) if node.children.get("lookup_table") == table}
         try:
             file = self._open(join(self.folder, "keras_metadata.pb"))
         except ArtifactMissingError as error:
@@ -488,11 +583,9 @@ class SavedModel:
                 try:
                     config = json.loads(wire.text(file, metadata))["config"]
                     mask, oov, buckets = config["mask_token"], config["oov_token"], config["num_oov_indices"]
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise CorruptFileError(f"{file.path}: no lookup's config for {'.'.join(path)!r}") from error
-                # Rows are told apart: ids are unique. An empty mask token is Keras's old default, and no id.
-                tokens = [] if mask is None else [str(mask) or "[MASK]"]
-                tokens += [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]
+                tokens = special_names(f"{file.path}: lookup {'.'.join(path)!r}", mask, oov, buckets)
                 if len(tokens) == vocabulary.first_row:
                     return tuple(tokens)
         raise NotAModelError(
@@ -518,17 +611,11 @@ class SavedModel:
             raise NotAModelError(f"{where}: constant {operation!r} has shape {sizes}, not a list")
         return tensor, sizes[0], dtype
 
-    def _definitions(self) -> dict[str, Span]:
-        """Returns the `FunctionDef` of each function in the graph's library, by name."""
-        if self._bodies is None:
-            self._bodies = {}
-            for library in wire.spans(self._file, self._graph, 2):
-                for definition in wire.spans(self._file, library, 1):
-                    signature = next(wire.spans(self._file, definition, 1), None)
-                    name = next(wire.spans(self._file, signature, 1), None) if signature else None
-                    if name:
-                        self._bodies[wire.text(self._file, name)] = definition
-        return self._bodies
+    def _functions_by_name(self) -> dict[str, Span]:
+        """Returns the `FunctionDef` of each function in the graph's library, which is read once."""
+        if self._definitions is None:
+            self._definitions = gathers.definitions(self._file, self._graph)
+        return self._definitions
 
     def _constants(self) -> dict[str, Span]:
         """Returns the TensorProto of each Const of the graph, by name."""
@@ -541,6 +628,7 @@ class SavedModel:
                     if self._string(entry, 1) == "value":
                         for value in wire.spans(self._file, entry, 2):
                             for tensor in wire.spans(self._file, value, 8):
+                                self._count()
                                 self._tensors[self._string(node, 1)] = tensor
         return self._tensors
 

@@ -13,6 +13,8 @@ from beam_pipeline.errors import CorruptFileError
 from beam_pipeline.files import ByteFile
 
 _MAX_MESSAGE = 64 << 20
+_MAX_INTEGERS = 1 << 20
+_MAX_NUMBER = 1 << 12  # The messages of a model have none above 20; readers keep what they find by number.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -67,8 +69,8 @@ def _fields(file: ByteFile, span: Span) -> Iterator[tuple[int, int, int | Span]]
         try:
             tag, used = read_varint(head, 0)
             number, kind = tag >> 3, tag & 7
-            if number == 0:
-                raise ValueError("field number 0")
+            if not 0 < number < _MAX_NUMBER:
+                raise ValueError(f"field number {number}")
             value: int | Span
             if kind == _VARINT:
                 value, used = read_varint(head, used)
@@ -115,6 +117,8 @@ def text(file: ByteFile, span: Span) -> str:
 
 def packed(file: ByteFile, span: Span) -> list[int]:
     """Returns a packed repeated varint field."""
+    if span.end - span.start > 10 * _MAX_INTEGERS:
+        raise CorruptFileError(f"{file.path}: a list of more than {_MAX_INTEGERS:,} integers; log the model again")
     data = read(file, span)
     values, at = [], 0
     try:
@@ -132,4 +136,8 @@ def integers(file: ByteFile, span: Span, number: int) -> list[int]:
     for found, value in scan(file, span):
         if found == number:
             values += packed(file, value) if isinstance(value, Span) else [value]
+            if len(values) > _MAX_INTEGERS:
+                raise CorruptFileError(
+                    f"{file.path}: a list of more than {_MAX_INTEGERS:,} integers; log the model again"
+                )
     return values

@@ -142,3 +142,54 @@ def test_variants_that_are_not_supported():
         checkpoint.read_bundle("bundle", files(index=big_endian))
     with pytest.raises(CorruptFileError, match="has no header"):
         checkpoint.read_bundle("bundle", files(index=table([(b"v", b"")], 1)))
+
+
+# A table that means harm; its checksums are right.
+
+HEADER = (b"", field(1, 1))
+VALUE = field(1, 1) + field(2, b"")
+
+
+def refused(entries, **options):
+    with pytest.raises(CorruptFileError) as refusal:
+        checkpoint.read_bundle("bundle", files(index=table(entries, len(entries), **options)))
+    return str(refusal.value)
+
+
+def test_keys_that_cost_more_memory_than_bytes(monkeypatch):
+    """Each key shares all of the one before: three bytes in the file, a kilobyte in memory."""
+    assert "a key of 2,000 bytes" in refused([HEADER, (b"x" * 2000, VALUE)])
+    monkeypatch.setattr(checkpoint, "_MAX_ENTRIES", 50)
+    assert "more than 50" in refused([HEADER, *((b"x" * 999, VALUE) for _ in range(60))], restart_interval=100)
+
+
+def test_more_tensors_than_there_can_be(monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MAX_ENTRIES", 50)
+    entries = [HEADER, *((b"%03d" % i, VALUE) for i in range(60))]
+    with pytest.raises(CorruptFileError, match="more than 50 tensors"):
+        checkpoint.read_bundle("bundle", files(index=table(entries, 10)))
+
+
+def test_a_block_that_is_listed_twice():
+    data, stored = block([HEADER, (b"v", VALUE)], 1)
+    handle = varint(0) + varint(len(data))
+    index, index_stored = block([(b"%d" % i, handle) for i in range(2)], 1)
+    footer = varint(0) + varint(0) + varint(len(stored)) + varint(len(index))
+    whole = stored + index_stored + footer.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
+    with pytest.raises(CorruptFileError, match="two blocks at byte 0"):
+        checkpoint.read_bundle("bundle", files(index=whole))
+
+
+def test_more_dimensions_than_a_tensor_has():
+    shape = b"".join(field(2, field(1, 1)) for _ in range(255))
+    assert "more than 254 dimensions" in refused([HEADER, (b"v", field(1, 1) + field(2, shape))])
+
+
+@pytest.mark.parametrize("restarts", [1 << 20, (1 << 32) - 1])
+def test_more_restart_points_than_bytes(restarts):
+    data = restarts.to_bytes(4, "little")
+    stored = data + b"\0" + mask(google_crc32c.value(data + b"\0")).to_bytes(4, "little")
+    footer = varint(0) + varint(0) + varint(0) + varint(len(data))
+    whole = stored + footer.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
+    with pytest.raises(CorruptFileError, match=f"{restarts:,} restart points in a block of 4 bytes"):
+        checkpoint.read_bundle("bundle", files(index=whole))

@@ -5,11 +5,12 @@ import io
 import json
 import zlib
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_format import field
+from wire_format import field, varint
 
 from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
 from beam_pipeline.files import ByteFile
@@ -168,3 +169,118 @@ def test_row_numbers_are_compared():
     assert read_all(*make(Encoding.PROTOBUF, names, numbers=[1, 2, 3]), 2) == names
     with pytest.raises(CorruptFileError, match=r"id 'b' has row 3 instead of 2"):
         read_all(*make(Encoding.PROTOBUF, names, numbers=[1, 3, 2]), 2)
+
+
+# Ids that are in no order, integers, and string tensors of a checkpoint.
+
+
+def string_tensor(names):
+    """What WriteStringTensor in TensorFlow's tensor_bundle.cc writes, and its checksum."""
+    sizes = b"".join(len(name).to_bytes(4, "little") for name in names)
+    lengths_crc = masked(google_crc32c.value(sizes))
+    checksum = google_crc32c.value(sizes + lengths_crc + b"".join(names))
+    return b"".join(varint(len(name)) for name in names) + lengths_crc + b"".join(names), checksum
+
+
+def masked(crc):
+    return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def unordered(encoding, names, rows, matrix_rows, padding=b"\5\6\7"):
+    """Returns (tower, the file's bytes, open_file) of a lookup whose ids have these rows."""
+    if encoding is Encoding.STRING_TENSOR:
+        data, crc = string_tensor(names)
+    elif encoding is Encoding.INT64:
+        data = np.array([int(name) for name in names], "<i8").tobytes()
+        crc = google_crc32c.value(data)
+    else:
+        data, crc = b"".join(field(8, name) for name in names), None
+    span = Span(len(padding), len(padding) + len(data))
+    content = bytearray(padding + data + padding + np.array(rows, "<i8").tobytes())
+    checksum = Checksum("crc32c", crc, span) if crc is not None else None
+    numbers = Span(span.end + len(padding), len(content))
+    vocabulary = Vocabulary(
+        "ids", span, encoding, min(rows, default=0), len(names), numbers, checksum=checksum, in_row_order=False
+    )
+    tower = dataclasses.replace(make(Encoding.LINES, [], rows=matrix_rows)[0], vocabulary=vocabulary)
+    return tower, content, lambda path: ByteFile(path, io.BytesIO(content), len(content))
+
+
+def read_entries(tower, open_file, entries):
+    found, first = [], 0
+    for piece in ids.cut_entries(tower, open_file, entries):
+        assert piece.first == first
+        assert 0 < piece.count <= entries
+        first += piece.count
+        rows, names = ids.read_entries(piece, tower, open_file)
+        found += zip(names.to_pylist(), rows.tolist(), strict=True)
+    return found
+
+
+NAMES = st.lists(st.binary(max_size=300), max_size=60)
+NUMBERS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1).map(lambda number: str(number).encode()), max_size=60)
+
+
+@given(
+    st.sampled_from([Encoding.STRING_TENSOR, Encoding.INT64, Encoding.PROTOBUF]).flatmap(
+        lambda encoding: st.tuples(st.just(encoding), NUMBERS if encoding is Encoding.INT64 else NAMES)
+    ),
+    st.randoms(use_true_random=False),
+    st.integers(1, 70),
+    st.sampled_from([16, 64, 4096]),
+)
+@settings(max_examples=300)
+def test_every_entry_once_with_its_row(encoding_and_names, random, entries, block):
+    encoding, names = encoding_and_names
+    rows = [random.randrange(100) for _ in names]
+    tower, _, open_file = unordered(encoding, names, rows, 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ids, "_BLOCK", block)
+        patch.setattr(ids, "_VARINT_BLOCK", block)
+        assert read_entries(tower, open_file, entries) == list(zip(names, rows, strict=True))
+
+
+@given(st.lists(st.binary(max_size=200), min_size=1, max_size=30), st.data())
+def test_a_damaged_string_tensor_is_refused(names, data):
+    tower, content, open_file = unordered(Encoding.STRING_TENSOR, names, [*range(len(names))], 100)
+    span = tower.vocabulary.span
+    content[data.draw(st.integers(span.start, span.end - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises((ChecksumError, CorruptFileError)):
+        list(ids.cut_entries(tower, open_file, 7))
+
+
+def test_damaged_integers_are_refused():
+    tower, content, open_file = unordered(Encoding.INT64, [b"5", b"6"], [1, 0], 9)
+    content[tower.vocabulary.span.start] ^= 1
+    with pytest.raises(ChecksumError, match="the ids of tower 'user' do not match the checkpoint's crc32c"):
+        read_entries(tower, open_file, 7)
+
+
+@pytest.mark.parametrize("row", [-1, 9, 1 << 40])
+def test_an_entry_outside_of_the_matrix_is_named(row):
+    tower, _, open_file = unordered(Encoding.STRING_TENSOR, [b"a", b"b"], [3, row], 9)
+    with pytest.raises(BadIdError, match=f"id 'b' has row {row:,}, but the matrix has only rows 0 to 8"):
+        read_entries(tower, open_file, 7)
+
+
+@given(st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=40), st.integers(1, 50))
+def test_every_integer_of_a_packed_field(numbers, piece_rows):
+    data = b"".join(varint(number % (1 << 64)) for number in numbers)
+    vocabulary = Vocabulary("ids", Span(0, len(data)), Encoding.VARINTS, 1, len(numbers))
+    tower = dataclasses.replace(make(Encoding.LINES, [b""] * len(numbers))[0], vocabulary=vocabulary)
+    found = read_all(tower, lambda path: ByteFile(path, io.BytesIO(data), len(data)), piece_rows)
+    assert found == [str(number).encode() for number in numbers]
+
+
+def test_integers_of_a_file_are_written_as_such():
+    lines = b"5\n-7\r\n007\n 9223372036854775807 \n"
+    assert ids.decode(Encoding.INTEGER_LINES, lines, 4).to_pylist() == [b"5", b"-7", b"7", b"9223372036854775807"]
+    for line in (b"five\n", b"\n", b"5.0\n", b"9223372036854775808\n", b"\xff\n"):
+        with pytest.raises(BadIdError, match="a vocabulary of integers has a line that is none"):
+            ids.decode(Encoding.INTEGER_LINES, line, 1)
+
+
+@pytest.mark.parametrize("data", [b"\x80", b"\x05\x80", b"\x80" * 10 + b"\x01"])
+def test_broken_integers(data):
+    with pytest.raises(CorruptFileError, match="a list of integers"):
+        ids.decode(Encoding.VARINTS, data, 1)

@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from datetime import date
 from pathlib import Path
@@ -455,6 +456,7 @@ def test_other_layouts_of_the_weights(keras3_models, tmp_path):
         "del target['layers/embedding/vars/0']; target['layers/embedding/vars/0'] = h5py.ExternalLink('x', '/y')": "parsed",
         "target['layers/loop'] = target['layers']; put(data=data, chunks=(2, 2))": "stored in chunks",
         "target['vars'].attrs['name'] = ['x'] * 2000": "cannot be parsed .an attribute of 2,000 values",
+        "target['layers/embedding/vars/0'].attrs['x'] = ['x'] * 2000": "cannot be parsed .an attribute of 2,000 values",
     }
     model, weights = keras3_models("sequential"), tmp_path / "weights"
     with zipfile.ZipFile(path_of(model)) as archive:
@@ -525,3 +527,133 @@ def test_no_weights_are_read_to_find_them(keras3_models):
     KerasFile(path_of(keras3_models("functional")), watched).tower("user", "user_embedding")
     # Read-ahead alone: a megabyte at a time.
     assert len(reads) < 6
+
+
+# Files that mean harm; their checksums are right.
+
+
+def refused(model, tmp_path, change, match, tower=("user", "table")):
+    """Asserts that a changed file is refused, in little time."""
+    path = rezipped(model, tmp_path / "x.keras", change)
+    started = time.process_time()
+    with pytest.raises(PipelineError, match=match) as refusal:
+        KerasFile(path, open_file).tower(*tower)
+    assert str(refusal.value).isprintable()
+    assert time.process_time() - started < 10
+
+
+def with_settings(**settings):
+    return with_config(lambda layers: entry_of(layers, "StringLookup")["config"].update(settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"oov_token": "x" * 1_000_000, "num_oov_indices": 100_000}, "no text of up to 300 bytes"),  # 100 GB of names
+        ({"oov_token": ["x"]}, "no text of up to 300 bytes"),
+        ({"mask_token": "\ud800"}, "no text of up to 300 bytes"),
+        ({"vocabulary_size": 10**4299}, None),
+        ({"vocabulary_size": -(1 << 70)}, None),
+        ({"num_oov_indices": 10**4200}, "no sensible number of out-of-vocabulary rows"),
+        ({"vocabulary": "a\nb"}, "was given the file"),
+    ],
+)
+def test_settings_that_cost_more_than_their_bytes(keras3_models, tmp_path, settings, message):
+    if message:
+        refused(keras3_models("sequential"), tmp_path, with_settings(**settings), message)
+    else:
+        path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", with_settings(**settings))
+        assert KerasFile(path, open_file).tower("user", "table").vocabulary.count is None
+
+
+@pytest.mark.parametrize("levels", [250, 900, 980, 100_000])
+def test_a_config_that_is_nested_too_deep(keras3_models, tmp_path, levels):
+    """Just below the depth at which `json` gives up, whatever recurses over it later would."""
+
+    def deep(members):
+        text = members["config.json"].replace(
+            b'"class_name": "Embedding"', b'"class_name": ' + b"[" * levels + b"]" * levels
+        )
+        return {**members, "config.json": text}
+
+    refused(keras3_models("sequential"), tmp_path, deep, "nested more than 200 levels|is no JSON")
+
+
+def test_a_number_of_too_many_digits(keras3_models, tmp_path):
+    def long(members):
+        return {**members, "config.json": b'{"x": ' + b"9" * 5000 + b"," + members["config.json"][1:]}
+
+    refused(keras3_models("sequential"), tmp_path, long, "is no JSON .Exceeds the limit")
+
+
+def test_a_million_vocabularies(keras3_models, tmp_path):
+    def many(members):
+        lists = b"{" + b'"vocabulary": [],' * 400_000 + b'"x": 0}'
+        return {**members, "config.json": b'{"x": ' + lists + b"," + members["config.json"][1:]}
+
+    refused(keras3_models("sequential"), tmp_path, many, "more than 10,000 vocabularies")
+
+
+def test_a_hundred_thousand_embeddings(keras3_models, tmp_path):
+    """Each is looked for among all others."""
+
+    def many(layers):
+        entry = {"class_name": "Embedding", "config": {"name": ""}, "inbound_nodes": [["x"]]}
+        layers += [{**entry, "config": {"name": str(number)}} for number in range(60_000)]
+
+    for name in ("sequential", "functional"):  # The one goes by order, the other by connections.
+        path = rezipped(keras3_models(name), tmp_path / "x.keras", with_config(many))
+        started = time.process_time()
+        assert KerasFile(path, open_file).tower_layers()
+        assert time.process_time() - started < 10
+
+
+def test_layers_that_share_all_others(keras3_models, tmp_path):
+    """A thousand layers, saved in one place, in which there is much."""
+
+    def change(members):
+        assets = {f"assets/layers/shared/{number}/vocabulary.txt": b"" for number in range(3000)}
+        return with_config(
+            lambda layers: layers.extend(
+                {"class_name": "Shared", "config": {"name": str(number)}, "shared_object_id": 7}
+                for number in range(1000)
+            )
+        )({**members, **assets})
+
+    path = rezipped(keras3_models("functional"), tmp_path / "x.keras", change)
+    started = time.process_time()
+    with pytest.raises(CorruptFileError, match="its layers share each other too often"):
+        KerasFile(path, open_file).tower_layers()
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("name", ["x/" * 32_000 + "x", "x/" * 70 + "x", "y" * 600])
+def test_a_vocabulary_that_lies_too_deep(keras3_models, tmp_path, name):
+    """The path of each folder around it is kept: a gigabyte, for a name of 64 KB."""
+    change = lambda members: {**members, f"assets/{name}/vocabulary.txt": b""}  # noqa: E731 - as the others
+    refused(keras3_models("sequential"), tmp_path, change, "has an object .* of .* characters")
+
+
+def test_structures_that_cost_more_than_their_bytes(keras3_models, tmp_path):
+    """HDF5 by h5py: groups inside of groups, links to the same thing again and again, names without end."""
+    script = (
+        "import h5py, json, sys\n"
+        "for number, change in enumerate(json.loads(sys.argv[2])):\n"
+        "    with h5py.File(f'{sys.argv[1]}.{number}', 'w', libver='latest') as target:\n"
+        "        exec(change)\n"
+    )
+    changes = {
+        "for _ in range(5000): target = target.create_group('g')": "has an object",
+        "target['data'] = [[1.0]]\nfor i in range(40_000): target[f'vars/{i}'] = target['data']": "does not exist",
+        "target['g/vars/0'] = [[1.0]]\nfor i in range(40_000): target[f'x/{i}'] = target['g']": "does not exist",
+        "target.create_group('y' * 5000)": "has an object",
+        "target.create_group('a\\nb/vars').attrs['name'] = 'n' * 60_000": "does not exist",
+    }
+    weights = tmp_path / "weights"
+    command = [sys.executable, "-c", script, str(weights), json.dumps([*changes])]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for number, message in enumerate(changes.values()):
+        content = Path(f"{weights}.{number}").read_bytes()
+        change = lambda members, content=content: {**members, "model.weights.h5": content}  # noqa: E731
+        refused(keras3_models("own"), tmp_path, change, message, ("user", "user_layer"))

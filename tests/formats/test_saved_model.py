@@ -1,8 +1,10 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
 import towers
+from wire_format import field, rewrite
 
 from beam_pipeline.errors import (
     ArtifactMissingError,
@@ -147,3 +149,106 @@ def test_reading_takes_little_memory_and_no_weights(models):
     SavedModel(str(models("plain").folder), watched).tower("user", "user_layer")
     weights = sum(length for path, length in reads if ".data-" in path)
     assert weights < np.prod(models("plain").vectors("user").shape) * 4
+
+
+# Artifacts that mean harm.
+
+
+def rewritten(model, path, change, name="saved_model.pb"):
+    """Changes the fields at a path of a model's file."""
+    file = model.folder / name
+    file.write_bytes(rewrite(file.read_bytes(), path, change))
+    return SavedModel(str(model.folder), open_file)
+
+
+@pytest.mark.parametrize("name", ["../saved_model.pb", "..", "a/../../x", "/etc/passwd", ""])
+def test_a_vocabulary_file_outside_of_the_model(damaged, name):
+    # MetaGraphDef.asset_file_def, AssetFileDef.filename
+    model = rewritten(damaged("plain"), [2, 6, 2], lambda _: name.encode())
+    with pytest.raises(CorruptFileError, match=r"its vocabulary file .* is none of the model"):
+        model.tower("item", "item_layer")
+
+
+def test_a_name_with_line_breaks_stays_in_its_line(damaged):
+    model = rewritten(damaged("plain"), [2, 6, 2], lambda _: b"x\nerror: \x1b[2J\0")
+    with pytest.raises(ArtifactMissingError) as missing:
+        model.tower("item", "item_layer")
+    assert str(missing.value).isprintable()
+
+
+def test_a_first_row_before_the_matrix(damaged):
+    def change(function):
+        # NodeDef.attr of InitializeTableFromTextFileV2: "offset", AttrValue.i
+        minus_one = field(1, b"offset") + field(2, field(3, (1 << 64) - 1))
+        return rewrite(function, [3, 5], lambda entry: minus_one if b"offset" in entry else entry)
+
+    model = rewritten(damaged("plain"), [2, 2, 2, 1], change)
+    with pytest.raises(CorruptFileError, match="its first id has row -1"):
+        model.tower("item", "item_layer")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_oov_indices": 10**12}, "has 1,000,000,000,000 out-of-vocabulary rows"),
+        ({"num_oov_indices": -1}, "has -1 out-of-vocabulary rows"),
+        ({"num_oov_indices": [1]}, "has no sensible number of out-of-vocabulary rows"),
+        ({"num_oov_indices": True}, "has no sensible number of out-of-vocabulary rows"),
+        ({"num_oov_indices": 10**4200}, "has no sensible number of out-of-vocabulary rows"),
+        ({"oov_token": ["x"]}, "token that is no text of up to 300 bytes"),
+        ({"oov_token": "x" * 301}, "token that is no text of up to 300 bytes"),
+        ({"mask_token": "\ud800"}, "token that is no text of up to 300 bytes"),
+        ({"mask_token": 10**4299}, "token that is no text of up to 300 bytes"),
+        ({"x": "<9>"}, "no lookup's config"),
+        ({"x": "<[>"}, "no lookup's config"),
+    ],
+)
+def test_special_rows_that_are_none(damaged, settings, message):
+    """`<9>` stands for a number of 5,000 digits and `<[>` for 100,000 brackets, at both of which Python gives up."""
+
+    def change(text):
+        content = json.loads(text)
+        if content["class_name"] != "StringLookup":
+            return text
+        content["config"].update(settings)
+        return json.dumps(content).replace('"<9>"', "9" * 5000).replace('"<[>"', "[" * 100_000).encode()
+
+    model = rewritten(damaged("special"), [1, 5], change, "keras_metadata.pb")
+    assert model.tower("user", "user_layer")  # Without the special rows nobody asks.
+    with pytest.raises(CorruptFileError, match=message):
+        model.tower("user", "user_layer", include_oov=True)
+
+
+def test_millions_of_objects(damaged):
+    """Two bytes each in the file, half a kilobyte in memory."""
+    with pytest.raises(CorruptFileError, match="more than 1,000,000 objects"):
+        rewritten(damaged("one"), [2, 7], lambda graph: graph + field(1, b"") * 1_100_000)
+
+
+def objects(*nodes):
+    """A SavedObjectGraph of (children by name, field of its kind)."""
+    return b"".join(
+        field(1, b"".join(field(1, field(1, child) + field(2, name.encode())) for name, child in children) + kind)
+        for children, kind in nodes
+    )
+
+
+def test_objects_that_hold_each_other(damaged):
+    """Two towers below 5,000 layers, one in the other: looked at from each, that is 12 million objects."""
+    user_object, table = field(4, b""), field(10, b"")
+    variable = field(7, field(1, 1) + field(2, field(2, field(1, 3)) * 2))
+    depth = 5000
+    last = [("a", depth + 1), ("b", depth + 2), ("c", depth + 3), ("d", depth + 4)]
+    chain = [([("next", number + 1)], user_object) for number in range(depth)]
+    graph = objects(*chain, (last, user_object), *[([], table)] * 2, *[([], variable)] * 2)
+    model = rewritten(damaged("one"), [2, 7], lambda _: graph)
+    with pytest.raises(CorruptFileError, match="its objects hold each other too often"):
+        model.tower_layers()
+    model._steps = 0
+    assert len(model._path(depth + 1)) == depth + 1
+
+
+def test_an_object_that_belongs_to_no_other(damaged):
+    model = rewritten(damaged("one"), [2, 7], lambda _: objects(([], field(4, b"")), ([], field(10, b""))))
+    with pytest.raises(CorruptFileError, match="object 1 belongs to no other"):
+        model._path(1)
