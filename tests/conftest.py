@@ -45,9 +45,9 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def keras3_models(tmp_path_factory):
+def keras_files(tmp_path_factory):
     """Here the folder of a Model holds model.keras."""
-    return made_by("make_keras3_models.py", tmp_path_factory)
+    return made_by("make_keras_files.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

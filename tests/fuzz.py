@@ -748,7 +748,7 @@ def run(number, seed, folders, *, formats=FORMATS, first=0, processes=2):
 
 def make_models(folder):
     """Makes the models of both formats."""
-    for script in ("make_models.py", "make_tables.py", "make_exported_models.py", "make_keras3_models.py"):
+    for script in ("make_models.py", "make_tables.py", "make_exported_models.py", "make_keras_files.py"):
         into = Path(folder, script.removesuffix(".py"))
         into.mkdir()
         subprocess.run(

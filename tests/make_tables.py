@@ -163,6 +163,12 @@ def main(folder):
         first = tf.keras.Input(shape=(), dtype=tf.string)
         learnt.append(tf.keras.Sequential([first, *pair(lookup, 4).layers]))
     save_layers(folder, "learnt", *learnt, tf.constant(["a", "b"]))
+    learnt = []
+    for size, mask in ((500, None), (40, 0)):
+        lookup = layers.IntegerLookup(mask_token=mask, num_oov_indices=2)
+        lookup.adapt(tf.constant(np.random.default_rng(size).zipf(1.3, 20 * size) % size - size // 3))
+        learnt.append(pair(lookup, 4))
+    save_layers(folder, "learnt_integers", *learnt, tf.constant([1, 2], tf.int64))
     names = [f"name é {n}" for n in range(5000)]
     shuffled = random.permutation(6000)[:5000].tolist()
     few, twice = names[:50], [*range(25), *range(25)]

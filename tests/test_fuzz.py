@@ -18,9 +18,9 @@ from beam_pipeline.formats.wire import Span
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-def test_mutated_models(models, tables, keras3_models):
+def test_mutated_models(models, tables, keras_files):
     """What `make fuzz` does, a few thousand times less: see fuzz.py."""
-    folders = [models("plain").folder.parent, tables("mutable").folder.parent, keras3_models("own").folder.parent]
+    folders = [models("plain").folder.parent, tables("mutable").folder.parent, keras_files("own").folder.parent]
     summaries = fuzz.run(1500, 1, folders)
     for summary in summaries.values():
         assert summary["problems"] == []

@@ -148,7 +148,7 @@ def marks(tmp_path):
     return folder
 
 
-def test_a_keras_file_with_code(tmp_path, marks, keras3_models):
+def test_a_keras_file_with_code(tmp_path, marks, keras_files):
     python(KERAS, tmp_path, marks)
     found(marks)
     python(KERAS_CONTROL, tmp_path)
@@ -167,7 +167,7 @@ def test_a_keras_file_with_code(tmp_path, marks, keras3_models):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in {**members, "assets/data.pkl": payload, "states.npy": payload}.items():
             archive.writestr(name, content)
-    rows = read(keras3_models("functional").folder, tmp_path, "{}_embedding")
+    rows = read(keras_files("functional").folder, tmp_path, "{}_embedding")
     assert sorted(rows) == sorted([*ROWS, ROWS[0]])
     assert found(marks) == set()
 

@@ -12,7 +12,7 @@ from beam_pipeline.files import open_file
 from beam_pipeline.formats import ids, open_artifact
 
 
-@pytest.mark.parametrize("name", ["integers", "learnt", "static", "mutable", "sharded", "bfloat"])
+@pytest.mark.parametrize("name", ["integers", "learnt", "learnt_integers", "static", "mutable", "sharded", "bfloat"])
 def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name):
     monkeypatch.setattr(ids, "PIECE_BYTES", 3000)
     monkeypatch.setattr(ids, "PIECE_ENTRIES", 170)

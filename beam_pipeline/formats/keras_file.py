@@ -1,4 +1,4 @@
-"""Keras 3 `.keras` files: finds a tower's lookup and embedding without building a Keras object.
+"""`.keras` files of Keras 3 and 2: finds a tower's lookup and embedding without building a Keras object.
 
 The file is a zip of uncompressed members: `config.json`, the model as a tree of layers; `model.weights.h5`, an HDF5
 file whose datasets are the variables; and `assets/<path>/vocabulary.txt` for lookups whose ids were learnt by
@@ -8,7 +8,8 @@ Paths in the HDF5 file and below `assets/` are made by Keras's saver (keras/src/
 attribute by attribute in alphabetical order, each object where it is met first. A Functional or Sequential model
 has its layers below `layers/`, each named after its class: `embedding`, `embedding_1`, … in the order of the config.
 A subclassed model has its layers under their attributes' names, as long as these come before "layers" in the alphabet;
-the others are met in the property `layers` before, and their attributes' names are nowhere in the file.
+the others are met in the property `layers` before, and their attributes' names are nowhere in the file. Keras 2
+(tf_keras/src/saving/saving_lib.py) does the same in the reverse order.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from beam_pipeline.formats import ids
 from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
 from beam_pipeline.formats.wire import Span
 
-_CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
+_CONFIG, _WEIGHTS, _METADATA = "config.json", "model.weights.h5", "metadata.json"
 _MAX_DIRECTORY = 8 << 20
 """Bytes read of the zip's directory: 100,000 members, each of which takes half a kilobyte of memory."""
 _MAX_CONFIG = 8 << 20
@@ -68,7 +69,7 @@ _DTYPES = {"<f4": "float32", "<f8": "float64", "<f2": "float16", "|V2": "bfloat1
 _SHAPING = ("Flatten", "Reshape", "Identity", "Cast", "Squeeze", "ExpandDims")
 """Layers and operations that may stand between a lookup and its embedding: they leave row numbers as they are."""
 _KEEP_IDS = (
-    "a subclassed Keras 3 model does not store a vocabulary given as a list; give it as a file (Keras ≥ 3.12), learn "
+    "a subclassed Keras model does not store a vocabulary given as a list; give it as a file (Keras ≥ 3.12), learn "
     "it with adapt(), or have get_config return the layer (keras.saving.serialize_keras_object); log the model again"
 )
 
@@ -127,7 +128,7 @@ class KerasFile:
                 by its name can only be the tower that is left.
 
         Raises:
-            NotAModelError: it is no `.keras` file of Keras 3, or packed in another way.
+            NotAModelError: it is no `.keras` file, or packed in another way.
             CorruptFileError: it contradicts its format.
         """
         self.path = path
@@ -137,7 +138,8 @@ class KerasFile:
             self._members = _read_directory(self._file)
             for name in (_CONFIG, _WEIGHTS):
                 if name not in self._members:
-                    raise NotAModelError(f"{path} has no {name}: not a model that Keras 3 saved with model.save()")
+                    raise NotAModelError(f"{path} has no {name}: not a model that Keras saved with model.save()")
+            self._reverse = self._is_of_keras_2()
             config, self._lists = self._read_config()
             self._root = _Layer("", config)
             self._weights = _Weights(self._file, self._members[_WEIGHTS].span)
@@ -196,6 +198,11 @@ class KerasFile:
         self._file.close()
 
     # config.json.
+
+    def _is_of_keras_2(self) -> bool:
+        member = self._members.get(_METADATA, _Member(Span(0, 0), 0))
+        text = self._file.read(member.span.start, min(member.span.end - member.span.start, _SLICE))
+        return re.search(rb'"keras_version"\s{0,8}:\s{0,8}"[12]\.', text) is not None
 
     def _read_config(self) -> tuple[Mapping[str, Any], list[Span | None]]:
         """Returns config.json with each list of ids replaced by its number, and where these lists are.
@@ -310,8 +317,9 @@ class KerasFile:
         found = [self._find(asked) for asked in self._asked - missing]
         claimed = {one.path for one in found if one}
         left = [path for path in self._tower_paths() if path not in claimed]
-        in_attribute = re.fullmatch(r"\w+", layer) and layer > "layers" and not layer.startswith("_")
-        if missing == {layer} and in_attribute and len(left) == 1 and left[0].startswith("layers/"):
+        is_attribute = re.fullmatch(r"\w+", layer) and not layer.startswith("_") and layer != "layers"
+        met_after = (layer > "layers") is not self._reverse
+        if missing == {layer} and is_attribute and met_after and len(left) == 1 and left[0].startswith("layers/"):
             return self._described(left[0])
         return None
 
@@ -416,7 +424,7 @@ class KerasFile:
             raise NotAModelError(f"{where}: the ids of a lookup beside it are not in the file: {_KEEP_IDS}")
         if not _is_graph(self._root):
             raise NotAModelError(
-                f"{where}: a subclassed Keras 3 model does not say which lookup feeds it; put the two into one layer "
+                f"{where}: a subclassed Keras model does not say which lookup feeds it; put the two into one layer "
                 "(keras.Sequential([lookup, embedding])), name that, and log the model again"
             )
         parent = self._find_by_names(layer.replace("/", ".").split(".")[:-1])
@@ -575,11 +583,17 @@ def _entries(layer: _Layer) -> list[Mapping[str, Any]]:
 
 
 def _sources(nodes: Any) -> list[str]:
-    """Returns the names of the layers whose outputs are inputs of an entry's `inbound_nodes`."""
+    """Returns the names of the layers whose outputs are inputs of an entry's `inbound_nodes`.
+
+    Keras 3 has a `__keras_tensor__` with its `keras_history` for each, Keras 2 a list: name, two numbers, arguments.
+    """
     found, queue = [], [nodes]
     while queue:
         one = queue.pop()
-        if isinstance(one, list):
+        if isinstance(one, list) and len(one) > 2 and isinstance(one[0], str) and type(one[1]) is type(one[2]) is int:
+            found.append(one[0])
+            queue += one[3:]
+        elif isinstance(one, list):
             queue += one
         elif isinstance(one, dict):
             history = one["config"].get("keras_history") if isinstance(one.get("config"), dict) else None
@@ -674,7 +688,8 @@ def _read_directory(file: ByteFile) -> dict[str, _Member]:
     members = {}
     for info in infos:
         name = info.filename
-        if name not in (_CONFIG, _WEIGHTS) and not (name.startswith("assets/") and name.endswith("/vocabulary.txt")):
+        is_vocabulary = name.startswith("assets/") and name.endswith("/vocabulary.txt")
+        if name not in (_CONFIG, _WEIGHTS, _METADATA) and not is_vocabulary:
             continue
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise NotAModelError(

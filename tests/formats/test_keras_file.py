@@ -1,4 +1,4 @@
-"""`.keras` files by real Keras 3, read without it; every vector compared with what Keras itself loads."""
+"""`.keras` files by real Keras, read without it; every vector compared with what Keras itself loads."""
 
 import contextlib
 import json
@@ -64,8 +64,8 @@ SIZES = [(name, size) for name in TOWERS for size in (16, 100, 1 << 20) if name 
 
 
 @pytest.mark.parametrize(("name", "piece_bytes"), SIZES)
-def test_every_vector_is_what_keras_says(keras3_models, name, piece_bytes):
-    model = keras3_models(name)
+def test_every_vector_is_what_keras_says(keras_files, name, piece_bytes):
+    model = keras_files(name)
     for tower in towers_of(model, TOWERS[name]):
         assert read_tower(tower, piece_bytes) == model.rows(tower.name)
 
@@ -79,15 +79,15 @@ def test_every_vector_is_what_keras_says(keras3_models, name, piece_bytes):
         ("configured", {"user": ["[UNK]"], "item": ["[UNK]", "[UNK]:1"]}),
     ],
 )
-def test_out_of_vocabulary_rows_on_request(keras3_models, name, expected):
-    for tower in towers_of(keras3_models(name), TOWERS[name], include_oov=True):
+def test_out_of_vocabulary_rows_on_request(keras_files, name, expected):
+    for tower in towers_of(keras_files(name), TOWERS[name], include_oov=True):
         special = expected[tower.name]
-        assert list(read_tower(tower)) == special + keras3_models(name).ids(tower.name)
+        assert list(read_tower(tower)) == special + keras_files(name).ids(tower.name)
 
 
 @pytest.mark.parametrize(("name", "piece_bytes"), SIZES)
-def test_every_byte_of_the_weights_is_read_and_adds_up(keras3_models, name, piece_bytes):
-    model = keras3_models(name)
+def test_every_byte_of_the_weights_is_read_and_adds_up(keras_files, name, piece_bytes):
+    model = keras_files(name)
     towers = cover(towers_of(model, TOWERS[name]))
     reports = [
         read_piece("run", piece, t, open_file)[1] for t in towers for piece in ids.cut(t, open_file, piece_bytes)
@@ -98,8 +98,8 @@ def test_every_byte_of_the_weights_is_read_and_adds_up(keras3_models, name, piec
         assert sum(report.bytes for report in reports) == archive.getinfo("model.weights.h5").file_size
 
 
-def test_one_tower_alone_and_two_on_the_same_matrix(keras3_models):
-    model = keras3_models("special")
+def test_one_tower_alone_and_two_on_the_same_matrix(keras_files):
+    model = keras_files("special")
     for layers in ({"user": "user_embedding"}, {"one": "user_embedding", "two": "user_embedding"}):
         towers = cover(towers_of(model, layers))
         reports = [read_piece("run", piece, t, open_file)[1] for t in towers for piece in ids.cut(t, open_file, 100)]
@@ -119,15 +119,15 @@ def test_one_tower_alone_and_two_on_the_same_matrix(keras3_models):
         ("own", ["item_layer", "layers/tower"]),
     ],
 )
-def test_the_layers_that_are_towers(keras3_models, name, towers):
-    assert KerasFile(path_of(keras3_models(name)), open_file).tower_layers() == towers
-    file = KerasFile(path_of(keras3_models(name)), open_file)
+def test_the_layers_that_are_towers(keras_files, name, towers):
+    assert KerasFile(path_of(keras_files(name)), open_file).tower_layers() == towers
+    file = KerasFile(path_of(keras_files(name)), open_file)
     for tower in towers:
         assert file.tower("any", tower).matrix.rows
 
 
-def test_a_missing_tower_is_answered_with_those_that_are(keras3_models):
-    file = KerasFile(path_of(keras3_models("functional")), open_file)
+def test_a_missing_tower_is_answered_with_those_that_are(keras_files):
+    file = KerasFile(path_of(keras_files("functional")), open_file)
     with pytest.raises(
         TowerMissingError, match=r"layer 'user_layer' does not exist .* towers: item_embedding, user_embedding; choose"
     ):
@@ -136,8 +136,8 @@ def test_a_missing_tower_is_answered_with_those_that_are(keras3_models):
         file.tower("user", "user_lookup")
 
 
-def test_a_layer_inside_of_another(keras3_models):
-    model = keras3_models("nested")
+def test_a_layer_inside_of_another(keras_files):
+    model = keras_files("nested")
     with zipfile.ZipFile(path_of(model)) as archive:
         config = json.loads(archive.read("config.json"))
     inner = [entry for entry in config["config"]["layers"] if entry["config"]["name"] == "item_layer"]
@@ -146,8 +146,8 @@ def test_a_layer_inside_of_another(keras3_models):
     assert read_tower(tower) == model.rows("item")
 
 
-def test_an_attribute_whose_name_is_not_in_the_file_is_the_tower_that_is_left(keras3_models):
-    path = path_of(keras3_models("subclassed"))
+def test_an_attribute_whose_name_is_not_in_the_file_is_the_tower_that_is_left(keras_files):
+    path = path_of(keras_files("subclassed"))
     # `user_layer` comes after "layers" in the alphabet: Keras has saved it as layers/sequential.
     asked = KerasFile(path, open_file, ["user_layer", "item_layer"])
     assert asked.tower("user", "user_layer").matrix == asked.tower("user", "layers/sequential").matrix
@@ -160,31 +160,31 @@ def test_an_attribute_whose_name_is_not_in_the_file_is_the_tower_that_is_left(ke
 
 @pytest.mark.parametrize("name", ["lists", "arguments"])
 @pytest.mark.parametrize("tower", ["user", "item"])
-def test_a_list_that_was_not_stored(keras3_models, name, tower):
-    file = KerasFile(path_of(keras3_models(name)), open_file, ["user_layer", "item_layer"])
+def test_a_list_that_was_not_stored(keras_files, name, tower):
+    file = KerasFile(path_of(keras_files(name)), open_file, ["user_layer", "item_layer"])
     with pytest.raises(
         NotAModelError,
-        match=r"the ids of lookup '.*string_lookup' are not in the file: a subclassed Keras 3 model does not store a "
+        match=r"the ids of lookup '.*string_lookup' are not in the file: a subclassed Keras model does not store a "
         r"vocabulary given as a list; give it as a file .*, learn it with adapt\(\), or have get_config return the layer",
     ):
         file.tower(tower, f"{tower}_layer")
 
 
-def test_an_embedding_of_a_subclassed_model(keras3_models):
+def test_an_embedding_of_a_subclassed_model(keras_files):
     with pytest.raises(NotAModelError, match="does not say which lookup feeds it; put the two into one layer"):
-        KerasFile(path_of(keras3_models("own")), open_file).tower("item", "item_layer.table")
+        KerasFile(path_of(keras_files("own")), open_file).tower("item", "item_layer.table")
 
 
-def test_a_quantized_embedding(keras3_models):
+def test_a_quantized_embedding(keras_files):
     with pytest.raises(NotAModelError, match=r"is quantized; save the model before quantize\(\)"):
-        KerasFile(path_of(keras3_models("quantized")), open_file).tower("user", "table")
+        KerasFile(path_of(keras_files("quantized")), open_file).tower("user", "table")
 
 
 # Where the model is.
 
 
-def test_a_model_is_found_where_it_is_logged(models, keras3_models, tmp_path):
-    model = Path(path_of(keras3_models("sequential")))
+def test_a_model_is_found_where_it_is_logged(models, keras_files, tmp_path):
+    model = Path(path_of(keras_files("sequential")))
     for place in ("model.keras", "data/model.keras"):
         folder = tmp_path / str(len(place))
         (folder / place).parent.mkdir(parents=True)
@@ -233,16 +233,16 @@ def entry_of(layers, kind):
 
 
 @pytest.mark.parametrize("name", ["functional", "special", "subclassed"])
-def test_a_file_that_was_zipped_again_is_the_same(keras3_models, tmp_path, name):
-    model = keras3_models(name)
+def test_a_file_that_was_zipped_again_is_the_same(keras_files, tmp_path, name):
+    model = keras_files(name)
     path = rezipped(model, tmp_path / "again.keras")
     file = KerasFile(path, open_file, TOWERS[name].values())
     for side, layer in TOWERS[name].items():
         assert read_tower(file.tower(side, layer)) == model.rows(side)
 
 
-def test_compressed_members(keras3_models, tmp_path):
-    path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", compression=zipfile.ZIP_DEFLATED)
+def test_compressed_members(keras_files, tmp_path):
+    path = rezipped(keras_files("sequential"), tmp_path / "x.keras", compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(NotAModelError, match="is compressed or encrypted"):
         KerasFile(path, open_file)
 
@@ -255,21 +255,21 @@ def test_something_else_in_place_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.weights.h5"])
-def test_a_missing_member(keras3_models, tmp_path, missing):
+def test_a_missing_member(keras_files, tmp_path, missing):
     def without(members):
         del members[missing]
         return members
 
-    path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", without)
+    path = rezipped(keras_files("sequential"), tmp_path / "x.keras", without)
     with pytest.raises(NotAModelError, match=f"has no {missing}"):
         KerasFile(path, open_file)
 
 
-def test_a_missing_vocabulary(keras3_models, tmp_path):
+def test_a_missing_vocabulary(keras_files, tmp_path):
     def without(members):
         return {name: data for name, data in members.items() if "vocabulary.txt" not in name}
 
-    path = rezipped(keras3_models("adapted"), tmp_path / "x.keras", without)
+    path = rezipped(keras_files("adapted"), tmp_path / "x.keras", without)
     with pytest.raises(NotAModelError, match="has no ids: it was given none"):
         KerasFile(path, open_file).tower("user", "user_embedding")
 
@@ -285,15 +285,15 @@ def flip(path, member, at):
 
 
 @pytest.mark.parametrize("at", [5, -10])
-def test_a_damaged_config(keras3_models, tmp_path, at):
-    path = rezipped(keras3_models("functional"), tmp_path / "x.keras")
+def test_a_damaged_config(keras_files, tmp_path, at):
+    path = rezipped(keras_files("functional"), tmp_path / "x.keras")
     flip(path, "config.json", at)
     with pytest.raises(ChecksumError, match=r"config.json does not match its CRC-32"):
         KerasFile(path, open_file)
 
 
-def test_a_damaged_vocabulary(keras3_models, tmp_path):
-    path = rezipped(keras3_models("functional"), tmp_path / "x.keras")
+def test_a_damaged_vocabulary(keras_files, tmp_path):
+    path = rezipped(keras_files("functional"), tmp_path / "x.keras")
     flip(path, "assets/layers/string_lookup_1/vocabulary.txt", -3)
     tower = KerasFile(path, open_file).tower("item", "item_embedding")
     with pytest.raises(ChecksumError, match="do not match their crc32"):
@@ -301,8 +301,8 @@ def test_a_damaged_vocabulary(keras3_models, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["matrix", "beside"])
-def test_damaged_weights(keras3_models, tmp_path, part):
-    path = rezipped(keras3_models("special"), tmp_path / "x.keras")
+def test_damaged_weights(keras_files, tmp_path, part):
+    path = rezipped(keras_files("special"), tmp_path / "x.keras")
     file = KerasFile(path, open_file)
     at = file.tower("item", "item_embedding").matrix.offset - file._members["model.weights.h5"].span.start
     flip(path, "model.weights.h5", at + 9 if part == "matrix" else -1)
@@ -312,11 +312,11 @@ def test_damaged_weights(keras3_models, tmp_path, part):
         counted(reports, towers)
 
 
-def test_ids_and_their_number_in_the_config(keras3_models, tmp_path):
+def test_ids_and_their_number_in_the_config(keras_files, tmp_path):
     def more(layers):
         entry_of(layers, "StringLookup")["config"]["vocabulary_size"] += 1
 
-    path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", with_config(more))
+    path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_config(more))
     with pytest.raises(CorruptFileError, match=r"has 3 ids, its graph says 4"):
         list(ids.cut(KerasFile(path, open_file).tower("user", "table"), open_file, 1000))
 
@@ -334,41 +334,41 @@ def test_ids_and_their_number_in_the_config(keras3_models, tmp_path):
         ({"vocabulary": "/etc/passwd"}, "was given the file '/etc/passwd', which Keras < 3.12 does not store"),
     ],
 )
-def test_a_lookup_that_cannot_be_read(keras3_models, tmp_path, settings, message):
+def test_a_lookup_that_cannot_be_read(keras_files, tmp_path, settings, message):
     def change(layers):
         entry_of(layers, "StringLookup")["config"].update(settings)
 
-    path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", with_config(change))
+    path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_config(change))
     with pytest.raises(PipelineError, match=message):
         KerasFile(path, open_file).tower("user", "table")
 
 
-def test_an_embedding_behind_something_else(keras3_models, tmp_path):
+def test_an_embedding_behind_something_else(keras_files, tmp_path):
     def change(layers):
         entry_of(layers, "StringLookup")["class_name"] = "Hashing"
 
-    path = rezipped(keras3_models("functional"), tmp_path / "x.keras", with_config(change))
+    path = rezipped(keras_files("functional"), tmp_path / "x.keras", with_config(change))
     with pytest.raises(NotAModelError, match="is fed by Hashing 'user_lookup', not by a lookup"):
         KerasFile(path, open_file).tower("user", "user_embedding")
 
 
-def test_a_config_of_another_model(keras3_models, tmp_path):
+def test_a_config_of_another_model(keras_files, tmp_path):
     def change(layers):
         layers[:] = [entry for entry in layers if entry["config"]["name"] != "user_embedding"]
 
-    path = rezipped(keras3_models("functional"), tmp_path / "x.keras", with_config(change))
+    path = rezipped(keras_files("functional"), tmp_path / "x.keras", with_config(change))
     with pytest.raises(CorruptFileError, match=r"is called 'user_embedding' in model.weights.h5, 'item_embedding' in"):
         KerasFile(path, open_file).tower("item", "item_embedding")
 
 
-def test_a_config_that_is_too_large(keras3_models, tmp_path, monkeypatch):
+def test_a_config_that_is_too_large(keras_files, tmp_path, monkeypatch):
     monkeypatch.setattr(keras_file, "_MAX_CONFIG", 5000)
-    assert KerasFile(path_of(keras3_models("sequential")), open_file)
+    assert KerasFile(path_of(keras_files("sequential")), open_file)
 
     def change(layers):
         layers[0]["users"] = ["u" * 5000]
 
-    path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", with_config(change))
+    path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_config(change))
     with pytest.raises(NotAModelError, match="more than 5,000 bytes besides the vocabularies"):
         KerasFile(path, open_file)
 
@@ -377,14 +377,14 @@ def test_a_config_that_is_too_large(keras3_models, tmp_path, monkeypatch):
     "text",
     [b"[" * 100_000, b'{"vocabulary": [', b'{"vocabulary": ["a" ', b"[]", b"{", b'{"config": {"layers": 3}}', b"1"],
 )
-def test_a_config_that_is_none(keras3_models, tmp_path, text):
-    path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", lambda m: {**m, "config.json": text})
+def test_a_config_that_is_none(keras_files, tmp_path, text):
+    path = rezipped(keras_files("sequential"), tmp_path / "x.keras", lambda m: {**m, "config.json": text})
     with pytest.raises(PipelineError):
         KerasFile(path, open_file).tower("user", "table")
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000, 5000])
-def test_lists_are_found_wherever_blocks_end(keras3_models, tmp_path, monkeypatch, block):
+def test_lists_are_found_wherever_blocks_end(keras_files, tmp_path, monkeypatch, block):
     """Vocabularies with everything that could be taken for the end of a list, and blocks that end anywhere."""
     names = ['a"]', "\\", '\\"vocabulary": [', "é😀", "[,]", *(f"id {i}" for i in range(200))]
 
@@ -392,7 +392,7 @@ def test_lists_are_found_wherever_blocks_end(keras3_models, tmp_path, monkeypatc
         entry_of(layers, "StringLookup")["config"].update(vocabulary=names, vocabulary_size=len(names) + 1)
         entry_of(layers, "Embedding")["vocabulary"] = []
 
-    path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", with_config(change))
+    path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_config(change))
     monkeypatch.setattr(keras_file, "_BLOCK", block)
     monkeypatch.setattr(keras_file, "_SLICE", max(3, block // 3))
     with open_file(path) as file:
@@ -409,15 +409,15 @@ def test_a_directory_that_is_too_large(tmp_path, monkeypatch):
         KerasFile(str(tmp_path / "x.keras"), open_file)
 
 
-def test_metadata_that_are_too_large(keras3_models, monkeypatch):
+def test_metadata_that_are_too_large(keras_files, monkeypatch):
     monkeypatch.setattr(keras_file, "_MAX_METADATA", 2000)
     with pytest.raises(CorruptFileError, match=r"its model.weights.h5 is too large to be true"):
-        KerasFile(path_of(keras3_models("functional")), open_file)
+        KerasFile(path_of(keras_files("functional")), open_file)
 
 
-def test_a_file_that_is_cut_short(keras3_models, tmp_path):
+def test_a_file_that_is_cut_short(keras_files, tmp_path):
     """The directory is at the end, so a cut file is no zip; one whose directory was moved has members beyond its end."""
-    data = Path(path_of(keras3_models("special"))).read_bytes()
+    data = Path(path_of(keras_files("special"))).read_bytes()
     path = tmp_path / "x.keras"
     path.write_bytes(data[:-100])
     with pytest.raises(NotAModelError, match=r"no .keras file"):
@@ -429,7 +429,7 @@ def test_a_file_that_is_cut_short(keras3_models, tmp_path):
         KerasFile(str(path), open_file)
 
 
-def test_other_layouts_of_the_weights(keras3_models, tmp_path):
+def test_other_layouts_of_the_weights(keras_files, tmp_path):
     """The HDF5 part written again by h5py, as another version or somebody who means harm may have it."""
     script = (
         "import h5py, io, json, sys\n"
@@ -458,7 +458,7 @@ def test_other_layouts_of_the_weights(keras3_models, tmp_path):
         "target['vars'].attrs['name'] = ['x'] * 2000": "cannot be parsed .an attribute of 2,000 values",
         "target['layers/embedding/vars/0'].attrs['x'] = ['x'] * 2000": "cannot be parsed .an attribute of 2,000 values",
     }
-    model, weights = keras3_models("sequential"), tmp_path / "weights"
+    model, weights = keras_files("sequential"), tmp_path / "weights"
     with zipfile.ZipFile(path_of(model)) as archive:
         weights.write_bytes(archive.read("model.weights.h5"))
     changes = json.dumps([*good, *[(change, {}) for change in bad]])
@@ -478,10 +478,10 @@ def test_other_layouts_of_the_weights(keras3_models, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_damage_ends_in_an_error_of_ours(keras3_models, tmp_path, seed):
+def test_any_damage_ends_in_an_error_of_ours(keras_files, tmp_path, seed):
     """Bytes changed at random, checksums of members mended: whatever comes of it, no crash and no other exception."""
     chance = random.Random(seed)
-    model = keras3_models(("special", "subclassed")[seed % 2])
+    model = keras_files(("special", "subclassed")[seed % 2])
     with zipfile.ZipFile(path_of(model)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     for _ in range(60):
@@ -502,9 +502,9 @@ def test_any_damage_ends_in_an_error_of_ours(keras3_models, tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_damage_to_the_zip_ends_in_an_error_of_ours(keras3_models, tmp_path, seed):
+def test_any_damage_to_the_zip_ends_in_an_error_of_ours(keras_files, tmp_path, seed):
     chance = random.Random(seed)
-    data = Path(path_of(keras3_models("subclassed"))).read_bytes()
+    data = Path(path_of(keras_files("subclassed"))).read_bytes()
     directory = data.index(b"PK\x01\x02")
     for _ in range(60):
         changed = bytearray(data)
@@ -515,7 +515,7 @@ def test_any_damage_to_the_zip_ends_in_an_error_of_ours(keras3_models, tmp_path,
             KerasFile(str(tmp_path / "x.keras"), open_file).tower("item", "item_layer")
 
 
-def test_no_weights_are_read_to_find_them(keras3_models):
+def test_no_weights_are_read_to_find_them(keras_files):
     reads = []
 
     def watched(path):
@@ -524,7 +524,7 @@ def test_no_weights_are_read_to_find_them(keras3_models):
         file._fetch = lambda offset, length: (reads.append(length), fetch(offset, length))[1]
         return file
 
-    KerasFile(path_of(keras3_models("functional")), watched).tower("user", "user_embedding")
+    KerasFile(path_of(keras_files("functional")), watched).tower("user", "user_embedding")
     # Read-ahead alone: a megabyte at a time.
     assert len(reads) < 6
 
@@ -558,16 +558,16 @@ def with_settings(**settings):
         ({"vocabulary": "a\nb"}, "was given the file"),
     ],
 )
-def test_settings_that_cost_more_than_their_bytes(keras3_models, tmp_path, settings, message):
+def test_settings_that_cost_more_than_their_bytes(keras_files, tmp_path, settings, message):
     if message:
-        refused(keras3_models("sequential"), tmp_path, with_settings(**settings), message)
+        refused(keras_files("sequential"), tmp_path, with_settings(**settings), message)
     else:
-        path = rezipped(keras3_models("sequential"), tmp_path / "x.keras", with_settings(**settings))
+        path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_settings(**settings))
         assert KerasFile(path, open_file).tower("user", "table").vocabulary.count is None
 
 
 @pytest.mark.parametrize("levels", [250, 900, 980, 100_000])
-def test_a_config_that_is_nested_too_deep(keras3_models, tmp_path, levels):
+def test_a_config_that_is_nested_too_deep(keras_files, tmp_path, levels):
     """Just below the depth at which `json` gives up, whatever recurses over it later would."""
 
     def deep(members):
@@ -576,25 +576,25 @@ def test_a_config_that_is_nested_too_deep(keras3_models, tmp_path, levels):
         )
         return {**members, "config.json": text}
 
-    refused(keras3_models("sequential"), tmp_path, deep, "nested more than 200 levels|is no JSON")
+    refused(keras_files("sequential"), tmp_path, deep, "nested more than 200 levels|is no JSON")
 
 
-def test_a_number_of_too_many_digits(keras3_models, tmp_path):
+def test_a_number_of_too_many_digits(keras_files, tmp_path):
     def long(members):
         return {**members, "config.json": b'{"x": ' + b"9" * 5000 + b"," + members["config.json"][1:]}
 
-    refused(keras3_models("sequential"), tmp_path, long, "is no JSON .Exceeds the limit")
+    refused(keras_files("sequential"), tmp_path, long, "is no JSON .Exceeds the limit")
 
 
-def test_a_million_vocabularies(keras3_models, tmp_path):
+def test_a_million_vocabularies(keras_files, tmp_path):
     def many(members):
         lists = b"{" + b'"vocabulary": [],' * 400_000 + b'"x": 0}'
         return {**members, "config.json": b'{"x": ' + lists + b"," + members["config.json"][1:]}
 
-    refused(keras3_models("sequential"), tmp_path, many, "more than 10,000 vocabularies")
+    refused(keras_files("sequential"), tmp_path, many, "more than 10,000 vocabularies")
 
 
-def test_a_hundred_thousand_embeddings(keras3_models, tmp_path):
+def test_a_hundred_thousand_embeddings(keras_files, tmp_path):
     """Each is looked for among all others."""
 
     def many(layers):
@@ -602,13 +602,13 @@ def test_a_hundred_thousand_embeddings(keras3_models, tmp_path):
         layers += [{**entry, "config": {"name": str(number)}} for number in range(60_000)]
 
     for name in ("sequential", "functional"):  # The one goes by order, the other by connections.
-        path = rezipped(keras3_models(name), tmp_path / "x.keras", with_config(many))
+        path = rezipped(keras_files(name), tmp_path / "x.keras", with_config(many))
         started = time.process_time()
         assert KerasFile(path, open_file).tower_layers()
         assert time.process_time() - started < 10
 
 
-def test_layers_that_share_all_others(keras3_models, tmp_path):
+def test_layers_that_share_all_others(keras_files, tmp_path):
     """A thousand layers, saved in one place, in which there is much."""
 
     def change(members):
@@ -620,7 +620,7 @@ def test_layers_that_share_all_others(keras3_models, tmp_path):
             )
         )({**members, **assets})
 
-    path = rezipped(keras3_models("functional"), tmp_path / "x.keras", change)
+    path = rezipped(keras_files("functional"), tmp_path / "x.keras", change)
     started = time.process_time()
     with pytest.raises(CorruptFileError, match="its layers share each other too often"):
         KerasFile(path, open_file).tower_layers()
@@ -628,13 +628,13 @@ def test_layers_that_share_all_others(keras3_models, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x/" * 32_000 + "x", "x/" * 70 + "x", "y" * 600])
-def test_a_vocabulary_that_lies_too_deep(keras3_models, tmp_path, name):
+def test_a_vocabulary_that_lies_too_deep(keras_files, tmp_path, name):
     """The path of each folder around it is kept: a gigabyte, for a name of 64 KB."""
     change = lambda members: {**members, f"assets/{name}/vocabulary.txt": b""}  # noqa: E731 - as the others
-    refused(keras3_models("sequential"), tmp_path, change, "has an object .* of .* characters")
+    refused(keras_files("sequential"), tmp_path, change, "has an object .* of .* characters")
 
 
-def test_structures_that_cost_more_than_their_bytes(keras3_models, tmp_path):
+def test_structures_that_cost_more_than_their_bytes(keras_files, tmp_path):
     """HDF5 by h5py: groups inside of groups, links to the same thing again and again, names without end."""
     script = (
         "import h5py, json, sys\n"
@@ -656,4 +656,4 @@ def test_structures_that_cost_more_than_their_bytes(keras3_models, tmp_path):
     for number, message in enumerate(changes.values()):
         content = Path(f"{weights}.{number}").read_bytes()
         change = lambda members, content=content: {**members, "model.weights.h5": content}  # noqa: E731
-        refused(keras3_models("own"), tmp_path, change, message, ("user", "user_layer"))
+        refused(keras_files("own"), tmp_path, change, message, ("user", "user_layer"))

@@ -1,8 +1,8 @@
-"""Makes models with real Keras 3 and writes down what Keras itself says is in them, as make_models.py does.
+"""Makes `.keras` files with real Keras 3, and two with tf-keras, and writes down what Keras itself says is in them.
 
-Run as a program: `python make_keras3_models.py DIR`. For each model DIR/<name>/model.keras is the model,
+Run as a program: `python make_keras_files.py DIR`. For each model DIR/<name>/model.keras is the model,
 DIR/<name>.<tower>.npy its vectors and DIR/<name>.<tower>.json its ids, both read back with `keras.models.load_model`.
-`python make_keras3_models.py DIR NAME TRACKING_URI EXPERIMENT_ID` logs one of them with `mlflow.tensorflow.log_model`
+`python make_keras_files.py DIR NAME TRACKING_URI EXPERIMENT_ID` logs one of them with `mlflow.tensorflow.log_model`
 and prints the run's id.
 """
 
@@ -18,6 +18,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import keras
 import numpy as np
 import tensorflow as tf
+import tf_keras
 from make_models import ODD_IDS, lines  # Sets TF_USE_LEGACY_KERAS, which concerns tf.keras alone.
 
 layers = keras.layers
@@ -132,20 +133,41 @@ def called(model):
     return model
 
 
+@tf_keras.saving.register_keras_serializable()
+class OfKeras2(tf_keras.Model):
+    """Here it is `item_layer` that Keras meets in `layers` first."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for side in ("user", "item"):
+            parts = [
+                tf_keras.Input((), dtype="string"),
+                tf_keras.layers.StringLookup(),
+                tf_keras.layers.Embedding(9, 4),
+            ]
+            setattr(self, f"{side}_layer", tf_keras.Sequential(parts))
+
+    def call(self, inputs):
+        return self.user_layer(inputs["user"]) * self.item_layer(inputs["item"])
+
+    def build(self, input_shape):
+        self.built = True
+
+
 def adapted(names, **options):
     lookup = layers.StringLookup(**options)
     lookup.adapt(tf.constant(names))
     return lookup
 
 
-def write(folder, name, model, parts):
+def write(folder, name, model, parts, library=keras):
     """Saves a model; `parts` finds {tower: (lookup, embedding)} in it once it is loaded."""
     path = folder / name / "model.keras"
     path.parent.mkdir()
     model.save(path)
-    for side, (lookup, embedding) in parts(keras.models.load_model(path, safe_mode=False)).items():
+    for side, (lookup, embedding) in parts(library.models.load_model(path, safe_mode=False)).items():
         ids = [str(token) for token in lookup.get_vocabulary(include_special_tokens=False)]
-        kind = tf.string if isinstance(lookup, layers.StringLookup) else tf.int64
+        kind = tf.string if isinstance(lookup, library.layers.StringLookup) else tf.int64
         rows = lookup(tf.constant(ids if kind is tf.string else [int(one) for one in ids], kind)).numpy()
         vectors = embedding.get_weights()[0][rows].astype(np.float64)
         np.save(folder / f"{name}.{side}.npy", vectors)
@@ -230,6 +252,25 @@ def own_layers():
     return called(model)
 
 
+def functional_of_keras_2():
+    user = tf_keras.layers.StringLookup(vocabulary=ODD_IDS, num_oov_indices=3, mask_token="m", name="user_lookup")
+    item = tf_keras.layers.IntegerLookup(mask_token=0, name="item_lookup")
+    item.adapt(np.array([3, 3, 3, -9, 9, 9, 4]))
+    inputs = {"user": tf_keras.Input((1,), dtype="string"), "item": tf_keras.Input((1,), dtype="int64")}
+    vectors = [
+        tf_keras.layers.Embedding(lookup.vocabulary_size() + 2, 4, name=f"{side}_embedding")(lookup(inputs[side]))
+        for side, lookup in (("user", user), ("item", item))
+    ]
+    return tf_keras.Model(inputs, tf_keras.layers.Dot(2)(vectors))
+
+
+def subclassed_of_keras_2():
+    model = OfKeras2()
+    model.user_layer.layers[0].adapt(tf.constant(["a", "b", "b"]))
+    model.item_layer.layers[0].adapt(tf.constant(["x", "y", "y", "z"]))
+    return called(model)
+
+
 def main(folder):
     keras.utils.set_random_seed(7)
     write(folder, "functional", functional(folder), PARTS)
@@ -248,6 +289,8 @@ def main(folder):
     })  # fmt: skip
     write(folder, "lists", called(Lists()), lambda _: {})
     write(folder, "arguments", called(Lists(users=["a", "b"], items=["x", "y"])), lambda _: {})
+    write(folder, "keras2_functional", functional_of_keras_2(), PARTS, tf_keras)
+    write(folder, "keras2_subclassed", subclassed_of_keras_2(), of_sequentials, tf_keras)
     lookup = layers.StringLookup(vocabulary=["a", "b", "c"])
     quantized = keras.Sequential([keras.Input((), dtype="string"), lookup, embedding_of(lookup, 4, name="table")])
     quantized.quantize("int8")

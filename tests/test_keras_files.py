@@ -1,4 +1,4 @@
-"""The whole job with `.keras` files by real Keras 3, as MLflow stores them, compared with Keras row by row."""
+"""The whole job with `.keras` files by real Keras, as MLflow stores them, compared with Keras row by row."""
 
 import os
 import shutil
@@ -34,33 +34,41 @@ def check(job, run, model):
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("functional", BY_NAME), ("special", BY_NAME), ("adapted", BY_NAME), ("subclassed", ()), ("configured", ())],
+    [
+        ("functional", BY_NAME),
+        ("special", BY_NAME),
+        ("adapted", BY_NAME),
+        ("subclassed", ()),
+        ("configured", ()),
+        ("keras2_functional", BY_NAME),
+        ("keras2_subclassed", ()),
+    ],
 )
 @pytest.mark.parametrize("piece_bytes", [8 << 20, 1000])
-def test_every_row_is_what_keras_says(job, store, keras3_models, monkeypatch, name, flags, piece_bytes):
+def test_every_row_is_what_keras_says(job, store, keras_files, monkeypatch, name, flags, piece_bytes):
     monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", piece_bytes)
-    run = log_file(store, keras3_models(name).folder / "model.keras")
+    run = log_file(store, keras_files(name).folder / "model.keras")
     assert job.run(run, *flags) == 0
-    check(job, run, keras3_models(name))
+    check(job, run, keras_files(name))
 
 
-def test_a_file_of_any_name(job, store, keras3_models, tmp_path, capsys):
-    path = shutil.copy(keras3_models("functional").folder / "model.keras", tmp_path / "my.keras")
+def test_a_file_of_any_name(job, store, keras_files, tmp_path, capsys):
+    path = shutil.copy(keras_files("functional").folder / "model.keras", tmp_path / "my.keras")
     run = log_file(store, path)
     assert "/model does not hold a model" in refused(job, capsys, run, *BY_NAME)
     assert job.run(run, "--artifact_path=model/my.keras", *BY_NAME) == 0
-    check(job, run, keras3_models("functional"))
+    check(job, run, keras_files("functional"))
 
 
-def test_on_cloud_storage(job, store, keras3_models):
-    run = store.log(keras3_models("functional"), "keras on gs", MARCH_1, bucket=True)
+def test_on_cloud_storage(job, store, keras_files):
+    run = store.log(keras_files("functional"), "keras on gs", MARCH_1, bucket=True)
     assert job.run(run, *BY_NAME) == 0
-    check(job, run, keras3_models("functional"))
+    check(job, run, keras_files("functional"))
 
 
-def test_logged_by_mlflow_tensorflow_log_model(job, store, keras3_models):
-    folder = keras3_models("functional").folder
-    script = Path(__file__).parent / "make_keras3_models.py"
+def test_logged_by_mlflow_tensorflow_log_model(job, store, keras_files):
+    folder = keras_files("functional").folder
+    script = Path(__file__).parent / "make_keras_files.py"
     command = [sys.executable, str(script), str(folder.parent), folder.name, store.uri, store.experiment_id]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -71,11 +79,11 @@ def test_logged_by_mlflow_tensorflow_log_model(job, store, keras3_models):
     model = client.get_logged_model(run.outputs.model_outputs[0].model_id).artifact_location.removeprefix("file://")
     assert (Path(model) / "data" / "model.keras").exists()
     assert job.run(run_id) == 0
-    check(job, run_id, keras3_models("functional"))
+    check(job, run_id, keras_files("functional"))
 
 
-def test_as_a_process_of_its_own_without_keras(job, store, keras3_models, tmp_path):
-    run = log_file(store, keras3_models("functional").folder / "model.keras")
+def test_as_a_process_of_its_own_without_keras(job, store, keras_files, tmp_path):
+    run = log_file(store, keras_files("functional").folder / "model.keras")
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, sys\n"
         "atexit.register(lambda: print('IMPORTED', *({'tensorflow', 'keras', 'h5py'} & {*sys.modules})))\n"
@@ -84,22 +92,22 @@ def test_as_a_process_of_its_own_without_keras(job, store, keras3_models, tmp_pa
     done = job.subprocess(run, *BY_NAME, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "IMPORTED"
-    check(job, run, keras3_models("functional"))
+    check(job, run, keras_files("functional"))
 
 
-def test_special_rows_on_request(job, store, keras3_models):
-    run = log_file(store, keras3_models("special").folder / "model.keras")
+def test_special_rows_on_request(job, store, keras_files):
+    run = log_file(store, keras_files("special").folder / "model.keras")
     assert job.run(run, "--include_oov", *BY_NAME) == 0
     (users,), (items,) = job.rows("user").values(), job.rows("item").values()
-    assert {*users} - {*keras3_models("special").ids("user")} == {"nothing", "[UNK]", "[UNK]:1", "[UNK]:2"}
-    assert {*items} - {*keras3_models("special").ids("item")} == {"0", "-1"}
+    assert {*users} - {*keras_files("special").ids("user")} == {"nothing", "[UNK]", "[UNK]:1", "[UNK]:2"}
+    assert {*items} - {*keras_files("special").ids("item")} == {"0", "-1"}
 
 
 @pytest.mark.parametrize("where", ["user", "item", "beside", "vocabulary"])
 @pytest.mark.parametrize("piece_bytes", [8 << 20, 1000])
-def test_a_damaged_byte(job, store, keras3_models, tmp_path, capsys, monkeypatch, where, piece_bytes):
+def test_a_damaged_byte(job, store, keras_files, tmp_path, capsys, monkeypatch, where, piece_bytes):
     monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", piece_bytes)
-    path = Path(shutil.copy(keras3_models("functional").folder / "model.keras", tmp_path))
+    path = Path(shutil.copy(keras_files("functional").folder / "model.keras", tmp_path))
     model = KerasFile(str(path), open_file)
     towers = {side: model.tower(side, f"{side}_embedding") for side in ("user", "item")}
     at = {
@@ -119,6 +127,6 @@ def test_a_damaged_byte(job, store, keras3_models, tmp_path, capsys, monkeypatch
         assert "do not match the checkpoint's crc32; the file was damaged" in line
 
 
-def test_a_list_that_was_not_stored(job, store, keras3_models, capsys):
-    line = refused(job, capsys, log_file(store, keras3_models("lists").folder / "model.keras"))
-    assert "are not in the file: a subclassed Keras 3 model does not store a vocabulary given as a list" in line
+def test_a_list_that_was_not_stored(job, store, keras_files, capsys):
+    line = refused(job, capsys, log_file(store, keras_files("lists").folder / "model.keras"))
+    assert "are not in the file: a subclassed Keras model does not store a vocabulary given as a list" in line
