@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import bigquery
 
-from beam_pipeline import emulators, options, preflight, publication, runs, tables
+from beam_pipeline import emulators, identity, options, preflight, publication, runs, tables
 from beam_pipeline.errors import PipelineError, PublishError
 from beam_pipeline.tables import Destination
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--project", help="Google Cloud project")
     found = parser.parse_args(argv)
     try:
+        identity.authorize(found.tracking_uri, found.tracking_audience)
         if emulators.emulated():
             emulators.connect()
         project, dataset = options.dataset(parser, found)
