@@ -176,7 +176,7 @@ def _subject(folder):
                 free.append((at, a))
                 at = b
         else:
-            bundle = artifact._bundle
+            bundle = artifact._graph.bundle
             matrices = frozenset(
                 contents[bundle.data_path(entry)][entry.offset : entry.offset + entry.size]
                 for entry in bundle.entries.values()

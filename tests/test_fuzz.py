@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError, PipelineError
 from beam_pipeline.files import ByteFile
-from beam_pipeline.formats import checkpoint, ids, keras_file, wire
+from beam_pipeline.formats import checkpoint, ids, keras_container, keras_file, wire
 from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
 from beam_pipeline.formats.wire import Span
 
@@ -183,7 +183,7 @@ def test_any_zip(members, config, weights, changes):
 )
 def test_a_window_shows_its_part_alone_and_gives_up(data, start, end, moves):
     start, end = sorted((min(start, len(data)), min(end, len(data))))
-    window = keras_file._Window(file_of(data), Span(start, end), 1000, "part")
+    window = keras_container._Window(file_of(data), Span(start, end), 1000, "part")
     part, read = io.BytesIO(data[start:end]), 0
     for offset, whence, length in moves:
         if offset + {0: 0, 1: part.tell(), 2: end - start}[whence] < 0:

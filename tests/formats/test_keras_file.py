@@ -23,7 +23,7 @@ from beam_pipeline.errors import (
     TowerMissingError,
 )
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids, keras_file, open_artifact
+from beam_pipeline.formats import ids, keras_container, keras_file, open_artifact
 from beam_pipeline.formats.artifact import cover
 from beam_pipeline.formats.keras_file import KerasFile
 from beam_pipeline.formats.saved_model import SavedModel
@@ -404,13 +404,13 @@ def test_a_directory_that_is_too_large(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "x.keras", "w") as archive:
         for i in range(2000):
             archive.writestr(f"{i}", b"")
-    monkeypatch.setattr(keras_file, "_MAX_DIRECTORY", 50_000)
+    monkeypatch.setattr(keras_container, "_MAX_DIRECTORY", 50_000)
     with pytest.raises(CorruptFileError, match="its directory is too large to be true"):
         KerasFile(str(tmp_path / "x.keras"), open_file)
 
 
 def test_metadata_that_are_too_large(keras_files, monkeypatch):
-    monkeypatch.setattr(keras_file, "_MAX_METADATA", 2000)
+    monkeypatch.setattr(keras_container, "_MAX_METADATA", 2000)
     with pytest.raises(CorruptFileError, match=r"its model.weights.h5 is too large to be true"):
         KerasFile(path_of(keras_files("functional")), open_file)
 

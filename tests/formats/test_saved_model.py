@@ -244,11 +244,10 @@ def test_objects_that_hold_each_other(damaged):
     model = rewritten(damaged("one"), [2, 7], lambda _: graph)
     with pytest.raises(CorruptFileError, match="its objects hold each other too often"):
         model.tower_layers()
-    model._steps = 0
-    assert len(model._path(depth + 1)) == depth + 1
+    assert len(model._graph.path(depth + 1)) == depth + 1
 
 
 def test_an_object_that_belongs_to_no_other(damaged):
     model = rewritten(damaged("one"), [2, 7], lambda _: objects(([], field(4, b"")), ([], field(10, b""))))
     with pytest.raises(CorruptFileError, match="object 1 belongs to no other"):
-        model._path(1)
+        model._graph.path(1)
