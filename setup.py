@@ -41,8 +41,8 @@ setup(
             # Resolves the run, its experiment and its artifact.
             "mlflow>=3.1",
             # Finds the matrices in a .keras file's HDF5 part. Pure Python: a crafted file raises, where the C library
-            # behind h5py can crash the process.
-            "pyfive>=1.1",
+            # behind h5py can crash the process. One minor version: the reader asks its private objects for offsets.
+            "pyfive~=1.3.0",
             # Gets identity tokens for a tracking server behind Google IAP or on Cloud Run; 2.40 for impersonation.
             "google-auth>=2.40",
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.

@@ -13,10 +13,10 @@ _EXAMPLES = 3
 _LONGEST_EXAMPLE = 40
 
 
-def describe(artifact: Artifact, open_file: OpenFile) -> Iterator[str]:
+def describe(artifact: Artifact, folder: str, open_file: OpenFile) -> Iterator[str]:
     """Yields lines about every tower of a model: layer, embedding, ids with examples, rows before the ids, bytes.
 
-    The vocabularies are scanned to count their ids, the embeddings are not read.
+    The vocabularies are scanned to count their ids, the embeddings are not read. Files are named as below `folder`.
     """
     layers = artifact.tower_layers()
     if not layers:
@@ -24,18 +24,18 @@ def describe(artifact: Artifact, open_file: OpenFile) -> Iterator[str]:
     for layer in layers:
         yield f"layer       {layer}"
         try:
-            yield from _describe(artifact.tower("tower", layer), open_file)
+            yield from _describe(artifact.tower("tower", layer), folder, open_file)
         except PipelineError as error:
             yield f"  refused   {error}"
 
 
-def _describe(tower: Tower, open_file: OpenFile) -> Iterator[str]:
+def _describe(tower: Tower, folder: str, open_file: OpenFile) -> Iterator[str]:
     matrix, vocabulary = tower.matrix, tower.vocabulary
     size = vocabulary.span.end - vocabulary.span.start
     shape = f"{matrix.rows:,} rows × {matrix.dimension} {matrix.dtype}"
-    yield f"  embedding {shape}, {matrix.size:,} bytes in {matrix.path}"
+    yield f"  embedding {shape}, {matrix.size:,} bytes in {matrix.path.removeprefix(f'{folder}/')}"
     count, examples = (_in_order if vocabulary.in_row_order else _in_no_order)(tower, open_file)
-    yield f"  ids       {count:,}, {size:,} bytes in {vocabulary.path}"
+    yield f"  ids       {count:,}, {size:,} bytes in {vocabulary.path.removeprefix(f'{folder}/')}"
     if examples:
         yield f"  such as   {examples}"
     if vocabulary.in_row_order:  # Elsewhere several ids may have one row.

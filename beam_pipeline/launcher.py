@@ -225,7 +225,7 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
         folder, _ = _model_folder(config, run, copies_to, stack, terminal)
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, config.towers.values())))
-        terminal.inspected(run, folder, inspection.describe(artifact, open_file))
+        terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file))
 
 
 def _model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> tuple[str, str]:

@@ -735,8 +735,10 @@ def run(number, seed, folders, *, formats=FORMATS, first=0, processes=2):
             for start in range(first, first + number, BATCH)
             for kind in formats
         ]
-        for job in jobs:
+        for ended, job in enumerate(jobs, 1):
             kind, result = job.result()
+            if sys.stderr.isatty():
+                print(f"{ended:,} of {len(jobs):,} batches of {BATCH:,}", end="\r", file=sys.stderr, flush=True)
             summary = summaries[kind]
             for name in ("outcomes", "kinds"):
                 summary[name].update(result[name])
