@@ -83,7 +83,9 @@ def test_camel_case_becomes_snake_case(parsed):
     assert (config.run_id, config.if_partition_taken, config.beam["temp_location"]) == ("4e6f", "keep", "gs://b/t")
 
 
-def test_a_templated_false_is_a_string_and_refused(parsed, capfd):
+def test_a_templated_switch_is_a_string_and_means_what_it_says(parsed, capfd):
+    assert parsed({"run_id": "4e6f", "include_oov": "False"}).include_oov is False
+    assert parsed({"run_id": "4e6f", "include_oov": "True"}).include_oov is True
     with pytest.raises(Exception, match="return code 2"):
-        parsed({"run_id": "4e6f", "include_oov": "False"})
-    assert "argument --include_oov: ignored explicit argument 'False'" in "".join(capfd.readouterr())
+        parsed({"run_id": "4e6f", "include_oov": "None"})
+    assert "argument --include_oov: ignored explicit argument 'None'" in "".join(capfd.readouterr())

@@ -112,7 +112,8 @@ def test_the_operator_waits_for_the_job_it_started(on_dataflow, cloud, capfd):
     assert f"Job with id '{job_id}' has reached successful final state: JOB_STATE_DONE" in out
     # The name that the launcher would have given; nothing is appended.
     assert job["name"] == f"historize-{cloud.on_a_bucket}"
-    assert job["labels"].keys() == {"airflow-version", "dag"}
+    assert job["labels"].keys() == {"airflow-version", "dag", "run_id", "experiment", "dataset", "pipeline_version"}
+    assert job["labels"]["run_id"] == cloud.on_a_bucket
     assert job["location"] == "europe-west1"
 
 
