@@ -1,4 +1,4 @@
-"""What runs where the job is started: finds the model, checks the destination, submits or runs the graph."""
+"""What runs where the job is started: from options to a job that was submitted, or is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from google.cloud import bigquery
 
 from beam_pipeline import (
     __version__,
-    copies,
     emulators,
     errors,
     identity,
@@ -26,23 +25,16 @@ from beam_pipeline import (
     metrics,
     preflight,
     publication,
+    selection,
     tag,
 )
-from beam_pipeline.errors import (
-    ArtifactMissingError,
-    ConfigError,
-    JobActiveError,
-    NotAModelError,
-    PipelineError,
-    RunNotFoundError,
-)
+from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError, RunNotFoundError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
-from beam_pipeline.formats.artifact import Artifact, Tower, cover, discover
 from beam_pipeline.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run, Training, choose, find_model, find_run, find_runs, readable_folder
+from beam_pipeline.runs import Run
 from beam_pipeline.tables import Destination
 from beam_pipeline.terminal import Terminal
 
@@ -79,7 +71,7 @@ def run(config: Config) -> None:
     """
     terminal = Terminal(as_json=config.plan == "json")
     identity.authorize(config.tracking_uri, config.tracking_audience)
-    found = _find_runs(config)
+    found = selection.wanted_runs(config)
     if config.inspect:
         _inspect(config, found[-1], terminal)
         return
@@ -97,7 +89,7 @@ def run(config: Config) -> None:
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
         destination = _find_destination(config, cloud.project)
         client = publication.make_client(destination)
-        runs = _without_published(config, found, client, destination, terminal)
+        runs = selection.unpublished(config, found, client, destination, terminal)
         if not runs:
             terminal.nothing_to_do(len(found))
             return
@@ -109,7 +101,8 @@ def run(config: Config) -> None:
         cloud.labels = [*_labels(config, runs), *(cloud.labels or [])]
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
         copies_to = publication.copies_folder(cloud.temp_location, token)
-        trainings = [training for run in runs if (training := _read_model(config, run, copies_to, stack, terminal))]
+        read = (selection.read_training(config, run, copies_to, stack, terminal) for run in runs)
+        trainings = [training for training in read if training]
         if not trainings:
             raise RunNotFoundError(f"none of {len(runs):,} runs of experiment {config.experiment_name!r} has a model")
         what = Publication(
@@ -150,27 +143,6 @@ def run(config: Config) -> None:
             terminal.submitted(_submit(pipeline, name), config.runner)
 
 
-def _find_runs(config: Config) -> list[Run]:
-    """Returns the run that is meant, or all of an experiment, oldest first."""
-    if config.all_runs:
-        return find_runs(
-            config.experiment_name or "",
-            run_name=config.run_name,
-            since=config.since,
-            until=config.until,
-            tracking_uri=config.tracking_uri,
-        )
-    return [
-        find_run(
-            run_id=config.run_id,
-            experiment_name=config.experiment_name,
-            run_name=config.run_name,
-            model_uri=config.model_uri,
-            tracking_uri=config.tracking_uri,
-        )
-    ]
-
-
 def _job_name(config: Config, runs: Sequence[Run]) -> str:
     """Returns a name that Dataflow takes, the same for every launch of a run, so that it refuses a second active one.
 
@@ -204,70 +176,12 @@ def _find_destination(config: Config, project: str) -> Destination:
     )
 
 
-def _without_published(
-    config: Config, runs: list[Run], client: bigquery.Client, destination: Destination, terminal: Terminal
-) -> list[Run]:
-    """Returns those of the runs that are to be published; one that was named itself is published again."""
-    if not config.all_runs:
-        return runs
-    days = [run.train_date for run in runs]
-    there = [preflight.partitions(client, destination.table(tower), min(days), max(days)) for tower in config.towers]
-    published = {run.run_id for run in runs if all(run.run_id in found.get(run.train_date, {}) for found in there)}
-    left, superseded = choose(runs, published, config.if_partition_taken)
-    for run, later in superseded:
-        terminal.left_out(run, f"run {later.run_id} of the same date takes its place (--if_partition_taken=replace)")
-    terminal.chosen(len(left), len(published))
-    return left
-
-
 def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
-        folder, _ = _model_folder(config, run, copies_to, stack, terminal)
+        folder, _ = selection.model_folder(config, run, copies_to, stack, terminal)
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, config.towers.values())))
         terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file))
-
-
-def _model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> tuple[str, str]:
-    """Returns where the run's model is read, copied if it has to be, and where it comes from."""
-    model = find_model(
-        run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
-    )
-    if model.notable:
-        terminal.found(model)
-    folder = readable_folder(model)
-    if folder:
-        return folder, folder
-    to = f"{copies_to}/{run.run_id}"
-    return stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal)), model.uri
-
-
-def _towers(config: Config, artifact: Artifact, terminal: Terminal) -> tuple[Tower, ...]:
-    """Returns the towers that were named, or those that the model shows without doubt."""
-    wanted = config.towers
-    if config.discover and (found := discover(artifact.tower_layers())) and found != wanted:
-        wanted = found
-        terminal.discovered(found)
-    return cover([artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in wanted.items()])
-
-
-def _read_model(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> Training | None:
-    """Returns the run's training, its model copied if workers could not read it; None if it is left out."""
-    try:
-        folder, model_uri = _model_folder(config, run, copies_to, stack, terminal)
-        if not config.local and not folder.startswith("gs://"):
-            raise ConfigError(
-                f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
-                "artifacts are on gs://, or --runner=DirectRunner"
-            )
-        with closing(open_artifact(folder, open_file, config.towers.values())) as artifact:
-            towers = _towers(config, artifact, terminal)
-    except (ArtifactMissingError, NotAModelError) as error:
-        if not config.all_runs:
-            raise
-        terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.
-        return None
-    return Training(run, model_uri, towers)
 
 
 def _submit(pipeline: beam.Pipeline, name: str) -> Any:

@@ -1,0 +1,96 @@
+"""Which runs are published, and which towers of their models."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+
+from google.cloud import bigquery
+
+from beam_pipeline import copies, preflight
+from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError
+from beam_pipeline.files import open_file
+from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats.artifact import Artifact, Tower, cover, discover
+from beam_pipeline.options import Config
+from beam_pipeline.runs import Run, Training, choose, find_model, find_run, find_runs, readable_folder
+from beam_pipeline.tables import Destination
+from beam_pipeline.terminal import Terminal
+
+
+def wanted_runs(config: Config) -> list[Run]:
+    """Returns the run that is meant, or all of an experiment, oldest first."""
+    if config.all_runs:
+        return find_runs(
+            config.experiment_name or "",
+            run_name=config.run_name,
+            since=config.since,
+            until=config.until,
+            tracking_uri=config.tracking_uri,
+        )
+    return [
+        find_run(
+            run_id=config.run_id,
+            experiment_name=config.experiment_name,
+            run_name=config.run_name,
+            model_uri=config.model_uri,
+            tracking_uri=config.tracking_uri,
+        )
+    ]
+
+
+def unpublished(
+    config: Config, runs: list[Run], client: bigquery.Client, destination: Destination, terminal: Terminal
+) -> list[Run]:
+    """Returns those of the runs that are to be published; one that was named itself is published again."""
+    if not config.all_runs:
+        return runs
+    days = [run.train_date for run in runs]
+    there = [preflight.partitions(client, destination.table(tower), min(days), max(days)) for tower in config.towers]
+    published = {run.run_id for run in runs if all(run.run_id in found.get(run.train_date, {}) for found in there)}
+    left, superseded = choose(runs, published, config.if_partition_taken)
+    for run, later in superseded:
+        terminal.left_out(run, f"run {later.run_id} of the same date takes its place (--if_partition_taken=replace)")
+    terminal.chosen(len(left), len(published))
+    return left
+
+
+def read_training(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> Training | None:
+    """Returns the run's training, its model copied if workers could not read it; None if it is left out."""
+    try:
+        folder, model_uri = model_folder(config, run, copies_to, stack, terminal)
+        if not config.local and not folder.startswith("gs://"):
+            raise ConfigError(
+                f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
+                "artifacts are on gs://, or --runner=DirectRunner"
+            )
+        with closing(open_artifact(folder, open_file, config.towers.values())) as artifact:
+            towers = _towers(config, artifact, terminal)
+    except (ArtifactMissingError, NotAModelError) as error:
+        if not config.all_runs:
+            raise
+        terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.
+        return None
+    return Training(run, model_uri, towers)
+
+
+def model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> tuple[str, str]:
+    """Returns where the run's model is read, copied if it has to be, and where it comes from."""
+    model = find_model(
+        run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
+    )
+    if model.notable:
+        terminal.found(model)
+    folder = readable_folder(model)
+    if folder:
+        return folder, folder
+    to = f"{copies_to}/{run.run_id}"
+    return stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal)), model.uri
+
+
+def _towers(config: Config, artifact: Artifact, terminal: Terminal) -> tuple[Tower, ...]:
+    """Returns the towers that were named, or those that the model shows without doubt."""
+    wanted = config.towers
+    if config.discover and (found := discover(artifact.tower_layers())) and found != wanted:
+        wanted = found
+        terminal.discovered(found)
+    return cover([artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in wanted.items()])
