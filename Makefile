@@ -38,13 +38,14 @@ help:
 	@echo 'make clean     delete environments, demo and caches'
 
 # The lock is for Python 3.11; other versions resolve by themselves. Bytecode is compiled here because an environment
-# may forbid Python to write it later, and importing TensorFlow without it takes 9 s instead of 4.
+# may forbid Python to write it later, and importing TensorFlow without it takes 9 s instead of 4; not by pip, which
+# takes one processor for it.
 $(VENV): setup.py constraints.txt
 	@echo 'Setting up .venv: a few minutes, once.'
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	lock=$$($(BIN)/python -c 'import sys; print("-cconstraints.txt" if sys.version_info[:2] == (3, 11) else "")') && \
-	$(BIN)/python -m pip install -qq $$lock -e '.[launcher,warehouse,train,test,bench,lint]'
+	$(BIN)/python -m pip install -qq --no-compile $$lock -e '.[launcher,warehouse,train,test,bench,lint]'
 	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
