@@ -105,6 +105,14 @@ class ObjectGraph:
                 seen.add(child)
                 yield name, child
 
+    def below(self, root: int) -> Iterator[int]:
+        """Yields an object and all Keras objects inside of it, each once, outer ones first."""
+        queue, seen = deque([root]), {root}
+        while queue:
+            node = queue.popleft()
+            yield node
+            queue.extend(child for _, child in self.objects(node, seen))
+
     def path(self, node: int) -> list[str]:
         """Returns a path from the root to an object: the shortest, since all are the same to the checkpoint."""
         if self._parents is None:
@@ -141,13 +149,8 @@ class ObjectGraph:
 
     def matrices(self, root: int) -> set[int]:
         """Returns all matrices of an object, whatever they are called."""
-        found = {root} if self.is_matrix(root) else set[int]()
-        queue, seen = deque([root]), {root}
-        while queue:
-            node = queue.popleft()
-            found.update(child for child in self.nodes[node].children.values() if self.is_matrix(child))
-            queue.extend(child for _, child in self.objects(node, seen))
-        return found
+        children = (child for node in self.below(root) for child in self.nodes[node].children.values())
+        return {node for node in (root, *children) if self.is_matrix(node)}
 
     def keys(self, node: int) -> dict[str, str] | None:
         """Returns the checkpoint key of each attribute of an object; None if the checkpoint does not know it."""

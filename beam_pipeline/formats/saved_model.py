@@ -88,9 +88,7 @@ class SavedModel:
         tables, variables = [], []
         if self._graph.is_matrix(root):
             variables.append(("", root))
-        queue, seen = deque([root]), {root}
-        while queue:
-            node = queue.popleft()
+        for node in self._graph.below(root):
             children = self._graph.nodes[node].children
             self._steps += 1 + len(children)
             if self._steps > _MAX_STEPS:
@@ -101,7 +99,6 @@ class SavedModel:
                     tables.append((name, child))
                 elif name == "embeddings" or self._graph.is_matrix(child):
                     variables.append((name, child))
-            queue.extend(child for _, child in self._graph.objects(node, seen))
         return _called("lookup_table", tables), _called("embeddings", variables)
 
     def _table_and_variable(self, name: str, layer: str) -> tuple[int, int]:
