@@ -18,7 +18,7 @@ a later launch all work with it.
 
 publish: BigQuery rolls a transaction back that is cut short. If it was committed and the worker died before it could
 say so: the job id is launch + attempt and is looked up before anything is submitted, so a committed publication is
-found, not repeated.
+found, not repeated. A job that fails for a passing reason is followed by the next attempt, under an id of its own.
 
 clean: a retry deletes again; what is missing is fine. Nobody else's tables are touched. What a dead launch has left
 expires after 48 hours (tables) or is swept by a later launch (files).
@@ -44,7 +44,7 @@ from typing import cast
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import Lineage
-from google.api_core.exceptions import BadRequest, Conflict, GoogleAPICallError, NotFound
+from google.api_core.exceptions import Conflict, GoogleAPICallError, NotFound, RetryError
 from google.cloud import bigquery
 
 from beam_pipeline import tables
@@ -73,8 +73,14 @@ ATTEMPTS = 10
 _LOG = logging.getLogger(__name__)
 
 # Reasons after which BigQuery asks to submit the job again (https://cloud.google.com/bigquery/docs/error-messages).
-_TRANSIENT = ("backendError", "internalError", "jobBackendError", "jobInternalError", "jobRateLimitExceeded")
+_TRANSIENT = (
+    *("backendError", "internalError", "rateLimitExceeded"),
+    *("jobBackendError", "jobInternalError", "jobRateLimitExceeded"),
+)
 _CONFLICT = "due to concurrent update"
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0  # Seconds between two looks at a job.
+_UNTIL_SHOWN = (1, 2, 4, 8, 16)  # Seconds before each look for a job that exists and is not shown.
 
 
 Tallies = Mapping[tuple[str, str], Tally]
@@ -306,27 +312,45 @@ def _publish(client: bigquery.Client, run: Run, job_prefix: str, script: str, sl
     """Runs one transaction to its end, whatever of it was tried before."""
     for attempt in range(ATTEMPTS):
         job_id = _job_id(job_prefix, attempt)
-        job = _find_job(client, job_id) or _start_job(client, job_id, script)
-        try:
-            job.result()
+        failure = _run_job(client, job_id, script, sleep)
+        if not failure:
             return
-        except GoogleAPICallError as error:
-            message = error.message or str(error)
-            if tables.TAKEN_MARK in message:
-                raise PartitionTakenError(
-                    f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
-                    "published: choose with --if_partition_taken=replace or keep"
-                ) from error
-            reason = (job.error_result or {}).get("reason")
-            if _CONFLICT not in message and reason not in _TRANSIENT:
-                raise PublishError(f"BigQuery refused to publish (job {job_id}): {message}") from error
-            _LOG.info("publication attempt %d was cancelled, trying again: %s", attempt + 1, message)
-            # Conflicting launches drift apart: a random part of a growing span.
-            sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
+        message = failure.get("message", "")
+        if tables.TAKEN_MARK in message:
+            raise PartitionTakenError(
+                f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
+                "published: choose with --if_partition_taken=replace or keep"
+            )
+        if _CONFLICT not in message and failure.get("reason") not in _TRANSIENT:
+            raise PublishError(f"BigQuery refused to publish (job {job_id}): {message}")
+        _LOG.info("publication attempt %d was cancelled, trying again: %s", attempt + 1, message)
+        # Conflicting launches drift apart: a random part of a growing span.
+        sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
     raise PublishError(
-        f"partition {run.train_date} was not published: {ATTEMPTS} attempts conflicted with other "
-        "publications; start the job again when fewer run at once"
+        f"partition {run.train_date} was not published: {ATTEMPTS} attempts failed, the last with: {message}; start "
+        "the job again when fewer publish at once"
     )
+
+
+def _run_job(client: bigquery.Client, job_id: str, script: str, sleep: Callable[[float], None]) -> dict[str, str]:
+    """Runs a job to its end, whoever submitted it; returns its error, with reason and message, or nothing.
+
+    It waits with jobs.get, which alone says whether the job has failed. getQueryResults reports a failed job as a
+    failed request, which a client cannot tell from a request that failed while the job goes on.
+    """
+    try:
+        job = _find_job(client, job_id) or _start_job(client, job_id, script, sleep)
+        pause = _FIRST_PAUSE
+        while not job.done():
+            sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+    except RetryError as error:  # After the client's own ten minutes.
+        raise PublishError(
+            f"BigQuery did not answer about job {job_id}, which may have published: {error.cause}; start the job again"
+        ) from error
+    except GoogleAPICallError as error:
+        raise PublishError(f"BigQuery refused to publish (job {job_id}): {error.message}") from error
+    return job.error_result or {}
 
 
 def clean(client: bigquery.Client, publication: Publication, launch: str, load_files: Iterable[str]) -> None:
@@ -425,16 +449,17 @@ def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
         return None
 
 
-def _start_job(client: bigquery.Client, job_id: str, script: str) -> bigquery.QueryJob:
+def _start_job(client: bigquery.Client, job_id: str, script: str, sleep: Callable[[float], None]) -> bigquery.QueryJob:
     try:
         return client.query(script, job_id=job_id, job_retry=None)
     except Conflict:  # Submitted a moment ago, by a request whose answer was lost or by a duplicate of this step.
-        job = _find_job(client, job_id)
-        if job is None:
-            raise
-        return job
-    except BadRequest as error:
-        raise PublishError(f"BigQuery refused to publish (job {job_id}): {error.message}") from error
+        pass
+    # jobs.get may say 404 for some seconds: https://github.com/googleapis/python-bigquery/issues/2134
+    for pause in _UNTIL_SHOWN:
+        sleep(pause)
+        if job := _find_job(client, job_id):
+            return job
+    raise PublishError(f"BigQuery says that job {job_id} exists, but does not show it; start the job again")
 
 
 def _published(client: bigquery.Client, launch: str) -> bool:

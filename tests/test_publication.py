@@ -4,7 +4,22 @@ import dataclasses
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
-from fake_bigquery import ABORTED, BACKEND, DENIED, DONE, LOST_ANSWER, NOT_SERIALIZABLE, TAKEN, serve
+from fake_bigquery import (
+    ABORTED,
+    AMBIGUOUS_BACKEND,
+    AMBIGUOUS_INTERNAL,
+    AMBIGUOUS_RATE,
+    BACKEND,
+    DENIED,
+    DONE,
+    INTERNAL,
+    LOST_ANSWER,
+    NOT_SERIALIZABLE,
+    RATE,
+    TAKEN,
+    serve,
+)
+from google.cloud import bigquery
 from towers import described
 
 from beam_pipeline import publication
@@ -31,9 +46,10 @@ TALLIES = {
 
 
 def publish(client, what=WHAT):
+    """Publishes; returns how long it waited before each further attempt, of a second and more."""
     waits = []
     publication.publish(client, what, "launch1", TALLIES, sleep=waits.append)
-    return waits
+    return [seconds for seconds in waits if seconds >= 1]
 
 
 def test_one_job_publishes():
@@ -42,7 +58,15 @@ def test_one_job_publishes():
         assert service.submitted == ["publish_embeddings_launch1_0_0"]
 
 
-@pytest.mark.parametrize("conflict", [ABORTED, NOT_SERIALIZABLE, BACKEND])
+@pytest.mark.timeout(20)  # The client itself would ask for ten minutes whether an ambiguous failure is one.
+@pytest.mark.parametrize(
+    "conflict",
+    [
+        *(ABORTED, NOT_SERIALIZABLE, BACKEND, INTERNAL, RATE),
+        *(AMBIGUOUS_BACKEND, AMBIGUOUS_INTERNAL, AMBIGUOUS_RATE),
+    ],
+    ids=lambda failure: failure["reason"],
+)
 def test_a_cancelled_publication_starts_over_under_another_id(conflict):
     with serve(conflict, conflict, DONE) as (service, client):
         waits = publish(client)
@@ -51,7 +75,8 @@ def test_a_cancelled_publication_starts_over_under_another_id(conflict):
 
 
 def test_conflicts_that_do_not_end():
-    with serve(*[ABORTED] * publication.ATTEMPTS) as (_, client), pytest.raises(PublishError, match="10 attempts"):
+    words = "10 attempts failed, the last with: Query error: Transaction is aborted due to concurrent update"
+    with serve(*[ABORTED] * publication.ATTEMPTS) as (_, client), pytest.raises(PublishError, match=words):
         publish(client)
 
 
@@ -78,6 +103,36 @@ def test_a_job_that_a_twin_submitted_a_moment_ago(monkeypatch):
         monkeypatch.setattr(publication, "_find_job", lambda *args: next(answers, find(*args)))
         publish(client)
         assert service.submitted == ["publish_embeddings_launch1_0_0"] * 2
+
+
+def test_a_job_that_exists_and_is_not_shown_yet():
+    """409, then 404 for some seconds."""
+    with serve(DONE) as (service, client):
+        service.insert("publish_embeddings_launch1_0_0")
+        service.hidden = 4  # the look-up before the job is submitted, and three after it was refused
+        assert publish(client) == [1, 2, 4, 8]
+        assert service.submitted == ["publish_embeddings_launch1_0_0"] * 2
+
+
+def test_a_job_that_exists_and_is_never_shown():
+    with serve(DONE) as (service, client):
+        service.insert("publish_embeddings_launch1_0_0")
+        service.hidden = 1000
+        with pytest.raises(PublishError, match=r"job publish_embeddings_launch1_0_0 exists, but does not show it"):
+            publish(client)
+        assert service.submitted == ["publish_embeddings_launch1_0_0"] * 2
+
+
+def test_a_bigquery_that_does_not_answer(monkeypatch):
+    """The client asks again for ten minutes, here for none, and raises what is no GoogleAPICallError."""
+    monkeypatch.setattr(bigquery.DEFAULT_RETRY, "_timeout", 0.1)
+    with serve(DONE) as (service, client):
+        service.down = True
+        with pytest.raises(PublishError, match=r"did not answer about job publish_embeddings_launch1_0_0, .*start the"):
+            publish(client)
+        service.down = False
+        publish(client)  # A retry of the step.
+        assert service.submitted == ["publish_embeddings_launch1_0_0"]
 
 
 def test_an_answer_that_is_lost():
