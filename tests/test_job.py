@@ -370,6 +370,7 @@ def first_version(job, tower, **changes):
 def test_a_table_of_the_first_version_is_extended(job, store, models):
     for tower in ("user", "item"):
         job.client.create_table(first_version(job, tower))
+    job.client.create_table(bigquery.Table(job.destination.log, schema=tables.LOG_SCHEMA[:5]))  # an early log
     job.query("INSERT INTO {user} VALUES (DATE '2026-02-01', 'old', 'two_tower', 'n', 'u1', [1.0,2,3,4,5,6,7,8])")
     run = store.log(models("plain"), "plain", MARCH_1)
     assert job.run(run) == 0
@@ -380,6 +381,8 @@ def test_a_table_of_the_first_version_is_extended(job, store, models):
     ]
     ((old,),) = job.query("SELECT user_embedding FROM {user} WHERE mlflow_run_id = 'old'")
     assert old == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    log = f"SELECT tower, row_count, pipeline_version FROM {job.dataset}.two_tower_embedding_log ORDER BY tower"
+    assert job.query(log) == [("item", 2014, __version__), ("user", 3015, __version__)]
 
 
 def test_an_incompatible_table_is_refused(job, store, models, capsys):
