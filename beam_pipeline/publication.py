@@ -20,8 +20,9 @@ publish: BigQuery rolls a transaction back that is cut short. If it was committe
 say so: the job id is launch + attempt and is looked up before anything is submitted, so a committed publication is
 found, not repeated. A job that fails for a passing reason is followed by the next attempt, under an id of its own.
 
-clean: a retry deletes again; what is missing is fine. Nobody else's tables are touched. What a dead launch has left
-expires after 48 hours (tables) or is swept by a later launch (files).
+clean: a retry deletes again; what is missing is fine, and what cannot be deleted is left: this step never fails, since
+everything is published. Nobody else's tables are touched. What a dead launch has left expires after 48 hours (tables)
+or is swept by a later launch (files).
 
 several trainings: each is a transaction of its own, in order; a retry finds those that are done and goes on with the
 next.
@@ -37,17 +38,19 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import cast
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import Lineage
-from google.api_core.exceptions import Conflict, GoogleAPICallError, NotFound, RetryError
+from google.api_core.exceptions import Conflict, GoogleAPICallError, GoogleAPIError, NotFound, RetryError
+from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery
 
-from beam_pipeline import emulators, tables
+from beam_pipeline import emulators, metrics, tables
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -356,6 +359,9 @@ def _run_job(client: bigquery.Client, job_id: str, script: str, sleep: Callable[
 def clean(client: bigquery.Client, publication: Publication, launch: str, load_files: Iterable[str]) -> None:
     """Drops the staging tables, the load files and the copied model of a launch, and files that dead launches left.
 
+    What cannot be deleted (a bucket has retention or holds, an account may not delete) is logged and counted as
+    `not-deleted`. It fails nothing: everything is published, and who starts failed jobs again would publish for ever.
+
     Args:
         client: for the dataset.
         publication: what was published.
@@ -363,13 +369,29 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
         load_files: paths of the files that were loaded; a folder that holds one is deleted whole.
     """
     for tower in publication.towers:
-        client.delete_table(publication.destination.staging(tower, launch), not_found_ok=True)
+        staging = publication.destination.staging(tower, launch)
+        with _left_if_denied(f"table {staging}"):
+            client.delete_table(staging, not_found_ok=True)
     # <root>/bq_load/<uuid>/<table>/<file>: a failed bundle's files lie beside those that were loaded.
-    for folder in {path.rsplit("/", 2)[0] for path in load_files}:
-        _delete_files(folder)
-    _delete_files(publication.copy)
+    folders = {path.rsplit("/", 2)[0] for path in load_files}
+    for folder in (*sorted(folders), publication.copy):
+        with _left_if_denied(f"folder {folder}"):
+            _delete_files(folder)
     for folder in (publication.all_load_files, publication.all_copies):
-        _delete_files(folder, older_than=STAGING_LIFE)
+        with _left_if_denied(f"files of earlier jobs in {folder}"):
+            _delete_files(folder, older_than=STAGING_LIFE)
+
+
+@contextmanager
+def _left_if_denied(what: str) -> Iterator[None]:
+    """Logs and counts what cannot be deleted instead of raising."""
+    try:
+        yield
+    except (GoogleAPIError, GoogleAuthError, OSError) as error:  # Beam's own errors of files are OSErrors.
+        failures = getattr(error, "exception_details", None) or {what: error}
+        path, reason = next(iter(failures.items()))
+        _LOG.warning("%s: not all is deleted: %s: %s", what, path, reason)
+        metrics.count("not-deleted", len(failures))
 
 
 def discard(client: bigquery.Client, publication: Publication, job_name: str) -> None:
@@ -393,8 +415,9 @@ def discard_all(client: bigquery.Client, publication: Publication) -> None:
 
 
 def discard_copy(folder: str) -> None:
-    """Removes a copied model; a missing one is fine."""
-    _delete_files(folder)
+    """Removes a copied model; a missing one is fine, and one that cannot be deleted is left."""
+    with _left_if_denied(f"copied model {folder}"):
+        _delete_files(folder)
 
 
 def _add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:

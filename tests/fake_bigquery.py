@@ -70,6 +70,7 @@ class FakeBigQuery:
         hidden: how many more requests for a job are answered 404 although it is there, as for some seconds after it
             was submitted (https://github.com/googleapis/python-bigquery/issues/2134).
         down: whether every request is answered 503.
+        tables: names of tables that can be deleted, if `may_delete`.
     """
 
     def __init__(self, outcomes):
@@ -78,6 +79,8 @@ class FakeBigQuery:
         self.submitted = []
         self.hidden = 0
         self.down = False
+        self.tables = set()
+        self.may_delete = True
         self._running = set()
 
     def insert(self, job_id):
@@ -104,6 +107,16 @@ class FakeBigQuery:
             "statistics": {"query": {"statementType": "SCRIPT"}},
             "status": status,
         }
+
+    def delete(self, path):
+        table = path.rsplit("/", 1)[1]
+        if table not in self.tables:
+            return 404, error(404, "notFound", f"Not found: Table {table}", "NOT_FOUND")
+        if not self.may_delete:
+            denied = f"Access Denied: Table {table}: Permission bigquery.tables.delete denied"
+            return 403, error(403, "accessDenied", denied, "PERMISSION_DENIED")
+        self.tables.remove(table)
+        return 204, None
 
     def get(self, path):
         if self.down:
@@ -143,6 +156,9 @@ def serve(*outcomes):
 
         def do_GET(self):
             self.answer(fake.get(urlparse(self.path).path))
+
+        def do_DELETE(self):
+            self.answer(fake.delete(urlparse(self.path).path))
 
         def answer(self, answer):
             if answer is None:

@@ -13,6 +13,7 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.io.gcp.bigquery_tools import BigQueryWrapper
+from apache_beam.io.gcp.gcsio import GcsIO
 from apache_beam.metrics.metric import Lineage
 from google.cloud import bigquery
 from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
@@ -347,6 +348,17 @@ def test_load_files_of_dead_launches_are_swept(job, store, models, monkeypatch):
     monkeypatch.setattr(publication, "STAGING_LIFE", timedelta(0))
     assert job.run(run) == 0
     assert store.load_files(job.dataset) == [f"{folder}/other"]
+
+
+def test_a_bucket_that_deletes_nothing_fails_no_job(job, store, models, monkeypatch, caplog):
+    """As with retention or holds: a failed job would be started again, and publish, for ever."""
+    monkeypatch.setattr(GcsIO, "delete_batch", lambda self, paths: [(path, 403) for path in paths])
+    run = store.log(models("longer"), "held", MARCH_1)
+    assert job.run(run) == 0
+    assert job.published() == {("2026-03-01", run): (50, 50)}
+    assert job.tables() == DESTINATION_TABLES
+    assert len(store.load_files(job.dataset)) == 2
+    assert "not all is deleted: gs://warehouse/tmp/" in caplog.text
 
 
 # Tables that exist already.
