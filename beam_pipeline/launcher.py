@@ -81,13 +81,12 @@ def run(config: Config) -> None:
         if config.warehouse:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
-            cloud.project = config.project or warehouse.project
         if emulators.emulated():
             emulators.connect()
-        cloud.project = _project(config, cloud)
+        project = _projects(config, cloud, terminal)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        destination = _find_destination(config, cloud.project)
+        destination = _find_destination(config, project, cloud.project)
         client = publication.make_client(destination)
         runs = selection.unpublished(config, found, client, destination, terminal)
         if not runs:
@@ -165,12 +164,13 @@ def _labels(config: Config, runs: Sequence[Run]) -> list[str]:
     return [f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in labels.items()]
 
 
-def _find_destination(config: Config, project: str) -> Destination:
+def _find_destination(config: Config, project: str, billing_project: str) -> Destination:
     staging = config.staging_dataset
     return preflight.find_destination(
         project,
         config.dataset,
         config.table_prefix,
+        billing_project=billing_project,
         staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
         make_dataset=bool(config.warehouse),
     )
@@ -233,16 +233,22 @@ def _beam_options(config: Config) -> PipelineOptions:
     return options
 
 
-def _project(config: Config, cloud: GoogleCloudOptions) -> str:
-    project = config.project or cloud.project
-    if not project and emulators.emulated():
-        project = emulators.PROJECT
-    if not project:
+def _projects(config: Config, cloud: GoogleCloudOptions, terminal: Terminal) -> str:
+    """Returns the project of the tables; makes sure that Beam's options have one where jobs run and are billed.
+
+    One that was named is never changed: the tables may be in another, and a Flex Template must not change it.
+    """
+    if not cloud.project and config.dataset_project:
+        cloud.project = config.dataset_project
+        terminal.billed(cloud.project)
+    if not cloud.project and emulators.emulated():
+        cloud.project = emulators.PROJECT
+    if not cloud.project:
         raise ConfigError(
             "where to? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
             "--temp_location=gs://BUCKET/FOLDER for BigQuery"
         )
-    return project
+    return config.dataset_project or str(cloud.project)
 
 
 def _reason(error: Exception) -> PipelineError:

@@ -27,6 +27,7 @@ _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 class Config:
     """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
 
+    `project` is where jobs run and are billed, `dataset_project` the one that --dataset names, if it names any.
     `discover` says that no tower was named: `towers` are the default ones, and a model may show others.
     """
 
@@ -44,6 +45,7 @@ class Config:
     discover: bool = False
     env: str = "dev"
     project: str | None = None
+    dataset_project: str | None = None
     dataset: str = "raw_dev"
     table_prefix: str = "two_tower"
     if_partition_taken: str = "fail"
@@ -113,24 +115,28 @@ def add_tracking(group: argparse._ActionsContainer) -> None:
 def add_destination(group: argparse._ActionsContainer) -> None:
     """Adds the flags that say where the tables are."""
     group.add_argument("--env", default="dev", choices=("dev", "stg", "prod"), help="dataset raw_ENV (default: dev)")
-    group.add_argument("--dataset", help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used")
+    group.add_argument(
+        "--dataset",
+        help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used; jobs run in --project all the same, "
+        "and are billed to it",
+    )
     group.add_argument(
         "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embedding (default: %(default)s)"
     )
 
 
 def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
-    """Returns project and dataset that the flags name; exits 2 if they are malformed."""
+    """Returns the project that --dataset names, if it names any, and the dataset; exits 2 if they are malformed."""
     if found.project and not re.fullmatch(_PROJECT, found.project):
         ours.error(f"--project={found.project!r} is no project id")
     if not _NAME.fullmatch(found.table_prefix):
         ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
     if not found.dataset:
-        return found.project, f"raw_{found.env}"
+        return None, f"raw_{found.env}"
     match = _DATASET.fullmatch(found.dataset)
     if not match:
         ours.error(f"--dataset={found.dataset!r}: DATASET or PROJECT.DATASET, of letters, digits and _")
-    return match[1] or found.project, match[2]
+    return match[1], match[2]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -268,7 +274,7 @@ def parse(argv: Sequence[str]) -> Config:
     towers = _towers(ours, found.tower)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
-    project, dataset_name = dataset(ours, found)
+    dataset_project, dataset_name = dataset(ours, found)
     if found.staging_dataset and not _DATASET.fullmatch(found.staging_dataset):
         ours.error(f"--staging_dataset={found.staging_dataset!r}: DATASET or PROJECT.DATASET")
     if found.kms_key and not _KMS_KEY.fullmatch(found.kms_key):
@@ -287,7 +293,8 @@ def parse(argv: Sequence[str]) -> Config:
         towers=towers,
         discover=not found.tower,
         env=found.env,
-        project=project,
+        project=found.project,
+        dataset_project=dataset_project,
         dataset=dataset_name,
         table_prefix=found.table_prefix,
         if_partition_taken=found.if_partition_taken,

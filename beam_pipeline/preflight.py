@@ -79,14 +79,21 @@ class Findings:
 
 
 def find_destination(
-    project: str, dataset: str, prefix: str, *, staging_dataset: str | None = None, make_dataset: bool = False
+    project: str,
+    dataset: str,
+    prefix: str,
+    *,
+    billing_project: str | None = None,
+    staging_dataset: str | None = None,
+    make_dataset: bool = False,
 ) -> Destination:
     """Returns the destination in the dataset's own location.
 
     Args:
-        project: BigQuery project.
+        project: the tables'.
         dataset: its dataset.
         prefix: first part of the tables' names.
+        billing_project: where jobs run and are billed, if it is another.
         staging_dataset: `project.dataset` for staging tables, if it is another.
         make_dataset: make them if missing; for the embedded warehouse alone.
 
@@ -94,27 +101,27 @@ def find_destination(
         DatasetMissingError: there is no such dataset.
         ConfigError: BigQuery cannot be asked, or the two datasets are in different places.
     """
-    location = _location(project, f"{project}.{dataset}", make_dataset)
+    location = _location(billing_project or project, f"{project}.{dataset}", make_dataset)
     if staging_dataset:
-        other = _location(project, staging_dataset, make_dataset)
+        other = _location(billing_project or project, staging_dataset, make_dataset)
         if other != location:
             raise ConfigError(
                 f"--staging_dataset {staging_dataset} is in {other} and {project}.{dataset} in {location}; one query "
                 "reads both, so they have to be in one location"
             )
-    return Destination(project, dataset, location, prefix, staging_dataset)
+    return Destination(project, dataset, location, prefix, staging_dataset, billing_project)
 
 
-def _location(project: str, dataset: str, make: bool) -> str:
+def _location(billing_project: str, dataset: str, make: bool) -> str:
     try:
-        client = bigquery.Client(project=project)
+        client = bigquery.Client(project=billing_project)
         if make:
             client.create_dataset(dataset, exists_ok=True)
         return client.get_dataset(dataset).location or "US"
     except NotFound as error:
         raise DatasetMissingError(
             f"dataset {dataset} does not exist; make it where the bucket is: "
-            f"bq --location=EU mk --dataset {dataset.replace('.', ':')}"
+            f"bq --location=EU mk --dataset {':'.join(dataset.rsplit('.', 1))}"
         ) from error
     except (GoogleAPICallError, GoogleAuthError) as error:
         raise ConfigError(f"BigQuery does not answer for dataset {dataset}: {_first_line(error)}") from error
@@ -135,6 +142,8 @@ def examine(
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
+    if destination.jobs_project != destination.project:
+        findings.ok("jobs", f"run in project {destination.jobs_project}, which is billed")
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
         error = ConfigError(f"{days:,} dates, and one load job writes {_MOST_PARTITIONS:,}; narrow --since and --until")
         findings.stop("dates", error)
@@ -212,7 +221,7 @@ def _examine_age(
         findings.stop(
             check,
             IncompatibleTableError(
-                f"table {name.rsplit('.', 1)[1]} keeps partitions for {expiration // _DAY_MS} days, and {old[0]} was "
+                f"table {tables.split_name(name)[2]} keeps partitions for {expiration // _DAY_MS} days, and {old[0]} was "
                 f"{(today - old[0]).days} days ago{more}: BigQuery would delete its rows at once; lengthen that "
                 "expiration, or leave the date out with --since"
             ),
@@ -305,7 +314,7 @@ def _examine_bucket(findings: Findings, publication: Publication) -> None:
     location = publication.destination.location
     name = publication.bucket
     try:
-        bucket = storage.Client(project=publication.destination.project).get_bucket(name, timeout=10)
+        bucket = storage.Client(project=publication.destination.jobs_project).get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -360,7 +369,7 @@ def _examine_permissions(
         findings.note("permissions", "not asked: emulators have none")
         return
     wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if distributed else [])]
-    project = publication.destination.project
+    project = publication.destination.jobs_project
     name = publication.bucket
     missing: list[str] = []
     asked: list[str] = []

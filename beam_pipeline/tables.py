@@ -34,6 +34,7 @@ class Destination:
         location: the dataset's, where every job has to run.
         prefix: first part of every table's name.
         staging_dataset: `project.dataset` of the staging tables, if it is another.
+        billing_project: where jobs run and are billed, if it is not `project`.
     """
 
     project: str
@@ -41,6 +42,12 @@ class Destination:
     location: str
     prefix: str
     staging_dataset: str | None = None
+    billing_project: str | None = None
+
+    @property
+    def jobs_project(self) -> str:
+        """Where jobs run and are billed."""
+        return self.billing_project or self.project
 
     def table(self, tower: str) -> str:
         """Returns `project.dataset.table` of a tower's history."""

@@ -50,15 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run_id", required=True, help="MLflow run")
     options.add_tracking(parser)
     options.add_destination(parser)
-    parser.add_argument("--project", help="Google Cloud project")
+    parser.add_argument(
+        "--project", help="Google Cloud project that is billed, and has the tables unless --dataset says"
+    )
     found = parser.parse_args(argv)
     try:
         identity.authorize(found.tracking_uri, found.tracking_audience)
         if emulators.emulated():
             emulators.connect()
         project, dataset = options.dataset(parser, found)
-        project = project or bigquery.Client().project
-        destination = preflight.find_destination(project, dataset, found.table_prefix)
+        billing = found.project or project or bigquery.Client().project
+        destination = preflight.find_destination(
+            project or billing, dataset, found.table_prefix, billing_project=billing
+        )
         tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -93,6 +93,10 @@ class Terminal:
         """Prints which model is taken, where that does not go without saying."""
         self._print(f"found       {model.name}", flush=True)
 
+    def billed(self, project: str) -> None:
+        """Prints which project is billed, where none was named for it."""
+        self._print(f"project     no --project: jobs run in {project}, the dataset's, which is billed", flush=True)
+
     def inspected(self, run: Run, folder: str, lines: Iterable[str]) -> None:
         """Prints what is in a run's model."""
         self._print(f"experiment  {run.experiment_name}")

@@ -51,7 +51,7 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
         tower, destination = self.tower, self.publication.destination
 
         def staging(_: Any, launch: str) -> str:
-            project, dataset, table = destination.staging(tower, launch).split(".")
+            project, dataset, table = tables.split_name(destination.staging(tower, launch))
             return f"{project}:{dataset}.{table}"
 
         return {
@@ -63,6 +63,8 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
             "create_disposition": BigQueryDisposition.CREATE_NEVER,
             # Truncating would be no safer: job ids are deterministic, and the audit counts.
             "write_disposition": BigQueryDisposition.WRITE_APPEND,
+            # Beam would run and bill load jobs in the table's project.
+            "load_job_project_id": destination.jobs_project,
             "custom_gcs_temp_location": self.publication.load_files,
             "max_file_size": MAX_FILE_BYTES,
             # Beam drops its own kms_key for FILE_LOADS.
