@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
 import sys
 import tempfile
 import uuid
@@ -18,6 +17,7 @@ from google.cloud import bigquery
 
 from beam_pipeline import (
     __version__,
+    command,
     emulators,
     errors,
     identity,
@@ -41,26 +41,10 @@ from beam_pipeline.terminal import Terminal
 
 def launch(config: Config) -> int:
     """Runs the command line; returns the exit code: 0, or 1 with one line on stderr."""
-    # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(config)
-    except PipelineError as error:
-        return _stopped(str(error), 1)
-    except KeyboardInterrupt:
-        return _stopped(f"interrupted; {_WHOLE}", 130)
-    except Exception as error:
-        logging.getLogger(__name__).info("stopped by", exc_info=error)
-        return _stopped(f"{type(error).__name__}: {error}", 1)
-    return 0
+    return command.exit_code(lambda: run(config), interrupted=f"interrupted; {_WHOLE}")
 
 
 _WHOLE = "the tables hold this training whole or not at all, start the job again"
-
-
-def _stopped(message: str, code: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return code
 
 
 def run(config: Config) -> None:
