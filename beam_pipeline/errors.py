@@ -25,6 +25,10 @@ class ArtifactMissingError(PipelineError):
     """The run's artifact folder, or a file that belongs to it, does not exist."""
 
 
+class UnfinishedUploadError(ArtifactMissingError):
+    """MLflow knows the model, but not that all of its files were uploaded."""
+
+
 class NotAModelError(PipelineError):
     """The folder exists but does not hold a model in a format that can be read."""
 

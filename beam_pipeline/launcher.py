@@ -55,7 +55,7 @@ def run(config: Config) -> None:
     """
     terminal = Terminal(as_json=config.plan == "json")
     identity.authorize(config.tracking_uri, config.tracking_audience)
-    found = selection.wanted_runs(config)
+    found = selection.wanted_runs(config, terminal)
     if config.inspect:
         _inspect(config, found[-1], terminal)
         return

@@ -25,7 +25,7 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.formats.artifact import Tower
 from beam_pipeline.publication import Publication, require_compatible
-from beam_pipeline.runs import Training
+from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
 
 _DOLLARS_PER_TIB = 6.25
@@ -135,6 +135,8 @@ def examine(
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
+    for run in (training.run for training in publication.trainings if training.run.status != "FINISHED"):
+        findings.note("run", _unfinished(run))
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
         error = ConfigError(f"{days:,} dates, and one load job writes {_MOST_PARTITIONS:,}; narrow --since and --until")
         findings.stop("dates", error)
@@ -149,6 +151,12 @@ def examine(
     _examine_permissions(findings, client, publication, distributed)
     _estimate(findings, publication)
     return findings
+
+
+def _unfinished(run: Run) -> str:
+    if run.status in ("RUNNING", "SCHEDULED"):
+        return f"{run.run_id} is {run.status}: start the job again if it logs its model again before it ends"
+    return f"{run.run_id} is {run.status}: make sure that its model is the one to publish"
 
 
 def _examine_table(
@@ -209,12 +217,13 @@ def _examine_age(
     )
     if old and expiration:
         more = f" and {len(old) - 1:,} more dates" if len(old) > 1 else ""
+        without = ", or leave the date out with --since" if len(of_runs) > 1 else ""  # --since chooses among many
         findings.stop(
             check,
             IncompatibleTableError(
                 f"table {name.rsplit('.', 1)[1]} keeps partitions for {expiration // _DAY_MS} days, and {old[0]} was "
                 f"{(today - old[0]).days} days ago{more}: BigQuery would delete its rows at once; lengthen that "
-                "expiration, or leave the date out with --since"
+                f"expiration{without}"
             ),
         )
 

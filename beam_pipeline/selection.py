@@ -12,12 +12,12 @@ from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.formats.artifact import Artifact, Tower, cover, discover
 from beam_pipeline.options import Config
-from beam_pipeline.runs import Run, Training, choose, find_model, find_run, find_runs, readable_folder
+from beam_pipeline.runs import Run, Training, choose, find_latest_run, find_model, find_run, find_runs, readable_folder
 from beam_pipeline.tables import Destination
 from beam_pipeline.terminal import Terminal
 
 
-def wanted_runs(config: Config) -> list[Run]:
+def wanted_runs(config: Config, terminal: Terminal) -> list[Run]:
     """Returns the run that is meant, or all of an experiment, oldest first."""
     if config.all_runs:
         return find_runs(
@@ -27,15 +27,17 @@ def wanted_runs(config: Config) -> list[Run]:
             until=config.until,
             tracking_uri=config.tracking_uri,
         )
-    return [
-        find_run(
-            run_id=config.run_id,
-            experiment_name=config.experiment_name,
+    if config.experiment_name:
+        latest, passed = find_latest_run(
+            config.experiment_name,
             run_name=config.run_name,
-            model_uri=config.model_uri,
+            artifact_path=config.artifact_path,
             tracking_uri=config.tracking_uri,
         )
-    ]
+        for run, reason in passed:
+            terminal.left_out(run, reason)
+        return [latest]
+    return [find_run(run_id=config.run_id, model_uri=config.model_uri, tracking_uri=config.tracking_uri)]
 
 
 def unpublished(

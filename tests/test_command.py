@@ -1,5 +1,6 @@
 """What a person or a supervising process sees of a command that was stopped."""
 
+import json
 import os
 import signal
 import subprocess
@@ -56,15 +57,25 @@ def test_an_interrupted_command(number, capsys):
     assert capsys.readouterr().err == "error: start again\n"
 
 
-def test_every_command_without_credentials(tmp_path):
-    """The real processes, where Google's library finds nothing."""
+@pytest.mark.parametrize(
+    ("flags", "credentials", "reason"),
+    [
+        ([], False, "no credentials for Google Cloud: Your default credentials were not found"),
+        (["--project=my-project"], False, "Your default credentials were not found"),
+        ([], True, "which project? --project=PROJECT, or --dataset=PROJECT.DATASET"),
+    ],
+)
+def test_tagging_without_credentials_or_project(flags, credentials, reason, tmp_path):
+    """A process of its own, where Google's library finds nothing."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GOOGLE_", "BIGQUERY_", "STORAGE_"))}
     environment |= {"CLOUDSDK_CONFIG": str(tmp_path), "NO_GCE_CHECK": "true"}
-    for flags in (["beam_pipeline.tag", "--run_id=r"], ["beam_pipeline.tag", "--run_id=r", "--project=my-project"]):
-        done = subprocess.run(
-            [sys.executable, "-m", *flags], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: "), done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-        assert "Your default credentials were not found" in done.stderr
+    if credentials:
+        person = {"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
+        (tmp_path / "person.json").write_text(json.dumps(person))
+        environment["GOOGLE_APPLICATION_CREDENTIALS"] = str(tmp_path / "person.json")
+    command = [sys.executable, "-m", "beam_pipeline.tag", "--run_id=r", *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert reason in done.stderr
