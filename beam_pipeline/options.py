@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--version", action="version", version=__version__)
     model = result.add_argument_group("which model (one of the three)")
     model.add_argument("--run_id", help="MLflow run")
-    model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run")
+    model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run that has the model")
     model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
     model.add_argument(
         "--model_uri", help="MLflow model: runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID"

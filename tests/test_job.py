@@ -417,6 +417,22 @@ def test_an_experiment_without_a_finished_run(job, store, models, capsys):
     assert "has no FINISHED run;" in refused(job, capsys, None, "--experiment_name=unfinished")
 
 
+@pytest.mark.parametrize(
+    ("status", "note"),
+    [
+        ("FINISHED", []),
+        ("RUNNING", ["{run} is RUNNING: start the job again if it logs its model again before it ends"]),
+        ("FAILED", ["{run} is FAILED: make sure that its model is the one to publish"]),
+    ],
+)
+def test_a_named_run_that_has_not_finished_is_noted(job, store, models, capsys, status, note):
+    run = store.log(models("longer"), "named", MARCH_1, status=status)
+    assert job.run(run, "--plan=json") == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    notes = [(line["status"], line["text"]) for line in findings if line["check"] == "run"]
+    assert notes == [("note", text.format(run=run)) for text in note]
+
+
 def test_a_tracking_server_that_is_not_there(job, capsys):
     begin = datetime.now(UTC)
     line = refused(job, capsys, "0" * 32, "--tracking_uri=http://127.0.0.1:9")
