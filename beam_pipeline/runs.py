@@ -349,6 +349,8 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
     wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds or _PATIENCE)}
     # Its bars would tear the lines of the terminal and fill a log.
     wanted["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    # Some artifact stores (dbfs:/) ask the default server for credentials, and would create an empty store here for it.
+    wanted["MLFLOW_TRACKING_URI"] = uri
     own = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(own)
     try:
@@ -458,7 +460,7 @@ def _model_of(client: MlflowClient, artifacts: _Artifacts, artifact_path: str | 
         if file.path == path:
             inside = artifacts.listed(path) if file.is_dir else [file]
             if hdf5 := _only_hdf5(inside):
-                raise refuse_hdf5(f"{run.artifact_uri}/{hdf5}")
+                raise refuse_hdf5(shown(f"{run.artifact_uri}/{hdf5}"))
             return Model(path, run.artifact_uri, path)
     logged = _logged_models(client, run)
     ready = [model for model in logged if str(model.status) == "READY"]
@@ -491,7 +493,7 @@ def _model_of(client: MlflowClient, artifacts: _Artifacts, artifact_path: str | 
         if model not in ready and (artifact_path is None or model.name == name):
             raise UnfinishedUploadError(_unfinished(f"models:/{model.model_id}", model))
     if artifact_path is None and hdf5s:
-        raise refuse_hdf5(f"{run.artifact_uri}/{hdf5s[0]}")
+        raise refuse_hdf5(shown(f"{run.artifact_uri}/{hdf5s[0]}"))
     raise ArtifactMissingError(
         f"{run.artifact_uri.rstrip('/')}/{path} does not hold a model: it does not exist; models of run {run.run_id}: "
         f"{there or 'none'}; choose with --artifact_path or --model_uri"

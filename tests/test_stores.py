@@ -156,6 +156,7 @@ def test_a_store_that_cannot_be_read(client, uri, root, words, monkeypatch, tmp_
     for name in ("JAVA_HOME", "HADOOP_HOME", "DATABRICKS_HOST", "DATABRICKS_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.databrickscfg
+    monkeypatch.chdir(tmp_path)
     run = run_in(client, root)
     with pytest.raises(ConfigError, match=words) as refused:
         find(run, uri)
@@ -166,6 +167,7 @@ def test_a_store_that_cannot_be_read(client, uri, root, words, monkeypatch, tmp_
     client.set_terminated(run)
     with pytest.raises(ConfigError, match=words):
         runs.find_latest_run(client.get_experiment(experiment).name, tracking_uri=uri)
+    assert not [*tmp_path.iterdir()]  # MLflow creates a store in the current folder when it is asked without a URI.
 
 
 def test_a_bucket_that_may_not_be_read(client, uri, warehouse):
