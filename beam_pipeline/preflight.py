@@ -14,7 +14,7 @@ from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery, storage
 
-from beam_pipeline import emulators, tables
+from beam_pipeline import emulators, tables, vectors
 from beam_pipeline.errors import (
     ConfigError,
     DatasetMissingError,
@@ -121,7 +121,13 @@ def _location(project: str, dataset: str, make: bool) -> str:
 
 
 def examine(
-    client: bigquery.Client, publication: Publication, *, allow_dimension_change: bool, distributed: bool
+    client: bigquery.Client,
+    publication: Publication,
+    *,
+    allow_dimension_change: bool,
+    distributed: bool,
+    embedding_rows: bool = False,
+    discovered: bool = False,
 ) -> Findings:
     """Returns the report about a publication whose dataset exists and whose models were found.
 
@@ -130,8 +136,11 @@ def examine(
         publication: what is to be published.
         allow_dimension_change: publish vectors of another length than before.
         distributed: the job runs elsewhere, as another account.
+        embedding_rows: publish the rows of an embedding although its tower goes on after it.
+        discovered: nobody named the towers' layers.
     """
     findings = Findings()
+    vectors.examine(findings, publication, embedding_rows=embedding_rows, discovered=discovered)
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
