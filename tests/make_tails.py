@@ -353,6 +353,84 @@ def signatures(folder):
     return save(made, folder, signatures=calls)
 
 
+def refused(function):
+    """Marks a model that has no tower of that kind: what its calls answer does not matter."""
+    MODELS[function.__name__] = lambda folder: function(folder) and {}
+    return function
+
+
+@refused
+def one_hot(folder):
+    """A lookup whose row numbers become one-hot vectors, which a kernel multiplies."""
+    layers = [
+        tf_keras.Sequential(
+            [
+                tf_keras.layers.StringLookup(vocabulary=ids, mask_token=None),
+                tf_keras.layers.CategoryEncoding(len(ids) + 1, "one_hot"),
+                tf_keras.layers.Dense(DIMENSION, use_bias=False),
+            ]
+        )
+        for ids in IDS.values()
+    ]
+    built(TwoTower(*layers)).save(folder, save_format="tf")
+    return True
+
+
+@refused
+def hashed_beside_a_city(folder):
+    """The id is hashed; the lookup is of another feature of the user."""
+
+    class Tower(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            hashing = tf_keras.layers.Hashing(50)
+            self.ids = tf_keras.Sequential([hashing, tf_keras.layers.Embedding(50, DIMENSION)])
+            self.city = pair(tf_keras, ["Lyon", "Nice"])
+
+        def call(self, inputs):
+            return self.ids(inputs["user"]) + self.city(inputs["city"])
+
+    class Model(TwoTower):
+        def call(self, inputs):
+            users = self.user_layer({"user": inputs["user"], "city": inputs["city"]})
+            return self.compare(users, self.item_layer(inputs["item"]))
+
+    made = Model(Tower(), pair(tf_keras, ITEMS))
+    built(made, city=tf.constant(["Lyon", "Nice"])).save(folder, save_format="tf")
+    return True
+
+
+@refused
+def words(folder):
+    """The items are known by the words of their titles."""
+    text = tf_keras.layers.TextVectorization(max_tokens=20)
+    text.adapt(["the red house", "the blue road", "a green river"])
+    items = tf_keras.Sequential(
+        [text, tf_keras.layers.Embedding(20, DIMENSION), tf_keras.layers.GlobalAveragePooling1D()]
+    )
+    made = TwoTower(pair(tf_keras, USERS), items)
+    built(made, item=tf.constant([["the house"], ["a road"]])).save(folder, save_format="tf")
+    return True
+
+
+@refused
+def shared(folder):
+    """One embedding for what users listened to, of which they are the mean, and for the items that are compared."""
+
+    class Model(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.lookup = tf_keras.layers.StringLookup(vocabulary=ITEMS, mask_token=None)
+            self.item_embedding = tf_keras.layers.Embedding(len(ITEMS) + 1, DIMENSION)
+
+        def call(self, inputs):
+            users = tf.reduce_mean(self.item_embedding(self.lookup(inputs["user"])), 1)
+            return tf.reduce_sum(users * self.item_embedding(self.lookup(inputs["item"])), -1)
+
+    built(Model(), user=tf.constant([ITEMS[:3]] * 2)).save(folder, save_format="tf")
+    return True
+
+
 @model
 def without_functions(folder):
     return save(built(TwoTower(*sides())), folder, save_traces=False)
@@ -508,12 +586,14 @@ for _name, (_write, _export) in FUNCTIONAL.items():
 class Subclassed(keras.Model):
     """What its call does is not in a .keras file."""
 
-    def __init__(self, *more, after=None, **options):
+    def __init__(self, *more, after=None, item_layers=None, **options):
         super().__init__(**options)
         for side, ids in IDS.items():
             lookup = keras.layers.StringLookup()
             lookup.adapt(tf.constant(ids))
             layers = [lookup, keras.layers.Embedding(len(ids) + 1, DIMENSION, SPREAD), *(make() for make in more)]
+            if side == "item" and item_layers:
+                layers = item_layers
             setattr(self, f"{side}_layer", keras.Sequential(layers))
         self.after = after() if after else None
 
@@ -537,6 +617,28 @@ def subclassed(*more, **options):
         return {side: (getattr(made, side), layers[side][1].get_weights()[0]) for side in IDS}
 
     return write
+
+
+@refused
+def subclassed_words(folder):
+    text = K.TextVectorization(max_tokens=20)
+    text.adapt(["the red house", "the blue road", "a green river"])
+    made = Subclassed(item_layers=[text, K.Embedding(20, DIMENSION), K.GlobalAveragePooling1D()])
+    made({"user": tf.constant(USERS[:2]), "item": tf.constant([["the house"], ["a road"]])})
+    folder.mkdir()
+    made.save(folder / "model.keras")
+    return True
+
+
+@refused
+def subclassed_one_hot(folder):
+    lookup = K.StringLookup(output_mode="one_hot")
+    lookup.adapt(tf.constant(ITEMS))
+    made = Subclassed(item_layers=[lookup, K.Dense(DIMENSION, use_bias=False)])
+    made({"user": tf.constant(USERS[:2]), "item": tf.constant(ITEMS[:2])})
+    folder.mkdir()
+    made.save(folder / "model.keras")
+    return True
 
 
 MODELS |= {

@@ -181,6 +181,12 @@ class KerasFile:
         """Returns a tower's layer, its lookup and its embedding."""
         found = self._find(layer)
         lookups, embeddings = self._parts(found) if found else ([], [])
+        if found and not lookups and any(self._is_text(each) for each in self._below(found)):
+            raise NotAModelError(
+                f"tower {name!r}: the lookup of layer {layer!r} in {self.path} looks up the words of a text: they are "
+                f"not ids; layers that are towers: {', '.join(self.tower_layers()) or 'none'}; choose with "
+                f"--tower {name}=LAYER"
+            )
         if found and not lookups and len(embeddings) == 1:
             lookups = self._feeding(layer, found, embeddings[0])
         if not found or len(lookups) != 1 or len(embeddings) != 1:
@@ -464,12 +470,16 @@ class KerasFile:
             self._roles[key] = self._find_role(layer)
         return self._roles[key]
 
+    def _is_text(self, layer: _Layer) -> bool:
+        """Whether a layer is a TextVectorization, or its lookup: words are not ids."""
+        return layer.kind == _TEXT or layer.path.rsplit("/", 1)[-1] == "_lookup_layer"
+
     def _find_role(self, layer: _Layer) -> str:
         """Returns the role of a layer.
 
         Without a config, its class shows in its path, unless that has an attribute's name, or in the layer's name.
         """
-        if layer.path.rsplit("/", 1)[-1] == "_lookup_layer":  # Of a TextVectorization: its words are not ids.
+        if self._is_text(layer):
             return ""
         if layer.kind:
             kinds = [layer.kind]

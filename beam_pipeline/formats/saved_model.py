@@ -94,7 +94,9 @@ class SavedModel:
             variable = pairs[name][1]
             calls = self._returned(trace, self._outermost(variable))
             node = self._walk(layer)
-            own = self._returned(trace, self._graph.calls(node) if node else [])
+            # What the call of an embedding returns is a row; a layer around it says more.
+            has_ids = node and self._parts(node)[0]
+            own = self._returned(trace, self._graph.calls(node) if node and has_ids else [])
             found[name] = tail(variable, calls, own, trace.meetings) if calls else self._untraced(node, variable)
             others = inside[name] - {variable}
             if others and (not found[name].is_row or others & taking_part(calls, trace.meetings)):
@@ -118,7 +120,7 @@ class SavedModel:
             node, path = queue.popleft()
             tables, variables = self._parts(node)
             tables = [table for table in tables if table not in words]
-            if path and len(tables) == len(variables) == 1:
+            if path and len(tables) == len(variables) == 1 and self._is_embedding(variables[0]):
                 found.append(".".join(path))
                 covered.update(variables)
             elif tables and variables:

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import made_by
 
-from beam_pipeline.errors import TowerMissingError
+from beam_pipeline.errors import NotAModelError, TowerMissingError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.formats.artifact import DEFAULT_TOWERS, Ending, discover
@@ -33,6 +33,19 @@ MEETINGS = {
 }
 
 
+REFUSED = {
+    "one_hot": ("user_layer", "holds a lookup and a matrix that the model multiplies by"),
+    "hashed_beside_a_city": (
+        "user_layer",
+        r"holds 2 embeddings \(user_layer.city\S*embeddings, user_layer.ids\S*embeddings\)",
+    ),
+    "words": ("item_layer", "looks up the words of a text: they are not ids"),
+    "subclassed_words": ("item_layer", "looks up the words of a text: they are not ids"),
+    "subclassed_one_hot": ("item_layer", r"holds 1 lookup\(s\) and 0 embedding\(s\)"),
+}
+"""Model → a layer that is no tower, and why."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return made_by("make_tails.py", tmp_path_factory)("").folder
@@ -45,7 +58,7 @@ def names():
 
     script = (Path(__file__).parents[1] / "make_tails.py").read_text()
     found = re.findall(r'^    "(\w+)": (?:after_both|of_module|functional|subclassed)\(', script, re.MULTILINE)
-    found += re.findall(r"^@model\ndef (\w+)", script, re.MULTILINE)
+    found += re.findall(r"^@(?:model|refused)\ndef (\w+)", script, re.MULTILINE)
     return sorted([*found, *(f"exported_{name}" for name in found if name.startswith("functional"))])
 
 
@@ -58,7 +71,7 @@ def test_no_model_is_left_out(folder):
     assert sorted(path.stem for path in folder.glob("*.json")) == names()
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name != "module_normalised_before"])
+@pytest.mark.parametrize("name", sorted({*names()} - {"module_normalised_before", "shared", *REFUSED}))
 def test_what_the_library_answers(folder, name):
     artifact, layers = opened(folder / name)
     answers = json.loads((folder / f"{name}.json").read_text())
@@ -78,6 +91,22 @@ def test_what_the_library_answers(folder, name):
             assert (tail.meeting, tail.is_biased) == ("", False)
         assert tail.meeting.endswith(MEETINGS.get(name, ""))
         assert tail.is_biased is (name == "biased")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layers_that_are_no_towers(folder, name):
+    layer, reason = REFUSED[name]
+    artifact, _ = opened(folder / name)
+    assert layer not in artifact.tower_layers()
+    with pytest.raises((TowerMissingError, NotAModelError), match=reason):
+        artifact.tower("x", layer)
+        artifact.tails({"x": layer})
+
+
+def test_an_embedding_that_inputs_share_is_nobodys_vector(folder):
+    artifact, _ = opened(folder / "shared")
+    tail = artifact.tails({"item": "item_embedding"})["item"]
+    assert (tail.ending, tail.reason) == (Ending.GOES_ON, "several inputs share the embedding")
 
 
 def test_operations_are_named_with_their_layers(folder):
