@@ -116,6 +116,11 @@ LOG_SCHEMA = [
     )
 ]
 
+LOCK_SCHEMA = [
+    bigquery.SchemaField("launch", "STRING", description="Launch that published last"),
+    bigquery.SchemaField("locked_at", "TIMESTAMP", description="When its transaction began"),
+]
+
 
 def schema_fields(tower: str) -> list[bigquery.SchemaField]:
     """Returns the same columns as google-cloud-bigquery's fields."""
@@ -179,6 +184,22 @@ def add_columns_sql(name: str, table: bigquery.Table, wanted: Sequence[bigquery.
         + (f"ARRAY<{_sql_type(column)}>" if column.mode == "REPEATED" else _sql_type(column))
         for column in missing_columns(table, wanted)
     ]
+
+
+def keep_forever_sql(table: str, partitioned: bool) -> str:
+    """Returns the statement that takes the expirations from a table which inherited them from its dataset."""
+    options = ["expiration_timestamp = NULL", *(["partition_expiration_days = NULL"] if partitioned else [])]
+    return f"ALTER TABLE `{table}` SET OPTIONS ({', '.join(options)})"
+
+
+def lock_rows_sql(destination: Destination) -> str:
+    """Returns a query for the number of rows of the lock table."""
+    return f"SELECT COUNT(*) FROM `{destination.lock}`"
+
+
+def fill_lock_sql(destination: Destination) -> str:
+    """Returns the statement that gives an empty lock table its row."""
+    return f"INSERT INTO `{destination.lock}` (launch) VALUES (NULL)"
 
 
 def literal(value: date | float | str) -> str:
