@@ -171,6 +171,7 @@ def _find_destination(config: Config, project: str) -> Destination:
         project,
         config.dataset,
         config.table_prefix,
+        suffix=config.table_suffix,
         staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
         make_dataset=bool(config.warehouse),
     )

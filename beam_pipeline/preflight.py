@@ -79,7 +79,13 @@ class Findings:
 
 
 def find_destination(
-    project: str, dataset: str, prefix: str, *, staging_dataset: str | None = None, make_dataset: bool = False
+    project: str,
+    dataset: str,
+    prefix: str,
+    *,
+    suffix: str = "",
+    staging_dataset: str | None = None,
+    make_dataset: bool = False,
 ) -> Destination:
     """Returns the destination in the dataset's own location.
 
@@ -87,6 +93,7 @@ def find_destination(
         project: BigQuery project.
         dataset: its dataset.
         prefix: first part of the tables' names.
+        suffix: last part of the tables' names.
         staging_dataset: `project.dataset` for staging tables, if it is another.
         make_dataset: make them if missing; for the embedded warehouse alone.
 
@@ -102,7 +109,7 @@ def find_destination(
                 f"--staging_dataset {staging_dataset} is in {other} and {project}.{dataset} in {location}; one query "
                 "reads both, so they have to be in one location"
             )
-    return Destination(project, dataset, location, prefix, staging_dataset)
+    return Destination(project, dataset, location, prefix, staging_dataset, suffix)
 
 
 def _location(project: str, dataset: str, make: bool) -> str:

@@ -266,7 +266,7 @@ def require_compatible(table: bigquery.Table, tower: str) -> None:
     if found := tables.differences(table, tower):
         raise IncompatibleTableError(
             f"table {table.reference} cannot be used: {'; '.join(found)}; "
-            "rename it, or choose another name with --table_prefix or --dataset"
+            "rename it, or choose another name with --table_prefix, --table_suffix or --dataset"
         )
 
 

@@ -34,6 +34,7 @@ class Destination:
         location: the dataset's, where every job has to run.
         prefix: first part of every table's name.
         staging_dataset: `project.dataset` of the staging tables, if it is another.
+        suffix: last part of every table's name; log and lock carry it too, so that histories do not mix.
     """
 
     project: str
@@ -41,25 +42,26 @@ class Destination:
     location: str
     prefix: str
     staging_dataset: str | None = None
+    suffix: str = ""
 
     def table(self, tower: str) -> str:
         """Returns `project.dataset.table` of a tower's history."""
-        return f"{self.project}.{self.dataset}.{self.prefix}_{tower}_embedding"
+        return f"{self.project}.{self.dataset}.{self.prefix}_{tower}_embedding{self.suffix}"
 
     def staging(self, tower: str, launch: str) -> str:
         """Returns `project.dataset.table` of a tower's staging table, which no other launch uses."""
         dataset = self.staging_dataset or f"{self.project}.{self.dataset}"
-        return f"{dataset}.{self.prefix}_{tower}_embedding_staging_{launch}"
+        return f"{dataset}.{self.prefix}_{tower}_embedding{self.suffix}_staging_{launch}"
 
     @property
     def log(self) -> str:
         """`project.dataset.table` of the record of every publication."""
-        return f"{self.project}.{self.dataset}.{self.prefix}_embedding_log"
+        return f"{self.project}.{self.dataset}.{self.prefix}_embedding{self.suffix}_log"
 
     @property
     def lock(self) -> str:
         """`project.dataset.table` of the one-row table that makes publications conflict."""
-        return f"{self.project}.{self.dataset}.{self.prefix}_embedding_lock"
+        return f"{self.project}.{self.dataset}.{self.prefix}_embedding{self.suffix}_lock"
 
 
 def schema(tower: str) -> list[dict[str, str]]:

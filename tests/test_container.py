@@ -298,6 +298,7 @@ def test_a_parameter_says_what_its_option_says(name):
         ("env", ["prod"], ["", "live", "prod "]),
         ("dataset", ["raw", "my-project.raw", "example.com:my-project.raw"], ["", "a.b.c`", "a-b", "p."]),
         ("table_prefix", ["two_tower", "_a1"], ["", "1a", "a-b", "x" * 129]),
+        ("table_suffix", ["", "_history", "2"], ["-a", "a b", "x" * 129]),
         ("partition_expiration_days", ["1", "365"], ["", "0", "-1", "1.5", "a"]),
     ],
 )

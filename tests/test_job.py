@@ -1,5 +1,6 @@
 """The whole job against emulators: models by real tf-keras, a real MLflow store, compared with Keras row by row."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from apache_beam.metrics.metric import Lineage
 from google.cloud import bigquery
 from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 
-from beam_pipeline import __version__, publication, runs, tables, writing
+from beam_pipeline import __version__, publication, runs, tables, tag, writing
 from beam_pipeline.launcher import launch
 from beam_pipeline.options import parse
 
@@ -380,6 +381,24 @@ def test_a_table_of_the_first_version_is_extended(job, store, models):
     ]
     ((old,),) = job.query("SELECT user_embedding FROM {user} WHERE mlflow_run_id = 'old'")
     assert old == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+def test_a_history_with_names_of_its_own_goes_on(job, store, models, capsys):
+    """The job that this one replaces wrote tables whose names end in `_history`; --table_suffix continues them."""
+    flags = ["--table_suffix=_history"]
+    job.destination = dataclasses.replace(job.destination, suffix="_history")
+    for tower in ("user", "item"):
+        job.client.create_table(first_version(job, tower))
+    run = store.log(models("longer"), "longer", MARCH_1)
+    assert job.run(run, *flags) == 0
+    assert job.tables() == {
+        *(f"two_tower_{tower}_embedding_history" for tower in ("user", "item")),
+        *(f"two_tower_embedding_history_{which}" for which in ("lock", "log")),
+    }
+    tagged = [f"--tracking_uri={store.uri}", f"--dataset={job.dataset}", f"--project={job.client.project}"]
+    capsys.readouterr()
+    assert tag.main([f"--run_id={run}", *tagged, *flags]) == 0
+    assert f"{job.dataset}.two_tower_user_embedding_history" in capsys.readouterr().out
 
 
 def test_an_incompatible_table_is_refused(job, store, models, capsys):
