@@ -246,17 +246,29 @@ def _project(config: Config, cloud: GoogleCloudOptions) -> str:
     return project
 
 
+_STEP = re.compile(r"(?: \[while running '[^']*'\])+$", re.MULTILINE)
+"""What Beam adds to the message of an exception, once for each step that it passes."""
+
+
 def _reason(error: Exception) -> PipelineError:
     """Returns the error that stopped the job, which Beam hands over as the text of a traceback."""
     if isinstance(error, PipelineError):
         return error
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in _STEP.sub("", str(error)).splitlines() if line.strip()]
     for line in reversed(lines):
-        named = re.match(r"beam_pipeline\.errors\.(\w+): (.*?)(?: \[while running .*\])?$", line)
-        if named:
+        if named := re.match(r"beam_pipeline\.errors\.(\w+): (.*)", line):
             return getattr(errors, named[1], PipelineError)(named[2])
-    last = lines[-1] if lines else type(error).__name__
+    last = _last_exception(lines) or type(error).__name__
     if last.startswith("KeyboardInterrupt"):
         raise KeyboardInterrupt from error
     logging.getLogger(__name__).info("the job failed", exc_info=error)
     return PipelineError(f"the job failed: {last}; {_WHOLE}")
+
+
+def _last_exception(lines: list[str]) -> str:
+    """Returns the exception at the end of a traceback, whose message may have several lines; all of another text."""
+    frames = [number for number, line in enumerate(lines) if re.match(r'\s+File "', line)]
+    message = lines[frames[-1] + 1 :] if frames else lines
+    while frames and message and message[0][0].isspace():  # the frame's code
+        message = message[1:]
+    return " ".join(line.strip() for line in message)
