@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -13,7 +14,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, StandardOptions
 from google.cloud import bigquery
 
 from beam_pipeline import (
@@ -231,6 +232,12 @@ def _beam_options(config: Config) -> PipelineOptions:
     options = PipelineOptions(list(config.beam_args))
     # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
     options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
+    setup = options.view_as(SetupOptions)
+    if setup.setup_file:
+        # Beam changes to the file's folder, and neither to "", the folder of setup.py, nor twice to a relative one.
+        setup.setup_file = os.path.abspath(setup.setup_file)
+        if not os.path.isfile(setup.setup_file):
+            raise ConfigError(f"--setup_file={setup.setup_file}: there is no such file; leave it out with an image")
     return options
 
 

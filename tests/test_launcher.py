@@ -1,9 +1,11 @@
-"""What a person reads of a job that failed, from the texts that Beam hands over."""
+"""Options on their way to Beam, and what a person reads of a job that failed, from the texts that Beam hands over."""
 
 import pytest
+from apache_beam.options.pipeline_options import SetupOptions
 
 from beam_pipeline import launcher
-from beam_pipeline.errors import BadIdError, PipelineError
+from beam_pipeline.errors import BadIdError, ConfigError, PipelineError
+from beam_pipeline.options import parse
 
 FRAMES = """\
 Traceback (most recent call last):
@@ -61,3 +63,20 @@ def test_a_text_that_is_no_traceback_is_told_whole():
 def test_an_interrupted_worker_is_an_interrupt():
     with pytest.raises(KeyboardInterrupt):
         reason(f"{FRAMES}KeyboardInterrupt [while running 'Check']\n")
+
+
+@pytest.mark.parametrize("given", ["setup.py", "./setup.py", "../package/setup.py"])
+def test_a_setup_file_is_found_from_anywhere(tmp_path, monkeypatch, given):
+    """Beam changes to the folder of the file as it was given: to an empty one it cannot."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "setup.py").touch()
+    monkeypatch.chdir(folder)
+    options = launcher._beam_options(parse(["--run_id=1", "--runner=DataflowRunner", f"--setup_file={given}"]))
+    assert options.view_as(SetupOptions).setup_file == str(folder / "setup.py")
+
+
+def test_a_setup_file_that_is_not_there(tmp_path):
+    missing = tmp_path / "setup.py"
+    with pytest.raises(ConfigError, match=f"--setup_file={missing}: there is no such file; leave it out with an image"):
+        launcher._beam_options(parse(["--run_id=1", "--runner=DataflowRunner", "--setup_file", str(missing)]))
