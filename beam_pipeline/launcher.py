@@ -122,6 +122,8 @@ def run(config: Config) -> None:
             what,
             allow_dimension_change=config.allow_dimension_change,
             distributed=not config.local,
+            region=cloud.region if config.runner == "DataflowRunner" else None,
+            dataflow_kms_key=cloud.dataflow_kms_key,
         )
         terminal.report(what, findings)
         if config.plan:

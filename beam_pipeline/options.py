@@ -227,8 +227,9 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--kms_key",
         metavar="KEY",
-        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table and load job, and of the "
-        "Dataflow job; files in the bucket have the bucket's own default key",
+        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table, load and copy job, in the "
+        "dataset's location, and of the Dataflow job, unless --dataflow_kms_key names one in its region, as it has to "
+        "where the dataset is in a multi-region; files in the bucket have the bucket's own default key",
     )
     target.add_argument(
         "--tag_run",

@@ -129,7 +129,13 @@ def _location(project: str, dataset: str, make: bool) -> str:
 
 
 def examine(
-    client: bigquery.Client, publication: Publication, *, allow_dimension_change: bool, distributed: bool
+    client: bigquery.Client,
+    publication: Publication,
+    *,
+    allow_dimension_change: bool,
+    distributed: bool,
+    region: str | None = None,
+    dataflow_kms_key: str | None = None,
 ) -> Findings:
     """Returns the report about a publication whose dataset exists and whose models were found.
 
@@ -138,6 +144,8 @@ def examine(
         publication: what is to be published.
         allow_dimension_change: publish vectors of another length than before.
         distributed: the job runs elsewhere, as another account.
+        region: of the Dataflow job, if it is one.
+        dataflow_kms_key: Cloud KMS key of the Dataflow job.
     """
     findings = Findings()
     destination = publication.destination
@@ -154,6 +162,7 @@ def examine(
             reason = f"BigQuery does not answer for {destination.table(tower)}: {_first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
     _examine_bucket(findings, publication)
+    _examine_keys(findings, publication, region, dataflow_kms_key)
     _examine_permissions(findings, client, publication, distributed)
     _estimate(findings, publication)
     return findings
@@ -384,6 +393,41 @@ _DUAL_REGIONS = {
     "EUR8": ["EUROPE-WEST3", "EUROPE-WEST6"],
     "NAM4": ["US-CENTRAL1", "US-EAST1"],
 }
+
+
+def _examine_keys(
+    findings: Findings, publication: Publication, region: str | None, dataflow_kms_key: str | None
+) -> None:
+    """Reports keys that are in another place than what they are to encrypt.
+
+    BigQuery takes keys of the dataset's location (https://cloud.google.com/bigquery/docs/customer-managed-encryption),
+    Dataflow those of the job's region (https://cloud.google.com/dataflow/docs/guides/customer-managed-encryption-keys).
+    """
+    location = publication.destination.location
+    key = publication.kms_key
+    wanted = _MULTI_REGION_KEYS.get(location.upper(), location.lower())
+    if key and (place := _key_location(key)) != wanted:
+        findings.note("key", f"--kms_key is in {place}, and BigQuery wants one in {wanted} for a dataset in {location}")
+    place = _key_location(dataflow_kms_key or "")
+    if not region or place in ("", region):
+        return
+    flag = "--kms_key" if dataflow_kms_key == key else "--dataflow_kms_key"
+    findings.stop(
+        "key",
+        ConfigError(
+            f"{flag} is in {place}, and Dataflow in {region} takes keys of that region alone: name one with "
+            "--dataflow_kms_key" + (", and leave --kms_key to BigQuery" if flag == "--kms_key" else "")
+        ),
+    )
+
+
+_MULTI_REGION_KEYS = {"US": "us", "EU": "europe"}
+"""Cloud KMS's names of BigQuery's multi-regions."""
+
+
+def _key_location(key: str) -> str:
+    _, _, rest = key.partition("/locations/")
+    return rest.split("/")[0]
 
 
 def _examine_permissions(

@@ -295,6 +295,53 @@ def test_a_bucket_without_a_key_of_its_own_is_told(cloud):
     assert "load files are encrypted with Google's" in lines[1].text
 
 
+def key(place):
+    return f"projects/p/locations/{place}/keyRings/r/cryptoKeys/k"
+
+
+def keys(location, kms_key, region=None, dataflow_kms_key=None):
+    destination = dataclasses.replace(WHAT.destination, location=location)
+    what = dataclasses.replace(WHAT, destination=destination, kms_key=kms_key and key(kms_key))
+    findings = Findings()
+    preflight._examine_keys(findings, what, region, (dataflow_kms_key or kms_key) and key(dataflow_kms_key or kms_key))
+    return [(line.status, line.text) for line in findings.lines]
+
+
+@pytest.mark.parametrize(
+    ("location", "kms_key", "region", "dataflow_kms_key"),
+    [
+        ("EU", None, "europe-west1", None),
+        ("EU", "europe", None, None),
+        ("US", "us", None, None),
+        ("europe-west1", "europe-west1", "europe-west1", None),
+        ("EU", "europe", "europe-west1", "europe-west1"),
+        ("EU", None, "europe-west1", "europe-west1"),
+    ],
+)
+def test_keys_that_are_where_they_are_needed(location, kms_key, region, dataflow_kms_key):
+    assert keys(location, kms_key, region, dataflow_kms_key) == []
+
+
+def test_one_key_cannot_serve_a_multi_region_and_a_region():
+    ((status, text),) = keys("EU", "europe", "europe-west1")
+    assert status == "stop"
+    assert text == (
+        "--kms_key is in europe, and Dataflow in europe-west1 takes keys of that region alone: name one with "
+        "--dataflow_kms_key, and leave --kms_key to BigQuery"
+    )
+    ((status, text),) = keys("EU", "europe", "europe-west1", "europe-west4")
+    assert status == "stop"
+    assert text.startswith(
+        "--dataflow_kms_key is in europe-west4, and Dataflow in europe-west1 takes keys of that region"
+    )
+
+
+def test_a_key_that_is_not_where_the_dataset_is():
+    assert keys("EU", "europe-west1", "europe-west1") == [
+        ("note", "--kms_key is in europe-west1, and BigQuery wants one in europe for a dataset in EU")
+    ]
+
+
 def test_the_estimate():
     findings = Findings()
     preflight._estimate(findings, WHAT)
