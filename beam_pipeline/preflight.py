@@ -312,7 +312,7 @@ def _examine_bucket(findings: Findings, publication: Publication) -> None:
             "bucket",
             ConfigError(
                 f"bucket gs://{name} of --temp_location does not exist; make it where the dataset is: "
-                f"gcloud storage buckets create gs://{name} --location={location}"
+                f"gcloud storage buckets create gs://{name} --location={location} --soft-delete-duration=0"
             ),
         )
         return

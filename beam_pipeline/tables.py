@@ -95,7 +95,7 @@ def schema(tower: str) -> list[dict[str, str]]:
 LOG_SCHEMA = [
     bigquery.SchemaField(name, type_, description=description)
     for name, type_, description in (
-        ("published_at", "TIMESTAMP", "When the publication was committed"),
+        ("published_at", "TIMESTAMP", "When the transaction of the publication began"),
         ("train_date", "DATE", "The partition"),
         ("mlflow_experiment_id", "STRING", "MLflow experiment"),
         ("mlflow_experiment_name", "STRING", "Name of the MLflow experiment"),

@@ -288,6 +288,13 @@ def test_google_accepts_the_sql_in_pages(google):
         assert google.check(sql.replace("…", "x")), where
 
 
+def test_a_search_in_a_page_is_in_order():
+    """VECTOR_SEARCH returns its rows in no order."""
+    searches = [sql for _, sql in in_documents() if "VECTOR_SEARCH" in sql]
+    assert searches
+    assert all(sql.rstrip().endswith("\nORDER BY distance") for sql in searches)
+
+
 def test_google_accepts_the_sql_in_examples(google):
     found = dict(in_examples())
     assert found

@@ -45,6 +45,12 @@ def test_names():
     assert DESTINATION.staging("item", "abc") == "p.raw_dev.two_tower_item_embedding_staging_abc"
 
 
+def test_when_a_publication_is_said_to_be():
+    """CURRENT_TIMESTAMP is that of the transaction's start."""
+    (published,) = (field for field in tables.LOG_SCHEMA if field.name == "published_at")
+    assert published.description == "When the transaction of the publication began"
+
+
 def test_names_with_a_suffix():
     history = dataclasses.replace(DESTINATION, suffix="_history")
     assert history.table("user") == "p.raw_dev.two_tower_user_embedding_history"
