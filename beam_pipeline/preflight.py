@@ -371,8 +371,9 @@ def location_fits(bucket: str, dataset: str, regions: Sequence[str] = ()) -> boo
         return True
     if regions := [region.upper() for region in regions] or _DUAL_REGIONS.get(bucket, []):
         inside = [_includes(dataset, region) for region in regions]
-        # Which of its two regions a load reads is not documented.
-        return all(inside) or (None if any(inside) else False) if dataset == "EU" else any(inside)
+        if dataset == "EU" and any(inside) and not all(inside):
+            return None  # Which of its two regions a load reads is not documented.
+        return any(inside)
     if "-" not in bucket and bucket not in _MULTI_REGIONS:
         return None
     return _includes(dataset, bucket)

@@ -49,13 +49,13 @@ def test_an_error_of_ours_is_found_in_a_chain():
         (f"RuntimeError: {FRAMES}ValueError: within [while running 'A'] [while running 'B']", "ValueError: within"),
     ],
 )
-def test_another_error_is_told_whole_without_beams_steps(message, read):
+def test_another_error_is_reported_whole_without_beams_steps(message, read):
     found = reason(f"{FRAMES}{message}\n")
     assert type(found) is PipelineError
     assert str(found) == f"the job failed: {read}; {launcher._WHOLE}"
 
 
-def test_a_text_that_is_no_traceback_is_told_whole():
+def test_a_text_that_is_no_traceback_is_reported_whole():
     assert str(reason("Pipeline failed:\n  quota")).startswith("the job failed: Pipeline failed: quota;")
     assert str(reason("")).startswith("the job failed: RuntimeError;")
 
