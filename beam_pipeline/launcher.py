@@ -124,6 +124,8 @@ def run(config: Config) -> None:
             distributed=not config.local,
             region=cloud.region if config.runner == "DataflowRunner" else None,
             dataflow_kms_key=cloud.dataflow_kms_key,
+            embedding_rows=config.embedding_rows,
+            discovered=config.discover,
         )
         terminal.report(what, findings)
         if config.plan:
@@ -184,8 +186,8 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
         folder, _ = selection.model_folder(config, run, copies_to, stack, terminal)
-        artifact = stack.enter_context(closing(open_artifact(folder, open_file, config.towers.values())))
-        terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file))
+        artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
+        terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, config.towers))
 
 
 def _submit(pipeline: beam.Pipeline, name: str) -> Any:

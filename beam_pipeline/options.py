@@ -52,6 +52,7 @@ class Config:
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
     include_oov: bool = False
+    embedding_rows: bool = False
     writer: str = "columnar"
     staging_dataset: str | None = None
     require_partition_filter: bool = False
@@ -149,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
     result = base_parser(
         "python -m beam_pipeline",
         "Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
-        "both at once and never twice, as one partition of two BigQuery tables.",
+        "both at once and never twice, as one partition of two BigQuery tables. A vector is the one that the model "
+        "serves for the id; where a tower goes on after its embedding (Dense, concatenation, ...), nothing is "
+        "published unless --embedding_rows asks for the embedding's rows.",
         _EPILOG,
     )
     result.add_argument("--version", action="version", version=__version__)
@@ -184,6 +187,12 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
+    )
+    model.add_argument(
+        "--embedding_rows",
+        action="store_true",
+        help="publish the rows of an embedding even where the tower goes on after it, so that they are not the vectors "
+        "that the model serves; the log's column vector_source says so",
     )
     target = result.add_argument_group("where to")
     add_destination(target)
@@ -307,6 +316,7 @@ def parse(argv: Sequence[str]) -> Config:
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
         include_oov=found.include_oov,
+        embedding_rows=found.embedding_rows,
         writer=found.writer,
         staging_dataset=found.staging_dataset,
         require_partition_filter=found.require_partition_filter,

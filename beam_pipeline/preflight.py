@@ -14,7 +14,7 @@ from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery, storage
 
-from beam_pipeline import emulators, tables
+from beam_pipeline import emulators, tables, vectors
 from beam_pipeline.errors import (
     ConfigError,
     DatasetMissingError,
@@ -136,6 +136,8 @@ def examine(
     distributed: bool,
     region: str | None = None,
     dataflow_kms_key: str | None = None,
+    embedding_rows: bool = False,
+    discovered: bool = False,
 ) -> Findings:
     """Returns the report about a publication whose dataset exists and whose models were found.
 
@@ -146,8 +148,11 @@ def examine(
         distributed: the job runs elsewhere, as another account.
         region: of the Dataflow job, if it is one.
         dataflow_kms_key: Cloud KMS key of the Dataflow job.
+        embedding_rows: publish the rows of an embedding although its tower goes on after it.
+        discovered: nobody named the towers' layers.
     """
     findings = Findings()
+    vectors.examine(findings, publication, embedding_rows=embedding_rows, discovered=discovered)
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
