@@ -16,6 +16,7 @@ from beam_pipeline.formats.artifact import DEFAULT_TOWERS
 IF_TAKEN = ("fail", "replace", "keep")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
@@ -46,6 +47,7 @@ class Config:
     project: str | None = None
     dataset: str = "raw_dev"
     table_prefix: str = "two_tower"
+    table_suffix: str = ""
     if_partition_taken: str = "fail"
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
@@ -116,7 +118,14 @@ def add_destination(group: argparse._ActionsContainer) -> None:
     group.add_argument("--env", default="dev", choices=("dev", "stg", "prod"), help="dataset raw_ENV (default: dev)")
     group.add_argument("--dataset", help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used")
     group.add_argument(
-        "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embedding (default: %(default)s)"
+        "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embeddingSUFFIX (default: %(default)s)"
+    )
+    group.add_argument(
+        "--table_suffix",
+        default="",
+        metavar="SUFFIX",
+        help="end of the tables' names, for a history that has such names already: _history for "
+        "two_tower_user_embedding_history (default: none)",
     )
 
 
@@ -126,6 +135,8 @@ def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[s
         ours.error(f"--project={found.project!r} is no project id")
     if not _NAME.fullmatch(found.table_prefix):
         ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
+    if not _SUFFIX.fullmatch(found.table_suffix):
+        ours.error(f"--table_suffix={found.table_suffix!r}: only letters, digits and _")
     if not found.dataset:
         return found.project, f"raw_{found.env}"
     match = _DATASET.fullmatch(found.dataset)
@@ -225,8 +236,9 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--kms_key",
         metavar="KEY",
-        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table and load job, and of the "
-        "Dataflow job; files in the bucket have the bucket's own default key",
+        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table, load and copy job, in the "
+        "dataset's location, and of the Dataflow job, unless --dataflow_kms_key names one in its region, as it has to "
+        "where the dataset is in a multi-region; files in the bucket have the bucket's own default key",
     )
     target.add_argument(
         "--tag_run",
@@ -299,6 +311,7 @@ def parse(argv: Sequence[str]) -> Config:
         project=project,
         dataset=dataset_name,
         table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
         if_partition_taken=found.if_partition_taken,
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             emulators.connect()
         project, dataset = options.dataset(parser, found)
         project = project or bigquery.Client().project
-        destination = preflight.find_destination(project, dataset, found.table_prefix)
+        destination = preflight.find_destination(project, dataset, found.table_prefix, suffix=found.table_suffix)
         tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)

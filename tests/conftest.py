@@ -112,7 +112,7 @@ class Store:
         """Logs a model as the trainer does, to a run that started then; returns the run's id."""
         experiment_id = self.experiment_id
         if experiment or bucket:
-            root = "gs://warehouse/mlflow" if bucket else f"file://{self._folder}/{experiment}"
+            root = f"{self._warehouse.temp_location}/mlflow" if bucket else f"file://{self._folder}/{experiment}"
             there = self._client.get_experiment_by_name(experiment or f"on a bucket {name}")
             experiment_id = (
                 there.experiment_id
