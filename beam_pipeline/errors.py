@@ -49,6 +49,10 @@ class TowerMissingError(PipelineError):
     """The model has no such tower, or the layer holds no single lookup and embedding."""
 
 
+class VectorNotServedError(PipelineError):
+    """The rows of a tower's embedding are not the vectors that the model serves."""
+
+
 class BadIdError(PipelineError):
     """An id is empty, appears twice, is not UTF-8, or points to a row that the matrix does not have."""
 

@@ -61,7 +61,9 @@ def _run(found: argparse.Namespace, project: str | None, dataset: str) -> None:
     identity.authorize(found.tracking_uri, found.tracking_audience)
     if emulators.emulated():
         emulators.connect()
-    destination = preflight.find_destination(project or _default_project(), dataset, found.table_prefix)
+    destination = preflight.find_destination(
+        project or _default_project(), dataset, found.table_prefix, suffix=found.table_suffix
+    )
     tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
     for name, value in tags.items():
         print(f"{name:<24} {value}")
