@@ -99,8 +99,7 @@ def test_layers_that_are_no_towers(folder, name):
     artifact, _ = opened(folder / name)
     assert layer not in artifact.tower_layers()
     with pytest.raises((TowerMissingError, NotAModelError), match=reason):
-        artifact.tower("x", layer)
-        artifact.tails({"x": layer})
+        _ = artifact.tower("x", layer), artifact.tails({"x": layer})
 
 
 def test_an_embedding_that_inputs_share_is_nobodys_vector(folder):
