@@ -18,10 +18,11 @@ a later launch all work with it.
 
 publish: BigQuery rolls a transaction back that is cut short. If it was committed and the worker died before it could
 say so: the job id is launch + attempt and is looked up before anything is submitted, so a committed publication is
-found, not repeated.
+found, not repeated. A job that fails for a passing reason is followed by the next attempt, under an id of its own.
 
-clean: a retry deletes again; what is missing is fine. Nobody else's tables are touched. What a dead launch has left
-expires after 48 hours (tables) or is swept by a later launch (files).
+clean: a retry deletes again; what is missing is fine, and what cannot be deleted is left: this step never fails, since
+everything is published. Nobody else's tables are touched. What a dead launch has left expires after 48 hours (tables)
+or is swept by a later launch (files).
 
 several trainings: each is a transaction of its own, in order; a retry finds those that are done and goes on with the
 next.
@@ -37,17 +38,19 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import cast
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import Lineage
-from google.api_core.exceptions import BadRequest, Conflict, GoogleAPICallError, NotFound
+from google.api_core.exceptions import Conflict, GoogleAPICallError, GoogleAPIError, NotFound, RetryError
+from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery
 
-from beam_pipeline import tables
+from beam_pipeline import emulators, metrics, tables
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -73,8 +76,14 @@ ATTEMPTS = 10
 _LOG = logging.getLogger(__name__)
 
 # Reasons after which BigQuery asks to submit the job again (https://cloud.google.com/bigquery/docs/error-messages).
-_TRANSIENT = ("backendError", "internalError", "jobBackendError", "jobInternalError", "jobRateLimitExceeded")
+_TRANSIENT = (
+    *("backendError", "internalError", "rateLimitExceeded"),
+    *("jobBackendError", "jobInternalError", "jobRateLimitExceeded"),
+)
 _CONFLICT = "due to concurrent update"
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0  # Seconds between two looks at a job.
+_UNTIL_SHOWN = (1, 2, 4, 8, 16)  # Seconds before each look for a job that exists and is not shown.
 
 
 Tallies = Mapping[tuple[str, str], Tally]
@@ -296,38 +305,59 @@ def publish(
         )
         _publish(client, training.run, f"{launch}_{number}", script, sleep)
     for tower in publication.towers:
-        Lineage.sinks().add("bigquery", *publication.destination.table(tower).split("."))
+        Lineage.sinks().add("bigquery", *tables.split_name(publication.destination.table(tower)))
 
 
 def _publish(client: bigquery.Client, run: Run, job_prefix: str, script: str, sleep: Callable[[float], None]) -> None:
     """Runs one transaction to its end, whatever of it was tried before."""
     for attempt in range(ATTEMPTS):
         job_id = _job_id(job_prefix, attempt)
-        job = _find_job(client, job_id) or _start_job(client, job_id, script)
-        try:
-            job.result()
+        failure = _run_job(client, job_id, script, sleep)
+        if not failure:
             return
-        except GoogleAPICallError as error:
-            message = error.message or str(error)
-            if tables.TAKEN_MARK in message:
-                raise PartitionTakenError(
-                    f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
-                    "published: choose with --if_partition_taken=replace or keep"
-                ) from error
-            reason = (job.error_result or {}).get("reason")
-            if _CONFLICT not in message and reason not in _TRANSIENT:
-                raise PublishError(f"BigQuery refused to publish (job {job_id}): {message}") from error
-            _LOG.info("publication attempt %d was cancelled, trying again: %s", attempt + 1, message)
-            # Conflicting launches drift apart: a random part of a growing span.
-            sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
+        message = failure.get("message", "")
+        if tables.TAKEN_MARK in message:
+            raise PartitionTakenError(
+                f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
+                "published: choose with --if_partition_taken=replace or keep"
+            )
+        if _CONFLICT not in message and failure.get("reason") not in _TRANSIENT:
+            raise PublishError(f"BigQuery refused to publish (job {job_id}): {message}")
+        _LOG.info("publication attempt %d was cancelled, trying again: %s", attempt + 1, message)
+        # Conflicting launches drift apart: a random part of a growing span.
+        sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
     raise PublishError(
-        f"partition {run.train_date} was not published: {ATTEMPTS} attempts conflicted with other "
-        "publications; start the job again when fewer run at once"
+        f"partition {run.train_date} was not published: {ATTEMPTS} attempts failed, the last with: {message}; start "
+        "the job again when fewer publish at once"
     )
+
+
+def _run_job(client: bigquery.Client, job_id: str, script: str, sleep: Callable[[float], None]) -> dict[str, str]:
+    """Runs a job to its end, whoever submitted it; returns its error, with reason and message, or nothing.
+
+    It waits with jobs.get, which alone says whether the job has failed. getQueryResults reports a failed job as a
+    failed request, which a client cannot tell from a request that failed while the job goes on.
+    """
+    try:
+        job = _find_job(client, job_id) or _start_job(client, job_id, script, sleep)
+        pause = _FIRST_PAUSE
+        while not job.done():
+            sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+    except RetryError as error:  # After the client's own ten minutes.
+        raise PublishError(
+            f"BigQuery did not answer about job {job_id}, which may have published: {error.cause}; start the job again"
+        ) from error
+    except GoogleAPICallError as error:
+        raise PublishError(f"BigQuery refused to publish (job {job_id}): {error.message}") from error
+    return job.error_result or {}
 
 
 def clean(client: bigquery.Client, publication: Publication, launch: str, load_files: Iterable[str]) -> None:
     """Drops the staging tables, the load files and the copied model of a launch, and files that dead launches left.
+
+    What cannot be deleted (a bucket has retention or holds, an account may not delete) is logged and counted as
+    `not-deleted`. It fails nothing: everything is published, and who starts failed jobs again would publish for ever.
 
     Args:
         client: for the dataset.
@@ -336,13 +366,29 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
         load_files: paths of the files that were loaded; a folder that holds one is deleted whole.
     """
     for tower in publication.towers:
-        client.delete_table(publication.destination.staging(tower, launch), not_found_ok=True)
+        staging = publication.destination.staging(tower, launch)
+        with _left_if_denied(f"table {staging}"):
+            client.delete_table(staging, not_found_ok=True)
     # <root>/bq_load/<uuid>/<table>/<file>: a failed bundle's files lie beside those that were loaded.
-    for folder in {path.rsplit("/", 2)[0] for path in load_files}:
-        _delete_files(folder)
-    _delete_files(publication.copy)
+    folders = {path.rsplit("/", 2)[0] for path in load_files}
+    for folder in (*sorted(folders), publication.copy):
+        with _left_if_denied(f"folder {folder}"):
+            _delete_files(folder)
     for folder in (publication.all_load_files, publication.all_copies):
-        _delete_files(folder, older_than=STAGING_LIFE)
+        with _left_if_denied(f"files of earlier jobs in {folder}"):
+            _delete_files(folder, older_than=STAGING_LIFE)
+
+
+@contextmanager
+def _left_if_denied(what: str) -> Iterator[None]:
+    """Logs and counts what cannot be deleted instead of raising."""
+    try:
+        yield
+    except (GoogleAPIError, GoogleAuthError, OSError) as error:  # Beam's own errors of files are OSErrors.
+        failures = getattr(error, "exception_details", None) or {what: error}
+        path, reason = next(iter(failures.items()))
+        _LOG.warning("%s: not all is deleted: %s: %s", what, path, reason)
+        metrics.count("not-deleted", len(failures))
 
 
 def discard(client: bigquery.Client, publication: Publication, job_name: str) -> None:
@@ -366,13 +412,16 @@ def discard_all(client: bigquery.Client, publication: Publication) -> None:
 
 
 def discard_copy(folder: str) -> None:
-    """Removes a copied model; a missing one is fine."""
-    _delete_files(folder)
+    """Removes a copied model; a missing one is fine, and one that cannot be deleted is left."""
+    with _left_if_denied(f"copied model {folder}"):
+        _delete_files(folder)
 
 
 def _add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:
-    for statement in tables.add_columns_sql(str(table.reference), table, wanted):
-        client.query_and_wait(statement)
+    # The emulator takes a column at a time, and has no quota that this could exceed.
+    for columns in [[column] for column in wanted] if emulators.emulated() else [wanted]:
+        for statement in tables.add_columns_sql(str(table.reference), table, columns):
+            client.query_and_wait(statement)
 
 
 def _create(client: bigquery.Client, wanted: bigquery.Table, publication: Publication) -> bigquery.Table:
@@ -419,16 +468,17 @@ def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
         return None
 
 
-def _start_job(client: bigquery.Client, job_id: str, script: str) -> bigquery.QueryJob:
+def _start_job(client: bigquery.Client, job_id: str, script: str, sleep: Callable[[float], None]) -> bigquery.QueryJob:
     try:
         return client.query(script, job_id=job_id, job_retry=None)
     except Conflict:  # Submitted a moment ago, by a request whose answer was lost or by a duplicate of this step.
-        job = _find_job(client, job_id)
-        if job is None:
-            raise
-        return job
-    except BadRequest as error:
-        raise PublishError(f"BigQuery refused to publish (job {job_id}): {error.message}") from error
+        pass
+    # jobs.get may say 404 for some seconds: https://github.com/googleapis/python-bigquery/issues/2134
+    for pause in _UNTIL_SHOWN:
+        sleep(pause)
+        if job := _find_job(client, job_id):
+            return job
+    raise PublishError(f"BigQuery says that job {job_id} exists, but does not show it; start the job again")
 
 
 def _published(client: bigquery.Client, launch: str) -> bool:

@@ -64,6 +64,12 @@ class Destination:
         return f"{self.project}.{self.dataset}.{self.prefix}_embedding{self.suffix}_lock"
 
 
+def split_name(table: str) -> tuple[str, str, str]:
+    """Returns project, dataset and table of `project.dataset.table`; a project may be `example.com:project`."""
+    project, dataset, name = table.rsplit(".", 2)
+    return project, dataset, name
+
+
 def schema(tower: str) -> list[dict[str, str]]:
     """Returns a tower's columns in the form that Beam, its Avro writer and google-cloud-bigquery all take."""
     return [
@@ -185,12 +191,17 @@ def missing_columns(table: bigquery.Table, wanted: Sequence[bigquery.SchemaField
 
 
 def add_columns_sql(name: str, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> list[str]:
-    """Returns the statements that add a table's missing columns, NULLABLE or REPEATED as BigQuery allows it."""
-    return [
-        f"ALTER TABLE `{name}` ADD COLUMN IF NOT EXISTS {column.name} "
+    """Returns the statement that adds a table's missing columns, NULLABLE or REPEATED as BigQuery allows it, or none.
+
+    One for all columns: BigQuery takes five changes of a table's metadata in ten seconds
+    (https://cloud.google.com/bigquery/quotas#standard_tables).
+    """
+    added = [
+        f"ADD COLUMN IF NOT EXISTS {column.name} "
         + (f"ARRAY<{_sql_type(column)}>" if column.mode == "REPEATED" else _sql_type(column))
         for column in missing_columns(table, wanted)
     ]
+    return [f"ALTER TABLE `{name}` {', '.join(added)}"] if added else []
 
 
 def keep_forever_sql(table: str, partitioned: bool) -> str:
@@ -334,11 +345,16 @@ def partitions_sql(table: str) -> str:
     )
 
 
-def latest_partition_sql(destination: Destination) -> str:
-    """Returns a query for the newest partition that holds rows, by metadata; parameter: table (STRING)."""
+def latest_partition_sql(table: str) -> str:
+    """Returns a query for the newest partition of a table that holds rows, by metadata.
+
+    The name is a literal, no parameter: by a literal alone BigQuery knows which table is meant, and it refuses to look
+    at more than a thousand (https://cloud.google.com/bigquery/docs/information-schema-partitions).
+    """
+    project, dataset, name = split_name(table)
     return (
-        f"SELECT MAX(partition_id) FROM `{destination.project}.{destination.dataset}`.INFORMATION_SCHEMA.PARTITIONS "
-        "WHERE table_name = @table AND total_rows > 0 AND partition_id NOT LIKE '\\\\_\\\\_%'"
+        f"SELECT MAX(partition_id) FROM `{project}.{dataset}`.INFORMATION_SCHEMA.PARTITIONS "
+        f"WHERE table_name = {literal(name)} AND total_rows > 0 AND partition_id NOT LIKE '\\\\_\\\\_%'"
     )
 
 

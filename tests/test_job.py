@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 import apache_beam as beam
 import numpy as np
 import pytest
+from apache_beam.io.gcp.gcsio import GcsIO
 from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
 from apache_beam.metrics.metric import Lineage
 from google.cloud import bigquery
@@ -370,6 +371,17 @@ def test_load_files_of_dead_launches_are_swept(job, store, models, monkeypatch):
     assert store.load_files(job.dataset) == [f"{folder}/other"]
 
 
+def test_a_bucket_that_deletes_nothing_fails_no_job(job, store, models, monkeypatch, caplog):
+    """As with retention or holds: a failed job would be started again, and publish, for ever."""
+    monkeypatch.setattr(GcsIO, "delete_batch", lambda self, paths: [(path, 403) for path in paths])
+    run = store.log(models("longer"), "held", MARCH_1)
+    assert job.run(run) == 0
+    assert job.published() == {("2026-03-01", run): (50, 50)}
+    assert job.tables() == DESTINATION_TABLES
+    assert len(store.load_files(job.dataset)) == 2
+    assert "not all is deleted: gs://warehouse/tmp/" in caplog.text
+
+
 # Tables that exist already.
 
 
@@ -391,6 +403,7 @@ def first_version(job, tower, **changes):
 def test_a_table_of_the_first_version_is_extended(job, store, models):
     for tower in ("user", "item"):
         job.client.create_table(first_version(job, tower))
+    job.client.create_table(bigquery.Table(job.destination.log, schema=tables.LOG_SCHEMA[:5]))  # an early log
     job.query("INSERT INTO {user} VALUES (DATE '2026-02-01', 'old', 'two_tower', 'n', 'u1', [1.0,2,3,4,5,6,7,8])")
     run = store.log(models("plain"), "plain", MARCH_1)
     assert job.run(run) == 0
@@ -401,6 +414,8 @@ def test_a_table_of_the_first_version_is_extended(job, store, models):
     ]
     ((old,),) = job.query("SELECT user_embedding FROM {user} WHERE mlflow_run_id = 'old'")
     assert old == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    log = f"SELECT tower, row_count, pipeline_version FROM {job.dataset}.two_tower_embedding_log ORDER BY tower"
+    assert job.query(log) == [("item", 2014, __version__), ("user", 3015, __version__)]
 
 
 def test_a_history_with_names_of_its_own_goes_on(job, store, models, capsys):

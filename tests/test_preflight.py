@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import threading
 from contextlib import contextmanager
 from datetime import date
@@ -15,7 +16,7 @@ from google.cloud import bigquery
 from google.cloud.storage import Client as StorageClient
 from towers import described
 
-from beam_pipeline import preflight
+from beam_pipeline import preflight, tables
 from beam_pipeline.errors import ConfigError
 from beam_pipeline.preflight import Findings, location_fits
 from beam_pipeline.publication import Publication
@@ -96,6 +97,8 @@ class Cloud:
         location: of the bucket; None for a bucket that is not there, "" for one that may not be looked at.
         bucket: what else the bucket says of itself.
         tables: names of tables that exist.
+        partitions: of the user's table, as YYYYMMDD -> a vector in it.
+        queries: every query that was run.
     """
 
     def __init__(self):
@@ -108,6 +111,8 @@ class Cloud:
         self.bucket = {}
         self.tables = {"two_tower_user_embedding", "two_tower_item_embedding"}
         self.may_query = True
+        self.partitions = {}
+        self.queries = []
 
     def answer(self, method, url, body):
         path = url.path
@@ -125,6 +130,22 @@ class Cloud:
             if path.split("/")[-1].split(":")[0] not in self.tables:
                 return 404, {"error": {"code": 404, "message": "Not found: Table"}}
             return self._granted("table", json.loads(body)["permissions"])
+        if path.endswith("/queries"):
+            self.queries.append(json.loads(body))
+            latest = max(self.partitions, default=None)
+            return 200, {
+                "jobReference": {"projectId": "my-project", "jobId": "job", "location": "EU"},
+                "jobComplete": True,
+                "schema": {"fields": [{"name": "latest", "type": "STRING"}]},
+                "rows": [{"f": [{"v": latest}]}],
+                "totalRows": "1",
+            }
+        if match := re.search(
+            r"/projects/my-project/datasets/raw_prod/tables/two_tower_user_embedding\$(\d+)/data$", path
+        ):
+            assert parse_qs(url.query)["selectedFields"] == ["user_embedding"]
+            vector = self.partitions[match[1]]
+            return 200, {"rows": [{"f": [{"v": [{"v": str(value)} for value in vector]}]}] if vector else []}
         if path.endswith("/jobs"):
             if not self.may_query:
                 return 403, {"error": {"code": 403, "message": "Access Denied: bigquery.jobs.create"}}
@@ -222,6 +243,32 @@ def test_a_query_that_is_refused(cloud):
     ((status, text),) = permissions(cloud)
     assert status == "stop"
     assert "to run a query" in text
+
+
+def lengths(cloud):
+    findings = Findings()
+    preflight._examine_length(findings, cloud.client, WHAT.destination, TOWERS[0])
+    return [(line.status, line.text) for line in findings.lines]
+
+
+def test_the_length_of_vectors_is_read_for_nothing(cloud):
+    """Of the latest partition a row is listed; any query for it would be billed for the whole column."""
+    cloud.partitions = {"20260222": [1.0] * 32, "20260301": [1.0] * 64}
+    assert lengths(cloud) == [("ok", "64 values, as in the latest partition (2026-03-01)")]
+    (query,) = cloud.queries
+    assert query["query"] == tables.latest_partition_sql(WHAT.destination.table("user"))
+    assert not query.get("queryParameters")  # INFORMATION_SCHEMA.PARTITIONS wants a literal
+    cloud.partitions["20260308"] = [1.0] * 3
+    ((status, text),) = lengths(cloud)
+    assert status == "stop"
+    assert "vectors of 64 values, but the latest partition of" in text
+    assert "(2026-03-08) holds vectors of 3, and VECTOR_SEARCH needs one length" in text
+
+
+def test_no_vectors_have_no_length(cloud):
+    assert lengths(cloud) == []
+    cloud.partitions = {"20260301": None}  # Its rows were deleted between the two looks.
+    assert lengths(cloud) == []
 
 
 def bucket(cloud, what=WHAT):

@@ -20,7 +20,7 @@ from google.api_core.exceptions import Conflict
 from google.cloud import bigquery, dataflow_v1beta3
 from towers import described
 
-from beam_pipeline import publication, tables
+from beam_pipeline import preflight, publication, tables
 from beam_pipeline.publication import Publication
 from beam_pipeline.runs import Run, Training
 from beam_pipeline.transforms import Tally
@@ -248,13 +248,11 @@ def test_every_table_has_the_key(warehouse, destination, client, store, models, 
 
 
 def test_the_latest_partition_is_found_in_the_metadata(staged, client, destination):
-    """That INFORMATION_SCHEMA.PARTITIONS answers as the preflight expects."""
+    """That INFORMATION_SCHEMA.PARTITIONS and a partition's rows answer as the preflight expects."""
     publication.publish(client, *staged("latest", "replace"))
-    config = bigquery.QueryJobConfig(
-        query_parameters=[bigquery.ScalarQueryParameter("table", "STRING", destination.table("user").rsplit(".", 1)[1])]
-    )
-    ((latest,),) = client.query_and_wait(tables.latest_partition_sql(destination), job_config=config)
+    ((latest,),) = client.query_and_wait(tables.latest_partition_sql(destination.table("user")))
     assert latest == "20260302"
+    assert preflight._length(client, destination.table("user"), "user", date(2026, 3, 2)) == 2
 
 
 def test_vector_search(staged, client, destination):
