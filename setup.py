@@ -74,6 +74,9 @@ setup(
             "pytest-timeout>=2.3",
             # Property tests of the format readers and the chunking.
             "hypothesis>=6",
+            # Google's own parser and analyzer of BigQuery's SQL, for every statement of the job. Exact: somebody else's
+            # build of it.
+            "zetasql==0.1.5",
         ],
         "bench": [
             # The script that is measured against.

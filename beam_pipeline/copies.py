@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from beam_pipeline import publication
+from beam_pipeline import publication, stores
 from beam_pipeline.errors import ArtifactMissingError, TruncatedFileError
 from beam_pipeline.files import join
 from beam_pipeline.runs import Model, asking, store_uri
@@ -46,7 +46,7 @@ def copied(model: Model, folder: str, tracking_uri: str | None, terminal: Termin
     Raises:
         ArtifactMissingError: there are no files.
         TruncatedFileError: less arrived than was announced.
-        RunNotFoundError, ConfigError: the server does not answer, or wants credentials.
+        RunNotFoundError, ConfigError: the server does not answer, or a store wants credentials or a library.
     """
     try:
         uri = store_uri(tracking_uri)
@@ -63,11 +63,9 @@ def copied(model: Model, folder: str, tracking_uri: str | None, terminal: Termin
 
 class _Copy:
     def __init__(self, model: Model, folder: str, uri: str) -> None:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
         self._model = model
         self._folder = folder
-        self._repository: ArtifactRepository = get_artifact_repository(model.root, tracking_uri=uri)
+        self._repository: ArtifactRepository = stores.repository(model.root, uri)
         self._finished = self._sent = 0
         self._arriving: Path | None = None
 
@@ -89,7 +87,9 @@ class _Copy:
         return self._folder if base == self._model.path else join(self._folder, self._model.path.rpartition("/")[2])
 
     def _files(self, path: str) -> Iterator[FileInfo]:
-        for file in self._repository.list_artifacts(path or None):
+        with stores.reading(self._model.root):
+            listed = self._repository.list_artifacts(path or None)
+        for file in listed:
             if file.is_dir:
                 yield from self._files(file.path)
             else:
@@ -98,7 +98,8 @@ class _Copy:
     def _copy(self, file: FileInfo, local: Path, to: str) -> None:
         self._sent, self._arriving = 0, local
         # What every store implements; its public wrapper downloads in threads, for which an interrupted process waits.
-        self._repository._download_file(file.path, str(local))
+        with stores.reading(self._model.root):
+            self._repository._download_file(file.path, str(local))
         size = local.stat().st_size
         if file.file_size is not None and size != file.file_size:
             raise TruncatedFileError(

@@ -29,7 +29,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from beam_pipeline.errors import PipelineError, WarehouseError
+from beam_pipeline import command
+from beam_pipeline.errors import WarehouseError
 
 PROJECT = "local"
 BUCKET = "warehouse"
@@ -193,19 +194,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.child:
         return asyncio.run(_run_emulators(Path(args.directory), args.port))
-    try:
-        if not Path(args.directory).is_dir():
-            raise WarehouseError(f"no warehouse at {args.directory}; a job with --warehouse={args.directory} makes one")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with Warehouse(args.directory, args.port) as warehouse:
-            print(_HOW_TO_QUERY.format(warehouse=warehouse), flush=True)
-            while True:
-                time.sleep(3600)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 0
+    return command.exit_code(lambda: _serve(args.directory, args.port))
+
+
+def _serve(directory: str, port: int) -> None:
+    if not Path(directory).is_dir():
+        raise WarehouseError(f"no warehouse at {directory}; a job with --warehouse={directory} makes one")
+    with Warehouse(directory, port) as warehouse, contextlib.suppress(KeyboardInterrupt):
+        print(_HOW_TO_QUERY.format(warehouse=warehouse), flush=True)
+        while True:
+            time.sleep(3600)
 
 
 _HOW_TO_QUERY = """\

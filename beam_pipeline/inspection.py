@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from beam_pipeline import vectors
 from beam_pipeline.errors import PipelineError
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Artifact, Tower
+from beam_pipeline.formats.artifact import Artifact, Tower, discover
 
 _EXAMPLES = 3
 _LONGEST_EXAMPLE = 40
 
 
-def describe(artifact: Artifact, folder: str, open_file: OpenFile) -> Iterator[str]:
+def describe(artifact: Artifact, folder: str, open_file: OpenFile, towers: Mapping[str, str]) -> Iterator[str]:
     """Yields lines about every tower of a model: layer, embedding, ids with examples, rows before the ids, bytes.
 
-    The vocabularies are scanned to count their ids, the embeddings are not read. Files are named as below `folder`.
+    The vocabularies are scanned to count their ids, the embeddings are not read.
+
+    Args:
+        artifact: the model.
+        folder: files are named as below it.
+        open_file: opens them.
+        towers: tower → layer, as they were named; how a tower goes on depends on which the others are.
     """
     layers = artifact.tower_layers()
+    chosen = towers if {*towers.values()} <= {*layers} else discover(layers) or {}
     if not layers:
         yield "no layer holds one lookup and one embedding"
     for layer in layers:
         yield f"layer       {layer}"
         try:
             yield from _describe(artifact.tower("tower", layer), folder, open_file)
+            others = {name: other for name, other in chosen.items() if other != layer}
+            tail = artifact.tails({**others, "tower": layer})["tower"]
+            yield f"  then      {vectors.describe(tail)}"
         except PipelineError as error:
             yield f"  refused   {error}"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-import signal
 import sys
 import tempfile
 import uuid
@@ -13,11 +13,12 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, StandardOptions
 from google.cloud import bigquery
 
 from beam_pipeline import (
     __version__,
+    command,
     emulators,
     errors,
     identity,
@@ -41,26 +42,10 @@ from beam_pipeline.terminal import Terminal
 
 def launch(config: Config) -> int:
     """Runs the command line; returns the exit code: 0, or 1 with one line on stderr."""
-    # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(config)
-    except PipelineError as error:
-        return _stopped(str(error), 1)
-    except KeyboardInterrupt:
-        return _stopped(f"interrupted; {_WHOLE}", 130)
-    except Exception as error:
-        logging.getLogger(__name__).info("stopped by", exc_info=error)
-        return _stopped(f"{type(error).__name__}: {error}", 1)
-    return 0
+    return command.exit_code(lambda: run(config), interrupted=f"interrupted; {_WHOLE}")
 
 
 _WHOLE = "the tables hold this training whole or not at all, start the job again"
-
-
-def _stopped(message: str, code: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return code
 
 
 def run(config: Config) -> None:
@@ -71,7 +56,7 @@ def run(config: Config) -> None:
     """
     terminal = Terminal(as_json=config.plan == "json")
     identity.authorize(config.tracking_uri, config.tracking_audience)
-    found = selection.wanted_runs(config)
+    found = selection.wanted_runs(config, terminal)
     if config.inspect:
         _inspect(config, found[-1], terminal)
         return
@@ -120,6 +105,10 @@ def run(config: Config) -> None:
             what,
             allow_dimension_change=config.allow_dimension_change,
             distributed=not config.local,
+            region=cloud.region if config.runner == "DataflowRunner" else None,
+            dataflow_kms_key=cloud.dataflow_kms_key,
+            embedding_rows=config.embedding_rows,
+            discovered=config.discover,
         )
         terminal.report(what, findings)
         if config.plan:
@@ -170,6 +159,7 @@ def _find_destination(config: Config, project: str, billing_project: str) -> Des
         project,
         config.dataset,
         config.table_prefix,
+        suffix=config.table_suffix,
         billing_project=billing_project,
         staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
         make_dataset=bool(config.warehouse),
@@ -180,8 +170,8 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
         folder, _ = selection.model_folder(config, run, copies_to, stack, terminal)
-        artifact = stack.enter_context(closing(open_artifact(folder, open_file, config.towers.values())))
-        terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file))
+        artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
+        terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, config.towers))
 
 
 def _submit(pipeline: beam.Pipeline, name: str) -> Any:
@@ -230,6 +220,12 @@ def _beam_options(config: Config) -> PipelineOptions:
     options = PipelineOptions(list(config.beam_args))
     # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
     options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
+    setup = options.view_as(SetupOptions)
+    if setup.setup_file:
+        # Beam changes to the file's folder, and neither to "", the folder of setup.py, nor twice to a relative one.
+        setup.setup_file = os.path.abspath(setup.setup_file)
+        if not os.path.isfile(setup.setup_file):
+            raise ConfigError(f"--setup_file={setup.setup_file}: there is no such file; leave it out with an image")
     return options
 
 
@@ -251,17 +247,29 @@ def _projects(config: Config, cloud: GoogleCloudOptions, terminal: Terminal) -> 
     return config.dataset_project or str(cloud.project)
 
 
+_STEP = re.compile(r"(?: \[while running '[^']*'\])+$", re.MULTILINE)
+"""What Beam adds to the message of an exception, once for each step that it passes."""
+
+
 def _reason(error: Exception) -> PipelineError:
     """Returns the error that stopped the job, which Beam hands over as the text of a traceback."""
     if isinstance(error, PipelineError):
         return error
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in _STEP.sub("", str(error)).splitlines() if line.strip()]
     for line in reversed(lines):
-        named = re.match(r"beam_pipeline\.errors\.(\w+): (.*?)(?: \[while running .*\])?$", line)
-        if named:
+        if named := re.match(r"beam_pipeline\.errors\.(\w+): (.*)", line):
             return getattr(errors, named[1], PipelineError)(named[2])
-    last = lines[-1] if lines else type(error).__name__
+    last = _last_exception(lines) or type(error).__name__
     if last.startswith("KeyboardInterrupt"):
         raise KeyboardInterrupt from error
     logging.getLogger(__name__).info("the job failed", exc_info=error)
     return PipelineError(f"the job failed: {last}; {_WHOLE}")
+
+
+def _last_exception(lines: list[str]) -> str:
+    """Returns the exception at the end of a traceback, whose message may have several lines; all of another text."""
+    frames = [number for number, line in enumerate(lines) if re.match(r'\s+File "', line)]
+    message = lines[frames[-1] + 1 :] if frames else lines
+    while frames and message and message[0][0].isspace():  # the frame's code
+        message = message[1:]
+    return " ".join(line.strip() for line in message)

@@ -16,6 +16,7 @@ from beam_pipeline.formats.artifact import DEFAULT_TOWERS
 IF_TAKEN = ("fail", "replace", "keep")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
@@ -48,10 +49,12 @@ class Config:
     dataset_project: str | None = None
     dataset: str = "raw_dev"
     table_prefix: str = "two_tower"
+    table_suffix: str = ""
     if_partition_taken: str = "fail"
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
     include_oov: bool = False
+    embedding_rows: bool = False
     writer: str = "columnar"
     staging_dataset: str | None = None
     require_partition_filter: bool = False
@@ -121,7 +124,14 @@ def add_destination(group: argparse._ActionsContainer) -> None:
         "and are billed to it",
     )
     group.add_argument(
-        "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embedding (default: %(default)s)"
+        "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embeddingSUFFIX (default: %(default)s)"
+    )
+    group.add_argument(
+        "--table_suffix",
+        default="",
+        metavar="SUFFIX",
+        help="end of the tables' names, for a history that has such names already: _history for "
+        "two_tower_user_embedding_history (default: none)",
     )
 
 
@@ -131,6 +141,8 @@ def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[s
         ours.error(f"--project={found.project!r} is no project id")
     if not _NAME.fullmatch(found.table_prefix):
         ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
+    if not _SUFFIX.fullmatch(found.table_suffix):
+        ours.error(f"--table_suffix={found.table_suffix!r}: only letters, digits and _")
     if not found.dataset:
         return None, f"raw_{found.env}"
     match = _DATASET.fullmatch(found.dataset)
@@ -144,13 +156,15 @@ def parser() -> argparse.ArgumentParser:
     result = base_parser(
         "python -m beam_pipeline",
         "Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
-        "both at once and never twice, as one partition of two BigQuery tables.",
+        "both at once and never twice, as one partition of two BigQuery tables. A vector is the one that the model "
+        "serves for the id; where a tower goes on after its embedding (Dense, concatenation, ...), nothing is "
+        "published unless --embedding_rows asks for the embedding's rows.",
         _EPILOG,
     )
     result.add_argument("--version", action="version", version=__version__)
     model = result.add_argument_group("which model (one of the three)")
     model.add_argument("--run_id", help="MLflow run")
-    model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run")
+    model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run that has the model")
     model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
     model.add_argument(
         "--model_uri", help="MLflow model: runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID"
@@ -179,6 +193,12 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
+    )
+    model.add_argument(
+        "--embedding_rows",
+        action="store_true",
+        help="publish the rows of an embedding even where the tower goes on after it, so that they are not the vectors "
+        "that the model serves; the log's column vector_source says so",
     )
     target = result.add_argument_group("where to")
     add_destination(target)
@@ -222,8 +242,9 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--kms_key",
         metavar="KEY",
-        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table and load job, and of the "
-        "Dataflow job; files in the bucket have the bucket's own default key",
+        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table, load and copy job, in the "
+        "dataset's location, and of the Dataflow job, unless --dataflow_kms_key names one in its region, as it has to "
+        "where the dataset is in a multi-region; files in the bucket have the bucket's own default key",
     )
     target.add_argument(
         "--tag_run",
@@ -297,10 +318,12 @@ def parse(argv: Sequence[str]) -> Config:
         dataset_project=dataset_project,
         dataset=dataset_name,
         table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
         if_partition_taken=found.if_partition_taken,
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
         include_oov=found.include_oov,
+        embedding_rows=found.embedding_rows,
         writer=found.writer,
         staging_dataset=found.staging_dataset,
         require_partition_filter=found.require_partition_filter,

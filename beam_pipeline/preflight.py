@@ -14,7 +14,7 @@ from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery, storage
 
-from beam_pipeline import emulators, tables
+from beam_pipeline import emulators, tables, vectors
 from beam_pipeline.errors import (
     ConfigError,
     DatasetMissingError,
@@ -25,7 +25,7 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.formats.artifact import Tower
 from beam_pipeline.publication import Publication, require_compatible
-from beam_pipeline.runs import Training
+from beam_pipeline.runs import Run, Training
 from beam_pipeline.tables import Destination
 
 _DOLLARS_PER_TIB = 6.25
@@ -34,7 +34,8 @@ _DOLLARS_PER_TIB = 6.25
 _RESOURCE_MANAGER = "https://cloudresourcemanager.googleapis.com"
 
 _MOST_PARTITIONS = 4000  # of one load job
-_DAY_MS = 24 * 3600 * 1000
+_DAY_SECONDS = 24 * 3600
+_DAY_MS = _DAY_SECONDS * 1000
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def find_destination(
     dataset: str,
     prefix: str,
     *,
+    suffix: str = "",
     billing_project: str | None = None,
     staging_dataset: str | None = None,
     make_dataset: bool = False,
@@ -93,6 +95,7 @@ def find_destination(
         project: the tables'.
         dataset: its dataset.
         prefix: first part of the tables' names.
+        suffix: last part of the tables' names.
         billing_project: where jobs run and are billed, if it is another.
         staging_dataset: `project.dataset` for staging tables, if it is another.
         make_dataset: make them if missing; for the embedded warehouse alone.
@@ -109,7 +112,7 @@ def find_destination(
                 f"--staging_dataset {staging_dataset} is in {other} and {project}.{dataset} in {location}; one query "
                 "reads both, so they have to be in one location"
             )
-    return Destination(project, dataset, location, prefix, staging_dataset, billing_project)
+    return Destination(project, dataset, location, prefix, staging_dataset, suffix, billing_project)
 
 
 def _location(billing_project: str, dataset: str, make: bool) -> str:
@@ -128,7 +131,15 @@ def _location(billing_project: str, dataset: str, make: bool) -> str:
 
 
 def examine(
-    client: bigquery.Client, publication: Publication, *, allow_dimension_change: bool, distributed: bool
+    client: bigquery.Client,
+    publication: Publication,
+    *,
+    allow_dimension_change: bool,
+    distributed: bool,
+    region: str | None = None,
+    dataflow_kms_key: str | None = None,
+    embedding_rows: bool = False,
+    discovered: bool = False,
 ) -> Findings:
     """Returns the report about a publication whose dataset exists and whose models were found.
 
@@ -137,13 +148,20 @@ def examine(
         publication: what is to be published.
         allow_dimension_change: publish vectors of another length than before.
         distributed: the job runs elsewhere, as another account.
+        region: of the Dataflow job, if it is one.
+        dataflow_kms_key: Cloud KMS key of the Dataflow job.
+        embedding_rows: publish the rows of an embedding although its tower goes on after it.
+        discovered: nobody named the towers' layers.
     """
     findings = Findings()
+    vectors.examine(findings, publication, embedding_rows=embedding_rows, discovered=discovered)
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
     if destination.jobs_project != destination.project:
         findings.ok("jobs", f"run in project {destination.jobs_project}, which is billed")
+    for run in (training.run for training in publication.trainings if training.run.status != "FINISHED"):
+        findings.note("run", _unfinished(run))
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
         error = ConfigError(f"{days:,} dates, and one load job writes {_MOST_PARTITIONS:,}; narrow --since and --until")
         findings.stop("dates", error)
@@ -155,9 +173,16 @@ def examine(
             reason = f"BigQuery does not answer for {destination.table(tower)}: {_first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
     _examine_bucket(findings, publication)
+    _examine_keys(findings, publication, region, dataflow_kms_key)
     _examine_permissions(findings, client, publication, distributed)
     _estimate(findings, publication)
     return findings
+
+
+def _unfinished(run: Run) -> str:
+    if run.status in ("RUNNING", "SCHEDULED"):
+        return f"{run.run_id} is {run.status}: start the job again if it logs its model again before it ends"
+    return f"{run.run_id} is {run.status}: make sure that its model is the one to publish"
 
 
 def _examine_table(
@@ -218,12 +243,13 @@ def _examine_age(
     )
     if old and expiration:
         more = f" and {len(old) - 1:,} more dates" if len(old) > 1 else ""
+        without = ", or leave the date out with --since" if len(of_runs) > 1 else ""  # --since chooses among many
         findings.stop(
             check,
             IncompatibleTableError(
-                f"table {tables.split_name(name)[2]} keeps partitions for {expiration // _DAY_MS} days, and {old[0]} was "
-                f"{(today - old[0]).days} days ago{more}: BigQuery would delete its rows at once; lengthen that "
-                "expiration, or leave the date out with --since"
+                f"table {tables.split_name(name)[2]} keeps partitions for {expiration // _DAY_MS} days, and {old[0]} "
+                f"was {(today - old[0]).days} days ago{more}: BigQuery would delete its rows at once; lengthen that "
+                f"expiration{without}"
             ),
         )
 
@@ -320,46 +346,123 @@ def _examine_bucket(findings: Findings, publication: Publication) -> None:
             "bucket",
             ConfigError(
                 f"bucket gs://{name} of --temp_location does not exist; make it where the dataset is: "
-                f"gcloud storage buckets create gs://{name} --location={location}"
+                f"gcloud storage buckets create gs://{name} --location={location} --soft-delete-duration=0"
             ),
         )
         return
     except (GoogleAPICallError, GoogleAuthError, OSError) as error:
         findings.note("bucket", f"gs://{name} could not be asked for its location: {_first_line(error)}")
         return
-    fits = location_fits(bucket.location or "", location)
-    if fits is False:
+    regions = bucket.data_locations or ()
+    place = f"{bucket.location} ({', '.join(regions)})" if regions else bucket.location
+    fits = location_fits(bucket.location or "", location, regions)
+    remedy = f"name one in {location}" + ("" if location.upper() == "EU" else ", or in a dual-region that includes it,")
+    if fits:
+        findings.ok("bucket", f"gs://{name} in {place}")
+    elif fits is None:
+        findings.note(
+            "bucket",
+            f"gs://{name} in {place}, and the dataset in {location}: only the load job tells whether that fits; to be "
+            f"sure, {remedy} with --temp_location",
+        )
+    else:
         findings.stop(
             "bucket",
             ConfigError(
-                f"bucket gs://{name} is in {bucket.location}, from where a dataset in {location} cannot load; "
-                f"name one in {location} with --temp_location"
+                f"bucket gs://{name} is in {place}, from where a dataset in {location} cannot load; {remedy} with "
+                "--temp_location"
             ),
         )
-    else:
-        sure = "" if fits else " (whether that fits only the load job tells)"
-        findings.ok("bucket", f"gs://{name} in {bucket.location}{sure}")
+    if kept := bucket.soft_delete_policy.retention_duration_seconds:
+        findings.note(
+            "soft delete",
+            f"gs://{name} keeps deleted files for {kept / _DAY_SECONDS:g} days, load files too, and they are billed; "
+            f"gcloud storage buckets update gs://{name} --clear-soft-delete ends that",
+        )
     if publication.kms_key and not bucket.default_kms_key_name:
         findings.note(
             "bucket", f"gs://{name} has no default key: load files are encrypted with Google's, not --kms_key"
         )
 
 
-def location_fits(bucket: str, dataset: str) -> bool | None:
+def location_fits(bucket: str, dataset: str, regions: Sequence[str] = ()) -> bool | None:
     """Returns whether a dataset can load from a bucket, by their locations; None where that cannot be told.
 
-    The rules are BigQuery's (https://cloud.google.com/bigquery/docs/batch-loading-data#data-locations).
+    A dataset in the US loads from anywhere; one in the EU from the EU and the regions that belong to it; one in a
+    region from there and from dual-regions that include it
+    (https://cloud.google.com/bigquery/docs/locations#load-data-location-considerations). That page says of the rest
+    that the transfer is billed. In reports, the load job fails with "Cannot read and write in different locations",
+    with a bucket in the US and a dataset in us-east4 or us-west2 too (airbytehq/airbyte#17013,
+    googlegenomics/gcp-variant-transforms#718).
+
+    Args:
+        bucket: location of the bucket.
+        dataset: location of the dataset.
+        regions: of a bucket in a dual-region of one's own, whose location is the continent's.
     """
     bucket, dataset = bucket.upper(), dataset.upper()
-    if dataset in ("US", bucket):
+    if dataset == "US":
         return True
-    if dataset == "EU":
-        # A dual region of our own making has a name that says nothing.
-        return True if bucket.startswith(("EUROPE-", "EUR")) else None if "-" not in bucket else False
-    if "-" not in bucket:  # A multi-region or dual region may contain the dataset's.
-        continent = {"US": ("US-", "NAM"), "EU": ("EUROPE-",), "ASIA": ("ASIA-",)}.get(bucket)
-        return None if continent is None or dataset.startswith(continent) else False
-    return False
+    if regions := [region.upper() for region in regions] or _DUAL_REGIONS.get(bucket, []):
+        inside = [_includes(dataset, region) for region in regions]
+        if dataset == "EU" and any(inside) and not all(inside):
+            return None  # Which of its two regions a load reads is not documented.
+        return any(inside)
+    if "-" not in bucket and bucket not in _MULTI_REGIONS:
+        return None
+    return _includes(dataset, bucket)
+
+
+def _includes(dataset: str, place: str) -> bool:
+    """Whether a place is a dataset's location, or a region within it."""
+    return place == dataset or (dataset == "EU" and place.startswith("EUROPE-") and place not in _OUTSIDE_EU)
+
+
+_MULTI_REGIONS = ("US", "EU", "ASIA")
+_OUTSIDE_EU = ("EUROPE-WEST2", "EUROPE-WEST6")  # London, Zurich (https://cloud.google.com/storage/docs/locations)
+_DUAL_REGIONS = {
+    "ASIA1": ["ASIA-NORTHEAST1", "ASIA-NORTHEAST2"],
+    "EUR4": ["EUROPE-NORTH1", "EUROPE-WEST4"],
+    "EUR5": ["EUROPE-WEST1", "EUROPE-WEST2"],
+    "EUR7": ["EUROPE-WEST2", "EUROPE-WEST3"],
+    "EUR8": ["EUROPE-WEST3", "EUROPE-WEST6"],
+    "NAM4": ["US-CENTRAL1", "US-EAST1"],
+}
+
+
+def _examine_keys(
+    findings: Findings, publication: Publication, region: str | None, dataflow_kms_key: str | None
+) -> None:
+    """Reports keys that are in another place than what they are to encrypt.
+
+    BigQuery takes keys of the dataset's location (https://cloud.google.com/bigquery/docs/customer-managed-encryption),
+    Dataflow those of the job's region (https://cloud.google.com/dataflow/docs/guides/customer-managed-encryption-keys).
+    """
+    location = publication.destination.location
+    key = publication.kms_key
+    wanted = _MULTI_REGION_KEYS.get(location.upper(), location.lower())
+    if key and (place := _key_location(key)) != wanted:
+        findings.note("key", f"--kms_key is in {place}, and BigQuery wants one in {wanted} for a dataset in {location}")
+    place = _key_location(dataflow_kms_key or "")
+    if not region or place in ("", region):
+        return
+    flag = "--kms_key" if dataflow_kms_key == key else "--dataflow_kms_key"
+    findings.stop(
+        "key",
+        ConfigError(
+            f"{flag} is in {place}, and Dataflow in {region} takes keys of that region alone: name one with "
+            "--dataflow_kms_key" + (", and leave --kms_key to BigQuery" if flag == "--kms_key" else "")
+        ),
+    )
+
+
+_MULTI_REGION_KEYS = {"US": "us", "EU": "europe"}
+"""Cloud KMS's names of BigQuery's multi-regions."""
+
+
+def _key_location(key: str) -> str:
+    _, _, rest = key.partition("/locations/")
+    return rest.split("/")[0]
 
 
 def _examine_permissions(

@@ -264,16 +264,13 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
     log = bigquery.Table(destination.log, schema=tables.LOG_SCHEMA)
     log.description = "One row for each run, tower and publication, written in the transaction that published them."
     _add_columns(client, _create(client, log, publication), tables.LOG_SCHEMA)
-    lock = bigquery.Table(
-        destination.lock,
-        schema=[bigquery.SchemaField("launch", "STRING"), bigquery.SchemaField("locked_at", "TIMESTAMP")],
-    )
+    lock = bigquery.Table(destination.lock, schema=tables.LOCK_SCHEMA)
     lock.description = "Every publication updates this row first, so that two at once conflict instead of mixing."
     _create(client, lock, publication)
     # Two launches may both find the table empty: two rows lock as well as one, since every row is updated.
-    ((rows,),) = client.query_and_wait(f"SELECT COUNT(*) FROM `{destination.lock}`")
+    ((rows,),) = client.query_and_wait(tables.lock_rows_sql(destination))
     if not rows:
-        client.query_and_wait(f"INSERT INTO `{destination.lock}` (launch) VALUES (NULL)")
+        client.query_and_wait(tables.fill_lock_sql(destination))
 
 
 def require_compatible(table: bigquery.Table, tower: str) -> None:
@@ -281,7 +278,7 @@ def require_compatible(table: bigquery.Table, tower: str) -> None:
     if found := tables.differences(table, tower):
         raise IncompatibleTableError(
             f"table {table.reference} cannot be used: {'; '.join(found)}; "
-            "rename it, or choose another name with --table_prefix or --dataset"
+            "rename it, or choose another name with --table_prefix, --table_suffix or --dataset"
         )
 
 
@@ -447,10 +444,7 @@ def _create(client: bigquery.Client, wanted: bigquery.Table, publication: Public
     # A new table inherits the dataset's defaults, under which history vanishes without a trace. The API has no value
     # for "never" at creation; ALTER TABLE has.
     if table.expires or (partitioning and partitioning.expiration_ms and not asked):
-        options = ["expiration_timestamp = NULL"]
-        if partitioning and not asked:
-            options.append("partition_expiration_days = NULL")
-        client.query_and_wait(f"ALTER TABLE `{table.reference}` SET OPTIONS ({', '.join(options)})")
+        client.query_and_wait(tables.keep_forever_sql(str(table.reference), bool(partitioning and not asked)))
         table = client.get_table(wanted.reference)
     return table
 

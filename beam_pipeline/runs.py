@@ -6,22 +6,29 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
+from beam_pipeline import stores
 from beam_pipeline.errors import (
     ArtifactMissingError,
     ConfigError,
     PartitionTakenError,
     PipelineError,
     RunNotFoundError,
+    UnfinishedUploadError,
 )
+from beam_pipeline.formats import is_hdf5, refuse_hdf5
 from beam_pipeline.formats.artifact import Tower
+from beam_pipeline.stores import shown
 
 if TYPE_CHECKING:
     from mlflow import entities
+    from mlflow.entities import FileInfo
     from mlflow.tracking import MlflowClient
 
 DEFAULT_PATH = "model"
@@ -37,6 +44,11 @@ _REGISTERED_URI = re.compile(r"models:/([^/]+)/([0-9]+)|models:/([^/]+)@([^/@]+)
 # What a folder holds that is a model, by itself or as MLflow lays it out.
 _MARKS = ("MLmodel", "saved_model.pb")
 
+# How far back the latest run that has the model is looked for. A run without artifacts takes two requests, any other
+# one more for each of its folders.
+_MOST_RUNS = 20
+_MOST_REQUESTS = 100
+
 
 @dataclass(frozen=True)
 class Run:
@@ -46,6 +58,7 @@ class Run:
         run_id, run_name, experiment_id, experiment_name: as MLflow has them.
         train_date: day on which the run started, in UTC.
         artifact_uri: root of the run's artifacts.
+        status: FINISHED, RUNNING, SCHEDULED, FAILED or KILLED.
     """
 
     run_id: str
@@ -54,6 +67,7 @@ class Run:
     experiment_name: str
     train_date: date
     artifact_uri: str
+    status: str = "FINISHED"
 
 
 @dataclass(frozen=True)
@@ -99,38 +113,97 @@ def find_run(
     experiment_name: str | None = None,
     run_name: str | None = None,
     model_uri: str | None = None,
+    artifact_path: str | None = None,
     tracking_uri: str | None = None,
 ) -> Run:
-    """Returns the run of that id, the latest FINISHED run of an experiment (of that name), or the run of a model.
+    """Returns the run of that id, the run of a model, or the run of an experiment that `find_latest_run` returns.
 
     Raises:
         RunNotFoundError: no such run, experiment or model, none FINISHED, or the tracking server does not answer.
         ConfigError: MLflow is not installed, the server wants credentials, or no run is behind the model.
+        PipelineError: what `find_latest_run` raises.
     """
+    if not run_id and not model_uri:
+        run, _ = find_latest_run(
+            experiment_name or "", run_name=run_name, artifact_path=artifact_path, tracking_uri=tracking_uri
+        )
+        return run
     uri = store_uri(tracking_uri)
     _require_store(uri)
     wanted = f"{model_uri}, or its run," if model_uri else f"run {run_id!r}"
-    with asking(uri, f"no {wanted} in {_shown(uri)}; check {'--model_uri' if model_uri else '--run_id'}"):
+    with asking(uri, f"no {wanted} in {shown(uri)}; check {'--model_uri' if model_uri else '--run_id'}"):
         client = _client(uri)
-        if model_uri:
-            run_id, _ = _resolve(client, model_uri)
-        if run_id:
-            run = client.get_run(run_id)
-            experiment = client.get_experiment(run.info.experiment_id)
-        else:
-            experiment = _experiment(client, uri, experiment_name or "")
-            latest = next(_finished(client, experiment.experiment_id, run_name), None)
-            if latest is None:
-                called = f" named {run_name!r}" if run_name else ""
-                raise RunNotFoundError(
-                    f"experiment {experiment_name!r} in {_shown(uri)} has no FINISHED run{called}; "
-                    "let a training finish, or name one with --run_id"
-                )
-            run = latest
-    info = run.info
-    if info.lifecycle_stage == "deleted":
-        raise RunNotFoundError(f"run {info.run_id!r} is deleted in {_shown(uri)}; restore it or name another")
-    return _run(run, experiment)
+        run_id = _resolve(client, model_uri)[0] if model_uri else run_id or ""
+        found = client.get_run(run_id)
+        experiment = client.get_experiment(found.info.experiment_id)
+    if found.info.lifecycle_stage == "deleted":
+        _require_active(experiment, uri)  # It took its runs with it, and takes them back.
+        raise RunNotFoundError(
+            f"run {run_id!r} is deleted in {shown(uri)}; restore it (mlflow runs restore --run-id {run_id}) or name "
+            "another"
+        )
+    return _run(found, experiment)
+
+
+def find_latest_run(
+    experiment_name: str,
+    *,
+    run_name: str | None = None,
+    artifact_path: str | None = None,
+    tracking_uri: str | None = None,
+) -> tuple[Run, list[tuple[Run, str]]]:
+    """Returns an experiment's latest FINISHED run (of that name) that has the model, and the later runs without it.
+
+    An experiment has runs that evaluate, or try something, and log no model: each is returned with the reason why it
+    was passed over. A model that cannot be published (its upload was not finished, it is an HDF5 file, it is one of
+    several) is an error instead, since nobody would notice that an older training is published in its place.
+
+    The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests.
+
+    Raises:
+        RunNotFoundError: no such experiment, no FINISHED run, or the tracking server does not answer.
+        ArtifactMissingError: none of the latest runs has the model, or the upload of the latest was not finished.
+        NotAModelError: the latest has it as an HDF5 file.
+        ConfigError: MLflow is not installed, a store wants credentials or a library, or the latest has several models.
+    """
+    uri = store_uri(tracking_uri)
+    _require_store(uri)
+    called = f" named {run_name!r}" if run_name else ""
+    passed: list[tuple[Run, str]] = []
+    missing: ArtifactMissingError | None = None
+    with asking(uri, f"no experiment {experiment_name!r} in {shown(uri)}; check --experiment_name"):
+        client = _client(uri)
+        experiment = _experiment(client, uri, experiment_name)
+        requests = 0
+        for found in islice(_finished(client, experiment.experiment_id, run_name), _MOST_RUNS):
+            run = _run(found, experiment)
+            artifacts = _Artifacts(run, uri)
+            try:
+                model = _model_of(client, artifacts, artifact_path)
+                by_name = not model.notable and model.name != "."
+                if by_name or _is_readable(model, artifacts, uri):
+                    return run, passed
+                passed.append((run, f"{model.name} holds neither a SavedModel nor a .keras file"))
+            except UnfinishedUploadError:
+                raise
+            except ArtifactMissingError as error:
+                missing = missing or error
+                passed.append((run, f"no model {artifact_path!r}" if artifact_path else "no model"))
+            requests += artifacts.requests + 1
+            if requests >= _MOST_REQUESTS:
+                break
+    if not passed:
+        raise RunNotFoundError(
+            f"experiment {experiment_name!r} in {shown(uri)} has no FINISHED run{called}; "
+            "let a training finish, or name one with --run_id"
+        )
+    if len(passed) == 1 and missing:
+        raise missing
+    run, why = passed[0]
+    raise ArtifactMissingError(
+        f"none of the latest {len(passed)} FINISHED runs{called} of experiment {experiment_name!r} has the model; the "
+        f"latest, {run.run_name} ({run.run_id}): {why}; choose with --run_id, --run_name or --artifact_path"
+    )
 
 
 def find_runs(
@@ -149,7 +222,7 @@ def find_runs(
     """
     uri = store_uri(tracking_uri)
     _require_store(uri)
-    with asking(uri, f"no experiment {experiment_name!r} in {_shown(uri)}; check --experiment_name"):
+    with asking(uri, f"no experiment {experiment_name!r} in {shown(uri)}; check --experiment_name"):
         client = _client(uri)
         experiment = _experiment(client, uri, experiment_name)
         runs = [_run(run, experiment) for run in _finished(client, experiment.experiment_id, run_name)]
@@ -158,7 +231,7 @@ def find_runs(
         called = f" named {run_name!r}" if run_name else ""
         when = (f" since {since}" if since else "") + (f" until {until}" if until else "")
         raise RunNotFoundError(
-            f"experiment {experiment_name!r} in {_shown(uri)} has no FINISHED run{called}{when}; it has {len(runs):,}"
+            f"experiment {experiment_name!r} in {shown(uri)} has no FINISHED run{called}{when}; it has {len(runs):,}"
         )
     return chosen[::-1]
 
@@ -198,7 +271,7 @@ def tag_run(run_id: str, tags: dict[str, str], tracking_uri: str | None = None) 
         ConfigError: it wants credentials.
     """
     uri = store_uri(tracking_uri)
-    with asking(uri, f"no run {run_id!r} in {_shown(uri)}; check --run_id"):
+    with asking(uri, f"no run {run_id!r} in {shown(uri)}; check --run_id"):
         client = _client(uri)
         for name, value in tags.items():
             client.set_tag(run_id, name, value)
@@ -218,30 +291,26 @@ def find_model(
 
     Raises:
         ArtifactMissingError: the run has no such model, or its upload was not finished.
-        ConfigError: it has several, which are listed.
+        NotAModelError: it is an HDF5 file.
+        ConfigError: it has several, which are listed; or its store cannot be read from here.
         RunNotFoundError: the tracking server does not answer.
     """
     uri = store_uri(tracking_uri)
-    with asking(uri, f"the artifacts of run {run.run_id} are not in {_shown(uri)}; check {model_uri or 'the run'}"):
+    with asking(uri, f"the artifacts of run {run.run_id} are not in {shown(uri)}; check {model_uri or 'the run'}"):
         client = _client(uri)
         if model_uri:
             _, found = _resolve(client, model_uri)
             if found.root:
+                _require_mounted(client, run, found.root)
                 return found
             artifact_path = found.path
-        return _model_of(client, uri, run, artifact_path)
+        return _model_of(client, _Artifacts(run, uri), artifact_path)
 
 
 def readable_folder(model: Model) -> str | None:
     """Returns the model's folder as a path that Beam opens, local or `gs://`; None if it has to be copied first."""
-    uri = urlparse(model.root)
-    if uri.scheme == "gs":
-        root = model.root.rstrip("/")
-    elif uri.scheme == "file":
-        root = unquote(uri.path).rstrip("/")
-    elif uri.scheme == "":
-        root = os.path.abspath(model.root)
-    else:
+    root = model.root.rstrip("/") if model.root.startswith("gs://") else stores.local_folder(model.root)
+    if root is None:
         return None
     return f"{root}/{model.path}" if model.path else root
 
@@ -256,7 +325,9 @@ def store_uri(tracking_uri: str | None) -> str:
         from mlflow.tracking import get_tracking_uri
     except ImportError as error:
         raise ConfigError("MLflow is not installed; pip install 'beam-pipeline[launcher]'") from error
-    return tracking_uri or get_tracking_uri()
+    uri = tracking_uri or get_tracking_uri()
+    folder = stores.local_folder(uri) if "%" in uri else None
+    return uri if folder is None else Path(folder).as_uri()
 
 
 @contextmanager
@@ -278,6 +349,8 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
     wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds or _PATIENCE)}
     # Its bars would tear the lines of the terminal and fill a log.
     wanted["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    # Some artifact stores (dbfs:/) ask the default server for credentials, and would create an empty store here for it.
+    wanted["MLFLOW_TRACKING_URI"] = uri
     own = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(own)
     try:
@@ -287,18 +360,18 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
     except Exception as error:  # Stores raise what their database or HTTP library raises.
         code = getattr(error, "error_code", None)
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = _reason(error, uri)
+        reason = stores.reason(error, uri)
         if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or status in (401, 403) or "valid JSON" in reason:
             # A sign-in page is no JSON.
             raise ConfigError(
-                f"MLflow at {_shown(uri)} lets nobody in with these credentials ({reason}); set MLFLOW_TRACKING_TOKEN, "
+                f"MLflow at {shown(uri)} lets nobody in with these credentials ({reason}); set MLFLOW_TRACKING_TOKEN, "
                 "or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; behind IAP or Cloud Run use "
                 "--tracking_audience"
             ) from error
         if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise RunNotFoundError(f"{missing} and --tracking_uri ({reason})") from error
         failed = "does not answer" if isinstance(error, MlflowException) else "failed"
-        raise RunNotFoundError(f"MLflow at {_shown(uri)} {failed}: {reason}; check --tracking_uri") from error
+        raise RunNotFoundError(f"MLflow at {shown(uri)} {failed}: {reason}; check --tracking_uri") from error
     finally:
         for name in own:
             os.environ.pop(name, None)
@@ -317,9 +390,7 @@ def _resolve(client: MlflowClient, model_uri: str) -> tuple[str, Model]:
     if match := _LOGGED_URI.fullmatch(model_uri):
         logged = client.get_logged_model(match[1])
         if str(logged.status) != "READY":
-            raise ArtifactMissingError(
-                f"{model_uri} ({logged.name}) is {logged.status}: its upload was not finished; log the model again"
-            )
+            raise UnfinishedUploadError(_unfinished(model_uri, logged))
         run_id, model = logged.source_run_id, Model(f"{model_uri} ({logged.name})", logged.artifact_location)
     elif match := _REGISTERED_URI.fullmatch(model_uri):
         name = match[1] or match[3]
@@ -356,46 +427,122 @@ def _version_of_alias(client: MlflowClient, name: str, alias: str) -> str:
     return str(aliases[alias])
 
 
-def _model_of(client: MlflowClient, uri: str, run: Run, artifact_path: str | None) -> Model:
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+class _Artifacts:
+    """The artifacts of a run, listed folder by folder.
 
+    Attributes:
+        run: the run.
+        requests: how often its store was asked.
+    """
+
+    def __init__(self, run: Run, uri: str) -> None:
+        self.run = run
+        self.requests = 0
+        # Not the client's own list_artifacts, which mixes in the models that are logged elsewhere.
+        self._repository = stores.repository(run.artifact_uri, uri)
+
+    def listed(self, folder: str = "") -> list[FileInfo]:
+        """Returns the files and folders of a folder."""
+        self.requests += 1
+        with stores.reading(self.run.artifact_uri):
+            return list(self._repository.list_artifacts(folder or None))
+
+
+def _model_of(client: MlflowClient, artifacts: _Artifacts, artifact_path: str | None) -> Model:
+    run = artifacts.run
     path = DEFAULT_PATH if artifact_path is None else artifact_path
+    _require_mounted(client, run, run.artifact_uri)
     if path in ("", "."):
         return Model(".", run.artifact_uri)
-    # Not the client's own list_artifacts, which mixes in the models that are logged elsewhere.
-    artifacts = get_artifact_repository(run.artifact_uri, tracking_uri=uri)
-    if any(file.path == path for file in artifacts.list_artifacts(path.rpartition("/")[0] or None)):
-        return Model(path, run.artifact_uri, path)
+    parent = path.rpartition("/")[0]
+    beside = artifacts.listed(parent)
+    for file in beside:
+        if file.path == path:
+            inside = artifacts.listed(path) if file.is_dir else [file]
+            if hdf5 := _only_hdf5(inside):
+                raise refuse_hdf5(shown(f"{run.artifact_uri}/{hdf5}"))
+            return Model(path, run.artifact_uri, path)
     logged = _logged_models(client, run)
+    ready = [model for model in logged if str(model.status) == "READY"]
     name, _, below = path.partition("/")
-    named = [model for model in logged if model.name == name]
+    named = [model for model in ready if model.name == name]
     if len(named) == 1:
+        _require_mounted(client, run, named[0].artifact_location)
         return Model(name, named[0].artifact_location, below)
-    folders = []
-    for file in artifacts.list_artifacts():
-        inside = {f.path.rpartition("/")[2] for f in artifacts.list_artifacts(file.path)} if file.is_dir else set()
-        if inside.intersection(_MARKS) or file.path.endswith(".keras"):
+    folders, hdf5s = [], []
+    for file in artifacts.listed() if parent else beside:
+        inside = artifacts.listed(file.path) if file.is_dir else []
+        if {_name(f) for f in inside}.intersection(_MARKS) or file.path.endswith(".keras"):
             folders.append(file.path)
         elif file.path in _MARKS:
             folders.append(".")
-    if artifact_path is None and len(folders) + len(logged) == 1:
-        if logged:
-            return Model(logged[0].name, logged[0].artifact_location, notable=True)
+        elif hdf5 := _only_hdf5(inside or [file]):
+            hdf5s.append(hdf5)
+    if artifact_path is None and len(folders) + len(ready) == 1:
+        if ready:
+            _require_mounted(client, run, ready[0].artifact_location)
+            return Model(ready[0].name, ready[0].artifact_location, notable=True)
         return Model(folders[0], run.artifact_uri, "" if folders[0] == "." else folders[0], notable=True)
-    there = ", ".join([*folders, *(f"{model.name} (models:/{model.model_id})" for model in logged)])
+    there = ", ".join([*folders, *(f"{model.name} (models:/{model.model_id})" for model in ready)])
     if named or (artifact_path is None and there):
-        several = f"{len(named)} models named {name!r}" if named else f"{len(folders) + len(logged)} models"
+        several = f"{len(named)} models named {name!r}" if named else f"{len(folders) + len(ready)} models"
         raise ConfigError(
             f"run {run.run_id} has {several}: {there}; choose with --artifact_path=NAME or --model_uri=models:/m-ID"
         )
+    for model in logged:
+        if model not in ready and (artifact_path is None or model.name == name):
+            raise UnfinishedUploadError(_unfinished(f"models:/{model.model_id}", model))
+    if artifact_path is None and hdf5s:
+        raise refuse_hdf5(shown(f"{run.artifact_uri}/{hdf5s[0]}"))
     raise ArtifactMissingError(
         f"{run.artifact_uri.rstrip('/')}/{path} does not hold a model: it does not exist; models of run {run.run_id}: "
         f"{there or 'none'}; choose with --artifact_path or --model_uri"
     )
 
 
+def _name(file: FileInfo) -> str:
+    return str(file.path).rpartition("/")[2]
+
+
+def _only_hdf5(files: Sequence[FileInfo]) -> str | None:
+    """Returns the path of an HDF5 file, if nothing beside it could be a model."""
+    names = {_name(file): file.path for file in files}
+    if not {"data", *_MARKS}.isdisjoint(names) or any(name.endswith(".keras") for name in names):
+        return None
+    return next((path for name, path in names.items() if is_hdf5(name)), None)
+
+
+def _is_readable(model: Model, artifacts: _Artifacts, uri: str) -> bool:
+    """Returns whether a model, which a run has under another name, can be a two-tower model at all."""
+    if model.root != artifacts.run.artifact_uri:
+        artifacts = _Artifacts(replace(artifacts.run, artifact_uri=model.root), uri)
+    names = {_name(file) for file in artifacts.listed(model.path)}
+    if "data" in names:  # Where MLflow puts a Keras model, as a folder or a file, and many another kind.
+        names |= {f"data/{_name(file)}" for file in artifacts.listed(f"{model.path}/data".lstrip("/"))}
+    return not names.isdisjoint(("saved_model.pb", "data/model")) or any(
+        name.endswith(".keras") or is_hdf5(name) for name in (model.path, *names)
+    )
+
+
+def _unfinished(uri: str, model: entities.LoggedModel) -> str:
+    return (
+        f"{uri} ({model.name}) is {model.status}: its upload was not finished; log the model of run "
+        f"{model.source_run_id} again, or name another"
+    )
+
+
+def _require_mounted(client: MlflowClient, run: Run, root: str) -> None:
+    """A folder that only another machine has would look like a run that has logged nothing."""
+    folder = stores.local_folder(root)
+    if folder is None or os.path.exists(folder):
+        return
+    experiment = stores.local_folder(client.get_experiment(run.experiment_id).artifact_location)
+    if experiment is None or not os.path.exists(experiment):
+        raise ConfigError(f"the artifacts of run {run.run_id} cannot be read: {stores.elsewhere(root)}")
+
+
 def _logged_models(client: MlflowClient, run: Run) -> list[entities.LoggedModel]:
-    """Returns the models that MLflow 3 keeps beside the run, those whose files are all there."""
+    """Returns the models that MLflow 3 keeps beside the run, those too whose files are not all there."""
     from mlflow.exceptions import MlflowException
 
     found: list[entities.LoggedModel] = []
@@ -409,7 +556,7 @@ def _logged_models(client: MlflowClient, run: Run) -> list[entities.LoggedModel]
             if error.error_code == "ENDPOINT_NOT_FOUND":  # a server of MLflow 2, which has no such models
                 return []
             raise
-        found += [model for model in page if str(model.status) == "READY"]
+        found += page
         token = page.token
         if not token:
             return found
@@ -419,8 +566,18 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> entities.Experimen
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         known = ", ".join(sorted(e.name for e in client.search_experiments(max_results=20)))
-        raise RunNotFoundError(f"no experiment {name!r} in {_shown(uri)}; there are: {known or 'none'}")
+        raise RunNotFoundError(f"no experiment {name!r} in {shown(uri)}; there are: {known or 'none'}")
+    _require_active(experiment, uri)
     return experiment
+
+
+def _require_active(experiment: entities.Experiment, uri: str) -> None:
+    if experiment.lifecycle_stage == "deleted":
+        number = experiment.experiment_id
+        raise RunNotFoundError(
+            f"experiment {experiment.name!r} in {shown(uri)} is deleted, and its runs with it; restore them (mlflow "
+            f"experiments restore --experiment-id {number}) or name another"
+        )
 
 
 def _run(run: entities.Run, experiment: entities.Experiment) -> Run:
@@ -432,6 +589,7 @@ def _run(run: entities.Run, experiment: entities.Experiment) -> Run:
         experiment_name=experiment.name,
         train_date=datetime.fromtimestamp(info.start_time / 1000, UTC).date(),
         artifact_uri=info.artifact_uri,
+        status=info.status,
     )
 
 
@@ -458,24 +616,10 @@ def _require_store(uri: str) -> None:
     scheme, _, path = uri.partition(":///")
     if scheme == "sqlite":
         exists = os.path.exists(unquote(path).split("?")[0])
-    elif urlparse(uri).scheme in ("", "file"):
-        exists = os.path.exists(unquote(urlparse(uri).path) if uri.startswith("file:") else uri)
-    else:
+    elif uri == "databricks":  # MLflow's word for the workspace that the environment names
         exists = True
+    else:
+        folder = stores.local_folder(uri)
+        exists = folder is None or os.path.exists(folder)
     if not exists:
         raise RunNotFoundError(f"no MLflow store at {uri}; check --tracking_uri")
-
-
-def _shown(uri: str) -> str:
-    """The URI without a password that it may hold."""
-    return _without_password(uri, uri)
-
-
-def _reason(error: Exception, uri: str) -> str:
-    """What an error says, on one line; it often quotes the URI."""
-    return _without_password(" ".join(str(error).split())[:300] or type(error).__name__, uri)
-
-
-def _without_password(text: str, uri: str) -> str:
-    password = urlparse(uri).password
-    return text.replace(f":{password}@", ":…@") if password else text

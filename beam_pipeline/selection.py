@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from google.cloud import bigquery
 
@@ -10,14 +11,14 @@ from beam_pipeline import copies, preflight
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
-from beam_pipeline.formats.artifact import Artifact, Tower, cover, discover
+from beam_pipeline.formats.artifact import DEFAULT_TOWERS, Artifact, Tower, cover, discover
 from beam_pipeline.options import Config
-from beam_pipeline.runs import Run, Training, choose, find_model, find_run, find_runs, readable_folder
+from beam_pipeline.runs import Run, Training, choose, find_latest_run, find_model, find_run, find_runs, readable_folder
 from beam_pipeline.tables import Destination
 from beam_pipeline.terminal import Terminal
 
 
-def wanted_runs(config: Config) -> list[Run]:
+def wanted_runs(config: Config, terminal: Terminal) -> list[Run]:
     """Returns the run that is meant, or all of an experiment, oldest first."""
     if config.all_runs:
         return find_runs(
@@ -27,15 +28,17 @@ def wanted_runs(config: Config) -> list[Run]:
             until=config.until,
             tracking_uri=config.tracking_uri,
         )
-    return [
-        find_run(
-            run_id=config.run_id,
-            experiment_name=config.experiment_name,
+    if config.experiment_name:
+        latest, passed = find_latest_run(
+            config.experiment_name,
             run_name=config.run_name,
-            model_uri=config.model_uri,
+            artifact_path=config.artifact_path,
             tracking_uri=config.tracking_uri,
         )
-    ]
+        for run, reason in passed:
+            terminal.left_out(run, reason)
+        return [latest]
+    return [find_run(run_id=config.run_id, model_uri=config.model_uri, tracking_uri=config.tracking_uri)]
 
 
 def unpublished(
@@ -63,7 +66,7 @@ def read_training(config: Config, run: Run, copies_to: str, stack: ExitStack, te
                 f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
                 "artifacts are on gs://, or --runner=DirectRunner"
             )
-        with closing(open_artifact(folder, open_file, config.towers.values())) as artifact:
+        with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
             towers = _towers(config, artifact, terminal)
     except (ArtifactMissingError, NotAModelError) as error:
         if not config.all_runs:
@@ -87,10 +90,20 @@ def model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, ter
     return stack.enter_context(copies.copied(model, to, config.tracking_uri, terminal)), model.uri
 
 
+def unnamed_layers(config: Config) -> tuple[str, ...]:
+    """Returns the layers that may stand for a tower whose name the artifact does not keep: the default ones alone.
+
+    A layer that was named otherwise has to be there under its name: it may be misspelt.
+    """
+    return tuple(config.towers.values()) if dict(config.towers) == DEFAULT_TOWERS else ()
+
+
 def _towers(config: Config, artifact: Artifact, terminal: Terminal) -> tuple[Tower, ...]:
     """Returns the towers that were named, or those that the model shows without doubt."""
     wanted = config.towers
     if config.discover and (found := discover(artifact.tower_layers())) and found != wanted:
         wanted = found
         terminal.discovered(found)
-    return cover([artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in wanted.items()])
+    towers = [artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in wanted.items()]
+    tails = artifact.tails(wanted)
+    return cover([replace(tower, tail=tails[tower.name]) for tower in towers])

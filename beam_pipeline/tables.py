@@ -34,6 +34,7 @@ class Destination:
         location: the dataset's, where every job has to run.
         prefix: first part of every table's name.
         staging_dataset: `project.dataset` of the staging tables, if it is another.
+        suffix: last part of every table's name; log and lock carry it too, so that histories do not mix.
         billing_project: where jobs run and are billed, if it is not `project`.
     """
 
@@ -42,6 +43,7 @@ class Destination:
     location: str
     prefix: str
     staging_dataset: str | None = None
+    suffix: str = ""
     billing_project: str | None = None
 
     @property
@@ -51,22 +53,22 @@ class Destination:
 
     def table(self, tower: str) -> str:
         """Returns `project.dataset.table` of a tower's history."""
-        return f"{self.project}.{self.dataset}.{self.prefix}_{tower}_embedding"
+        return f"{self.project}.{self.dataset}.{self.prefix}_{tower}_embedding{self.suffix}"
 
     def staging(self, tower: str, launch: str) -> str:
         """Returns `project.dataset.table` of a tower's staging table, which no other launch uses."""
         dataset = self.staging_dataset or f"{self.project}.{self.dataset}"
-        return f"{dataset}.{self.prefix}_{tower}_embedding_staging_{launch}"
+        return f"{dataset}.{self.prefix}_{tower}_embedding{self.suffix}_staging_{launch}"
 
     @property
     def log(self) -> str:
         """`project.dataset.table` of the record of every publication."""
-        return f"{self.project}.{self.dataset}.{self.prefix}_embedding_log"
+        return f"{self.project}.{self.dataset}.{self.prefix}_embedding{self.suffix}_log"
 
     @property
     def lock(self) -> str:
         """`project.dataset.table` of the one-row table that makes publications conflict."""
-        return f"{self.project}.{self.dataset}.{self.prefix}_embedding_lock"
+        return f"{self.project}.{self.dataset}.{self.prefix}_embedding{self.suffix}_lock"
 
 
 def split_name(table: str) -> tuple[str, str, str]:
@@ -106,7 +108,7 @@ def schema(tower: str) -> list[dict[str, str]]:
 LOG_SCHEMA = [
     bigquery.SchemaField(name, type_, description=description)
     for name, type_, description in (
-        ("published_at", "TIMESTAMP", "When the publication was committed"),
+        ("published_at", "TIMESTAMP", "When the transaction of the publication began"),
         ("train_date", "DATE", "The partition"),
         ("mlflow_experiment_id", "STRING", "MLflow experiment"),
         ("mlflow_experiment_name", "STRING", "Name of the MLflow experiment"),
@@ -123,10 +125,20 @@ LOG_SCHEMA = [
         ("zero_vectors", "INTEGER", "Vectors of zeros alone, which have no cosine"),
         ("bytes_read", "INTEGER", "Bytes read of the embedding matrix"),
         ("checksum", "STRING", "The artifact's own checksum, verified: algorithm and hexadecimal value"),
+        (
+            "vector_source",
+            "STRING",
+            "What the vectors are: embedding, which the model serves; embedding_rows, after which the tower goes on",
+        ),
         ("job_name", "STRING", "Beam job"),
         ("launch", "STRING", "Launch of the job; BigQuery's job ids carry it"),
         ("pipeline_version", "STRING", "Version of beam_pipeline"),
     )
+]
+
+LOCK_SCHEMA = [
+    bigquery.SchemaField("launch", "STRING", description="Launch that published last"),
+    bigquery.SchemaField("locked_at", "TIMESTAMP", description="When its transaction began"),
 ]
 
 
@@ -197,6 +209,22 @@ def add_columns_sql(name: str, table: bigquery.Table, wanted: Sequence[bigquery.
         for column in missing_columns(table, wanted)
     ]
     return [f"ALTER TABLE `{name}` {', '.join(added)}"] if added else []
+
+
+def keep_forever_sql(table: str, partitioned: bool) -> str:
+    """Returns the statement that takes the expirations from a table which inherited them from its dataset."""
+    options = ["expiration_timestamp = NULL", *(["partition_expiration_days = NULL"] if partitioned else [])]
+    return f"ALTER TABLE `{table}` SET OPTIONS ({', '.join(options)})"
+
+
+def lock_rows_sql(destination: Destination) -> str:
+    """Returns a query for the number of rows of the lock table."""
+    return f"SELECT COUNT(*) FROM `{destination.lock}`"
+
+
+def fill_lock_sql(destination: Destination) -> str:
+    """Returns the statement that gives an empty lock table its row."""
+    return f"INSERT INTO `{destination.lock}` (launch) VALUES (NULL)"
 
 
 def literal(value: date | float | str) -> str:
@@ -288,6 +316,7 @@ def _log_entry(
         "zero_vectors": literal(tally.zero_vectors),
         "bytes_read": literal(tally.bytes),
         "checksum": literal(f"{tower.matrix.checksum.algorithm}:{tower.matrix.checksum.value:08x}"),
+        "vector_source": literal(tower.vector_source),
         "job_name": text(job_name),
         "launch": literal(launch),
         "pipeline_version": literal(__version__),

@@ -8,14 +8,15 @@ MLflow; there this command reads the log afterwards:
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import bigquery
 
-from beam_pipeline import emulators, identity, options, preflight, publication, runs, tables
-from beam_pipeline.errors import PipelineError, PublishError
+from beam_pipeline import command, emulators, identity, options, preflight, publication, runs, tables
+from beam_pipeline.errors import ConfigError, PublishError
 from beam_pipeline.tables import Destination
 
 
@@ -54,22 +55,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--project", help="Google Cloud project that is billed, and has the tables unless --dataset says"
     )
     found = parser.parse_args(argv)
-    try:
-        identity.authorize(found.tracking_uri, found.tracking_audience)
-        if emulators.emulated():
-            emulators.connect()
-        project, dataset = options.dataset(parser, found)
-        billing = found.project or project or bigquery.Client().project
-        destination = preflight.find_destination(
-            project or billing, dataset, found.table_prefix, billing_project=billing
-        )
-        tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    project, dataset = options.dataset(parser, found)
+    return command.exit_code(lambda: _run(found, project, dataset))
+
+
+def _run(found: argparse.Namespace, project: str | None, dataset: str) -> None:
+    identity.authorize(found.tracking_uri, found.tracking_audience)
+    if emulators.emulated():
+        emulators.connect()
+    billing_project = found.project or project or _default_project()
+    destination = preflight.find_destination(
+        project or billing_project,
+        dataset,
+        found.table_prefix,
+        suffix=found.table_suffix,
+        billing_project=billing_project,
+    )
+    tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
     for name, value in tags.items():
         print(f"{name:<24} {value}")
-    return 0
+
+
+def _default_project() -> str:
+    try:
+        return str(bigquery.Client().project)
+    except OSError as error:  # There are credentials, and they name no project.
+        raise ConfigError("which project? --project=PROJECT, or --dataset=PROJECT.DATASET") from error
 
 
 if __name__ == "__main__":

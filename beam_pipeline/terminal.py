@@ -110,7 +110,7 @@ class Terminal:
         self._print(f"towers      found by the names of the model's only two: {told}", flush=True)
 
     def left_out(self, run: Run, reason: str) -> None:
-        """Prints that a run of --all_runs is left out, and why."""
+        """Prints that a run of the experiment is left out, and why."""
         self._print(f"left out    {run.train_date} {run.run_name} ({run.run_id}): {reason}", flush=True)
 
     def chosen(self, count: int, published: int) -> None:

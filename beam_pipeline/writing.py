@@ -1,11 +1,15 @@
 """Writes a tower's batches into its staging table, through Beam's own `WriteToBigQuery`."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.gcp.bigquery import BigQueryDisposition, WriteToBigQuery
+from apache_beam.io.gcp.bigquery_tools import BigQueryWrapper
+from apache_beam.io.gcp.internal.clients.bigquery import EncryptionConfiguration
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import PCollection
 
 from beam_pipeline import metrics, tables
@@ -73,7 +77,45 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
                 if self.publication.kms_key
                 else None
             ),
+            # Those parameters are of load jobs alone, and Beam has none for copy jobs; a client is what it takes.
+            "test_client": _KeyedClient(self.publication.kms_key) if self.publication.kms_key else None,
         }
+
+
+class _KeyedClient:
+    """Beam's own BigQuery client, whose copy jobs carry a Cloud KMS key.
+
+    Rows of more than one load job, and all of stock `WriteToBigQuery` here, are loaded into temporary tables and copied
+    from there; a project whose policy demands keys refuses a copy job without. The client is made where it is used:
+    this travels to the workers.
+    """
+
+    def __init__(self, kms_key: str) -> None:
+        self._kms_key = kms_key
+        self._client: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # What pickle looks for.
+            raise AttributeError(name)
+        if self._client is None:
+            self._client = self._make()
+        return getattr(self._client, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kms_key": self._kms_key, "_client": None}
+
+    def _make(self) -> Any:
+        client = BigQueryWrapper._bigquery_client(PipelineOptions())  # as BigQueryWrapper makes its own
+        insert = client.jobs.Insert
+
+        @functools.wraps(insert)  # The method's description is an attribute of it.
+        def insert_keyed(request: Any, **options: Any) -> Any:
+            if copy := request.job.configuration.copy:
+                copy.destinationEncryptionConfiguration = EncryptionConfiguration(kmsKeyName=self._kms_key)
+            return insert(request, **options)
+
+        client.jobs.Insert = insert_keyed
+        return client
 
 
 class _CountFn(beam.DoFn):

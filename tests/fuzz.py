@@ -106,6 +106,7 @@ def read(folder, contents, layers, *, include_oov, piece_bytes):
     with closing(open_artifact(folder, open_file, layers.values())) as artifact:
         artifact.tower_layers()
         towers = cover([artifact.tower(name, layer, include_oov=include_oov) for name, layer in layers.items()])
+        artifact.tails(layers)
     found, reports = {}, []
     for tower in towers:
         names, vectors = [], []

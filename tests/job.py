@@ -58,7 +58,9 @@ class Job:
 
     def query(self, sql):
         sql = sql.format(
-            user=f"{self.dataset}.two_tower_user_embedding", item=f"{self.dataset}.two_tower_item_embedding"
+            user=f"{self.dataset}.two_tower_user_embedding",
+            item=f"{self.dataset}.two_tower_item_embedding",
+            log=f"{self.dataset}.two_tower_embedding_log",
         )
         return [row.values() for row in self.client.query_and_wait(sql)]
 

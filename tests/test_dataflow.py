@@ -264,7 +264,7 @@ def test_five_million_ids_make_the_same_small_job(staged, job, store, damaged):
     path = model.folder / "saved_model.pb"
     path.write_bytes(blown_up(path.read_bytes(), len(model.ids("user")), count))
     (model.folder / "assets" / "items.txt").write_bytes(b"".join(b"item-%09d\n" % i for i in range(count)))
-    large = Staged(job, store.log(model, "five million", MARCH_1, bucket=True), "--setup_file=./setup.py")
+    large = Staged(job, store.log(model, "five million", MARCH_1, bucket=True), "--setup_file=setup.py")
     names = ("job.json", "pipeline.pb")
     small_bytes, large_bytes = (sum(len(it.objects[name]) for name in names) for it in (staged, large))
     assert large_bytes < 1_000_000  # Dataflow takes 10 MB, of the request alone

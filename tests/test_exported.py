@@ -34,9 +34,10 @@ BY_NAME = asked("user_embedding", "item_embedding")
         ("keras2_saved", ()),
         ("keras3_named", ()),
         ("keras2_named", asked("user_layer", "item_layer")),
-        ("one_lookup", ()),
+        # Both towers have the same ids, so they have to be named.
+        ("one_lookup", BY_NAME),
         # Beside the ids' embedding that of another feature, in one layer.
-        ("features", ()),
+        ("features", asked("user_layer", "item_layer")),
     ],
 )
 def test_every_row_is_what_the_artifact_answers(job, store, exported, monkeypatch, name, flags):

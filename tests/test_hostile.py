@@ -82,6 +82,7 @@ def read(folder, layer):
     with closing(open_artifact(folder, open_file, layers.values())) as artifact:
         artifact.tower_layers()
         towers = cover([artifact.tower(*tower, include_oov=True) for tower in layers.items()])
+        artifact.tails(layers)
     rows = []
     for tower in towers:
         for piece in ids.cut(tower, open_file, 1000):

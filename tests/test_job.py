@@ -1,5 +1,7 @@
 """The whole job against emulators: models by real tf-keras, a real MLflow store, compared with Keras row by row."""
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -12,13 +14,13 @@ from datetime import UTC, datetime, timedelta
 import apache_beam as beam
 import numpy as np
 import pytest
-from apache_beam.io.gcp.bigquery_tools import BigQueryWrapper
 from apache_beam.io.gcp.gcsio import GcsIO
+from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
 from apache_beam.metrics.metric import Lineage
 from google.cloud import bigquery
 from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 
-from beam_pipeline import __version__, publication, runs, tables, writing
+from beam_pipeline import __version__, publication, runs, tables, tag, writing
 from beam_pipeline.launcher import launch
 from beam_pipeline.options import parse
 
@@ -195,20 +197,36 @@ def test_a_publication_that_fails_is_not_in_the_log(job, store, models):
     assert job.query(f"SELECT DISTINCT mlflow_run_id FROM {job.dataset}.two_tower_embedding_log") == [(first,)]
 
 
-def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch):
-    """Emulators keep no key: what is asked for is looked at on its way."""
-    made, loads = [], []
+@pytest.mark.parametrize(("writer", "partition_bytes"), [("columnar", None), ("columnar", 100_000), ("rows", None)])
+def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch, writer, partition_bytes):
+    """Emulators keep no key: what is asked for is looked at on its way.
+
+    Beam copies from temporary tables where one load job does not suffice, and for the stock writer always.
+    """
+    made, jobs = [], []
     create = bigquery.Client.create_table
     monkeypatch.setattr(bigquery.Client, "create_table", lambda self, t, **o: made.append(t) or create(self, t, **o))
-    insert = BigQueryWrapper._insert_load_job
-    monkeypatch.setattr(
-        BigQueryWrapper, "_insert_load_job", lambda self, *a, **o: loads.append((a, o)) or insert(self, *a, **o)
-    )
-    key = "projects/p/locations/eu/keyRings/r/cryptoKeys/k"
+    insert = BigqueryV2.JobsService.Insert
+
+    @functools.wraps(insert)
+    def insert_and_note(self, request, *args, **options):
+        jobs.append(request.job.configuration)
+        return insert(self, request, *args, **options)
+
+    monkeypatch.setattr(BigqueryV2.JobsService, "Insert", insert_and_note)
+    if partition_bytes:
+        options = writing.WriteStaging._sink_options
+        monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
+        monkeypatch.setattr(
+            writing.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": partition_bytes}
+        )
+        monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", 10_000)
+    key = "projects/p/locations/us/keyRings/r/cryptoKeys/k"
     scratch = f"{job.dataset}_scratch"
     job.client.create_dataset(scratch)
     run = store.log(models("plain"), "plain", MARCH_1)
-    assert job.run(run, f"--staging_dataset={scratch}", f"--kms_key={key}", "--require_partition_filter") == 0
+    flags = [f"--staging_dataset={scratch}", f"--kms_key={key}", "--require_partition_filter", f"--writer={writer}"]
+    assert job.run(run, *flags) == 0
     assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
     assert len(made) == 6
     for table in made:
@@ -216,8 +234,11 @@ def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch):
         assert table.labels == {"managed_by": "beam_pipeline"}
         assert (table.dataset_id == scratch) == ("_staging_" in table.table_id)
         assert bool(table.require_partition_filter) == table.table_id.endswith(("user_embedding", "item_embedding"))
-    assert len(loads) == 2
-    assert all(key in str(load) for load in loads)
+    loads = [configuration.load for configuration in jobs if configuration.load]
+    copies = [configuration.copy for configuration in jobs if configuration.copy]
+    assert len(loads) == 2 if not copies else len(loads) == len(copies)
+    assert bool(copies) == (writer == "rows" or partition_bytes is not None)
+    assert {each.destinationEncryptionConfiguration.kmsKeyName for each in (*loads, *copies)} == {key}
     assert [*job.client.list_tables(scratch)] == []
 
 
@@ -397,6 +418,24 @@ def test_a_table_of_the_first_version_is_extended(job, store, models):
     assert job.query(log) == [("item", 2014, __version__), ("user", 3015, __version__)]
 
 
+def test_a_history_with_names_of_its_own_goes_on(job, store, models, capsys):
+    """The job that this one replaces wrote tables whose names end in `_history`; --table_suffix continues them."""
+    flags = ["--table_suffix=_history"]
+    job.destination = dataclasses.replace(job.destination, suffix="_history")
+    for tower in ("user", "item"):
+        job.client.create_table(first_version(job, tower))
+    run = store.log(models("longer"), "longer", MARCH_1)
+    assert job.run(run, *flags) == 0
+    assert job.tables() == {
+        *(f"two_tower_{tower}_embedding_history" for tower in ("user", "item")),
+        *(f"two_tower_embedding_history_{which}" for which in ("lock", "log")),
+    }
+    tagged = [f"--tracking_uri={store.uri}", f"--dataset={job.dataset}", f"--project={job.client.project}"]
+    capsys.readouterr()
+    assert tag.main([f"--run_id={run}", *tagged, *flags]) == 0
+    assert f"{job.dataset}.two_tower_user_embedding_history" in capsys.readouterr().out
+
+
 def test_an_incompatible_table_is_refused(job, store, models, capsys):
     job.client.create_table(first_version(job, "item", item_id="INT64"))
     assert job.run(store.log(models("plain"), "plain", MARCH_1)) == 1
@@ -430,6 +469,22 @@ def test_unknown_runs(job, store, capsys):
 def test_an_experiment_without_a_finished_run(job, store, models, capsys):
     store.log(models("longer"), "running", MARCH_1, experiment="unfinished", status="RUNNING")
     assert "has no FINISHED run;" in refused(job, capsys, None, "--experiment_name=unfinished")
+
+
+@pytest.mark.parametrize(
+    ("status", "note"),
+    [
+        ("FINISHED", []),
+        ("RUNNING", ["{run} is RUNNING: start the job again if it logs its model again before it ends"]),
+        ("FAILED", ["{run} is FAILED: make sure that its model is the one to publish"]),
+    ],
+)
+def test_a_named_run_that_has_not_finished_is_noted(job, store, models, capsys, status, note):
+    run = store.log(models("longer"), "named", MARCH_1, status=status)
+    assert job.run(run, "--plan=json") == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    notes = [(line["status"], line["text"]) for line in findings if line["check"] == "run"]
+    assert notes == [("note", text.format(run=run)) for text in note]
 
 
 def test_a_tracking_server_that_is_not_there(job, capsys):

@@ -217,6 +217,35 @@ def test_what_log_model_logs_is_found(server):
     assert {"MLmodel", "data"} <= {file.path for file in logged}
 
 
+def test_the_latest_run_that_has_the_model_takes_few_requests(job, server, models, capsys):
+    """Runs that evaluate or try something are named on stdout; each takes two requests, and one more for a folder."""
+    experiment = server.client.create_experiment("searched")
+
+    def run(minute):
+        start = int((MARCH_1 + timedelta(minutes=minute)).timestamp() * 1000)
+        run_id = server.client.create_run(experiment, start_time=start, run_name=f"run {minute}").info.run_id
+        server.client.update_run(run_id, "FINISHED")
+        return run_id
+
+    trained = run(0)
+    server.folder(trained, models("longer"))
+    without = [run(minute) for minute in range(1, 5)]
+    server.client.log_text(without[3], "1", "plots/recall.txt")
+    asked = []
+    with gate(server.url, lambda headers: True) as guarded:
+        guarded.before = asked.append
+        assert runs.find_run(experiment_name="searched", tracking_uri=guarded.url).run_id == trained
+    # The experiment and its runs, each run without a model, the folder, and the artifacts and the model of the last.
+    assert len(asked) == 2 + 2 * len(without) + 1 + 2
+    assert job.run(None, "--experiment_name=searched", f"--tracking_uri={server.url}", "--inspect") == 0
+    out = capsys.readouterr().out.splitlines()
+    left_out = [
+        f"left out    2026-03-01 run {4 - number} ({run_id}): no model" for number, run_id in enumerate(without[::-1])
+    ]
+    assert [line for line in out if line.startswith("left out")] == left_out
+    assert f"run         run 0 ({trained}), trained 2026-03-01 UTC" in out
+
+
 def test_models_of_a_local_store(job, store, models, monkeypatch):
     """No server: the job reads the folder that MLflow 3 has put beside the run, of the version that an alias names."""
     client = MlflowClient(store.uri)
@@ -312,6 +341,13 @@ def test_artifacts_that_may_not_be_read(job, server, served, store, capsys):
             r"3 of the [\d,]+ bytes of model/variables/variables.data-\S+ came from mlflow-artifacts:/", line
         )
     assert store.load_files(job.dataset) == []
+
+
+def test_a_folder_whose_name_holds_an_escape(job, server, models):
+    run = server.run()
+    server.folder(run, models("longer"), "a%20b/c d")
+    assert job.run(run, f"--tracking_uri={server.url}", "--artifact_path=a%20b/c d") == 0
+    assert job.rows("item") == {("2026-03-01", run): models("longer").rows("item")}
 
 
 def test_a_failing_job_leaves_no_copy(job, server, store, damaged, capsys):

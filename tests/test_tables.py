@@ -1,3 +1,4 @@
+import dataclasses
 from datetime import date
 
 import pytest
@@ -42,6 +43,21 @@ def table(schema, type_="DAY", field="train_date"):
 def test_names():
     assert DESTINATION.table("user") == "p.raw_dev.two_tower_user_embedding"
     assert DESTINATION.staging("item", "abc") == "p.raw_dev.two_tower_item_embedding_staging_abc"
+
+
+def test_when_a_publication_is_said_to_be():
+    """CURRENT_TIMESTAMP is that of the transaction's start."""
+    (published,) = (field for field in tables.LOG_SCHEMA if field.name == "published_at")
+    assert published.description == "When the transaction of the publication began"
+
+
+def test_names_with_a_suffix():
+    history = dataclasses.replace(DESTINATION, suffix="_history")
+    assert history.table("user") == "p.raw_dev.two_tower_user_embedding_history"
+    assert history.staging("item", "abc") == "p.raw_dev.two_tower_item_embedding_history_staging_abc"
+    # A run of one history is not to be looked up in the log of another.
+    assert history.log == "p.raw_dev.two_tower_embedding_history_log"
+    assert history.lock == "p.raw_dev.two_tower_embedding_history_lock"
 
 
 def test_schema():

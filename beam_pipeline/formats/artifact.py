@@ -5,7 +5,8 @@ Every reader is an `Artifact`; what comes after it knows towers alone, not forma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol
@@ -134,6 +135,49 @@ class Vocabulary:
     row_numbers_path: str | None = None
 
 
+class Ending(Enum):
+    """How a tower goes on after its embedding."""
+
+    EMBEDDING = "ends at the embedding"
+    SCALED = "scales only"
+    GOES_ON = "goes on"
+    UNKNOWN = "cannot be told"
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a tower does with the rows of its embedding before they are compared with the other tower, or returned.
+
+    Attributes:
+        ending: whether the row is the vector that the model serves.
+        operations: what is done, each as (layer, operation); empty where the tower ends at the embedding.
+        meeting: the operation in which the towers meet, where that is neither a dot product nor a cosine.
+        is_biased: whether the model adds something of each id to the dot product.
+        reason: why it cannot be told, or what else is to be known.
+    """
+
+    ending: Ending
+    operations: tuple[tuple[str, str], ...] = ()
+    meeting: str = ""
+    is_biased: bool = False
+    reason: str = ""
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the row is what the model serves, or at least points where that does."""
+        return self.ending in (Ending.EMBEDDING, Ending.SCALED)
+
+    @property
+    def steps(self) -> str:
+        """The operations by layer, as `dense (MatMul, BiasAdd, Relu), dense_1 (MatMul, BiasAdd)`."""
+        layers: dict[str, list[str]] = {}
+        for layer, operation in self.operations:
+            layers.setdefault(layer, []).append(operation)
+        return ", ".join(
+            f"{layer} ({', '.join(names)})" if layer else ", ".join(names) for layer, names in layers.items()
+        )
+
+
 @dataclass(frozen=True)
 class Tower:
     """One tower of a model.
@@ -144,6 +188,7 @@ class Tower:
         matrix: its embeddings.
         vocabulary: its ids.
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
+        tail: what the model does with the rows.
     """
 
     name: str
@@ -151,6 +196,12 @@ class Tower:
     matrix: Matrix
     vocabulary: Vocabulary
     rest: tuple[Span, ...] = ()
+    tail: Tail = Tail(Ending.UNKNOWN)
+
+    @property
+    def vector_source(self) -> str:
+        """What the published vectors are: what the model serves, or rows after which its tower goes on."""
+        return "embedding_rows" if self.tail.ending == Ending.GOES_ON else "embedding"
 
 
 class Artifact(Protocol):
@@ -163,6 +214,17 @@ class Artifact(Protocol):
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
             NotAModelError: it holds them in a form that cannot be read.
             CorruptFileError: the files contradict each other.
+        """
+        ...
+
+    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+
+        Args:
+            layers: of all towers that are published together: name → layer.
+
+        Raises:
+            TowerMissingError: a layer is no tower, or holds other embeddings that its tower needs.
         """
         ...
 
@@ -182,17 +244,22 @@ def discover(layers: Sequence[str]) -> dict[str, str] | None:
     """Returns tower → layer for a model whose layers were not named, if there is no doubt about them.
 
     These are the default layers where the model has them; else the only two layers there are, if the name of one says
-    user (or query) and that of the other item (or candidate).
+    user (or query) and that of the other item (or candidate). The name is the layer's own: `user_layer.city_embedding`
+    is a part of a tower, not the tower of users.
     """
     if {*DEFAULT_TOWERS.values()} <= {*layers}:
         return dict(DEFAULT_TOWERS)
     found = {
-        tower: [layer for layer in layers if any(word in layer.lower() for word in words)]
+        tower: [layer for layer in layers if any(word in _own_name(layer) for word in words)]
         for tower, words in _SAYS.items()
     }
     if len(layers) == 2 and all(len(those) == 1 for those in found.values()) and found["user"] != found["item"]:
         return {tower: those[0] for tower, those in found.items()}
     return None
+
+
+def _own_name(layer: str) -> str:
+    return re.split(r"[./]", layer)[-1].lower()
 
 
 def special_names(where: str, mask: Any, oov: Any, buckets: Any) -> list[str]:

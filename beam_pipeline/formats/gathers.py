@@ -11,10 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from beam_pipeline.errors import CorruptFileError, NotAModelError
-from beam_pipeline.files import ByteFile
-from beam_pipeline.formats import wire
-from beam_pipeline.formats.wire import Span
+from beam_pipeline.errors import NotAModelError
+from beam_pipeline.formats.functions import FunctionLibrary
+from beam_pipeline.formats.tails import Function, Steps
 
 _GATHERS = ("ResourceGather", "GatherV2", "Gather")
 _SELECTS = ("SelectV2", "Select")
@@ -65,21 +64,9 @@ class Gather:
         return any(re.search(rf"(^|/){names}(/|$)", scope) for scope in self.scopes)
 
 
-def definitions(file: ByteFile, graph: Span) -> dict[str, Span]:
-    """Returns the `FunctionDef` of each function in a GraphDef's library, by name."""
-    found = {}
-    for library in wire.spans(file, graph, 2):
-        for definition in wire.spans(file, library, 1):
-            signature = next(wire.spans(file, definition, 1), None)
-            name = next(wire.spans(file, signature, 1), None) if signature else None
-            if name:
-                found[wire.text(file, name)] = definition
-    return found
-
-
 def find(
-    file: ByteFile,
-    functions: Mapping[str, Span],
+    path: str,
+    library: FunctionLibrary,
     captured: Mapping[str, Sequence[int]],
     tables: set[int],
     variables: set[int],
@@ -87,18 +74,20 @@ def find(
     """Returns every pair of a table and a variable that belong together, or certainly do not.
 
     Args:
-        file: saved_model.pb.
-        functions: what `definitions` says of its graph.
+        path: of saved_model.pb, for a message.
+        library: the functions of its graph.
         captured: of each concrete function, the objects that are its last arguments.
         tables: which objects are tables.
         variables: which are matrices.
     """
-    steps = _Steps(file.path)
+    steps = Steps(path, _MAX_STEPS)
     found: dict[tuple[int, int], Gather] = {}
     apart = set[tuple[int, int]]()
     for name, objects in captured.items():
-        if name in functions and tables & {*objects} and variables & {*objects}:
-            for table, variable, node in _of_function(file, functions[name], objects, tables, variables, steps):
+        if not tables & {*objects} or not variables & {*objects}:
+            continue
+        if function := library.function(name):
+            for table, variable, node in _of_function(function, objects, tables, variables, steps):
                 if node is None:
                     apart.add((table, variable))
                     continue
@@ -108,23 +97,8 @@ def find(
                     gather.scopes.append(scope)
                 steps.take(len(gather.scopes))
             if len(found) > _MAX_PAIRS:
-                raise NotAModelError(
-                    f"{file.path}: more than {_MAX_PAIRS:,} embeddings are fed by lookups; split the model"
-                )
+                raise NotAModelError(f"{path}: more than {_MAX_PAIRS:,} embeddings are fed by lookups; split the model")
     return [*found.values(), *(Gather(*pair, fed=False) for pair in sorted(apart - found.keys()))]
-
-
-class _Steps:
-    """What may still be done before a graph is taken for one that means harm."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._left = _MAX_STEPS
-
-    def take(self, number: int) -> None:
-        self._left -= number
-        if self._left < 0:
-            raise CorruptFileError(f"{self._path}: its functions depend on each other too often; log the model again")
 
 
 _Objects = frozenset[int]
@@ -132,13 +106,14 @@ _NONE: tuple[_Objects, _Objects] = (frozenset(), frozenset())
 
 
 def _of_function(
-    file: ByteFile, definition: Span, objects: Sequence[int], tables: set[int], variables: set[int], steps: _Steps
+    function: Function, objects: Sequence[int], tables: set[int], variables: set[int], steps: Steps
 ) -> list[tuple[int, int, str | None]]:
     """Returns (table, variable, name of the node that gathers by the table, or None if it gathers by others).
 
     Only a function's own operations are seen: Keras and TensorFlow save at least one function with all of a call's.
     """
-    arguments, nodes = _read(file, definition)
+    arguments = function.arguments
+    nodes = [(each.name, each.kind, [source for source, _ in each.inputs]) for each in function.operations.values()]
     # Of each node: the tables and variables whose values it has, unchanged and not.
     values = {
         argument: (frozenset([number]), frozenset[int]())
@@ -170,27 +145,3 @@ def _of_function(
         if values == before:
             return found
     return []
-
-
-def _read(file: ByteFile, definition: Span) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-    """Returns (arguments, nodes as (name, op, names of the nodes that it takes its inputs from)) of a FunctionDef."""
-    arguments: list[str] = []
-    nodes = []
-    for number, value in wire.scan(file, definition):
-        if number == 1 and isinstance(value, Span):
-            for argument in wire.spans(file, value, 2):
-                arguments += [wire.text(file, name) for name in wire.spans(file, argument, 1)]
-        elif number == 3 and isinstance(value, Span):
-            name, op, inputs = "", "", list[str]()
-            for part, content in wire.scan(file, value):
-                if not isinstance(content, Span) or part > 3:
-                    continue
-                text = wire.text(file, content)
-                if part == 1:
-                    name = text
-                elif part == 2:
-                    op = text
-                elif not text.startswith("^"):  # a control input
-                    inputs.append(text.partition(":")[0])
-            nodes.append((name, op, inputs))
-    return arguments, nodes

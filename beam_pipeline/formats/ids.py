@@ -34,6 +34,8 @@ PIECE_ENTRIES = 1 << 19
 
 _MAX_IDS_BYTES = 1 << 28
 _BLOCK = 4 << 20
+_SMALL = 4 << 20
+"""Bytes of a vocabulary that is compared with another as a set."""
 _VARINT_BLOCK = 1 << 18  # They take eight times their bytes while they are decoded.
 _STRING_TAG = 8 << 3 | 2  # TensorProto.string_val, length-delimited
 _LONGEST_HEADER = 11  # a tag and a varint of 64 bits
@@ -184,6 +186,25 @@ def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
                     f"instead of {piece.first_row + int(wrong[0]):,}: {vocabulary.path} changed since the job started"
                 )
     return ids
+
+
+def are_same(one: Tower, other: Tower, open_file: OpenFile) -> bool:
+    """Whether two towers have the same ids; of large vocabularies, the same ids in the same order."""
+    first, second = one.vocabulary, other.vocabulary
+    if (first.path, first.span) == (second.path, second.span):
+        return True
+    sizes = [vocabulary.span.end - vocabulary.span.start for vocabulary in (first, second)]
+    if max(sizes) <= _SMALL and first.in_row_order and second.in_row_order:
+        names = [
+            {name for piece in cut(tower, open_file, PIECE_BYTES) for name in read(piece, tower, open_file).to_pylist()}
+            for tower in (one, other)
+        ]
+        return names[0] == names[1]
+    if sizes[0] != sizes[1] or first.encoding != second.encoding:
+        return False
+    with open_file(first.path) as ours, open_file(second.path) as theirs:
+        blocks = zip(ours.blocks(*first.span, _BLOCK), theirs.blocks(*second.span, _BLOCK), strict=True)
+        return all(a == b for (_, a), (_, b) in blocks)
 
 
 def decode(encoding: Encoding, data: bytes, count: int) -> pa.Array:

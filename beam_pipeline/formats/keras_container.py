@@ -209,6 +209,10 @@ class Weights:
         """Returns the number of variables of a layer."""
         return self._counts[f"{path}/vars"]
 
+    def width(self, path: str) -> int:
+        """Returns the last dimension of a layer's first variable, 0 if it has none."""
+        return (self._datasets.get(f"{path}/vars/0", (0, (), ""))[1] or (0,))[-1]
+
     def is_table(self, path: str) -> bool:
         """Whether a layer's only variable has two dimensions."""
         return self.count(path) == 1 and len(self._datasets.get(f"{path}/vars/0", (0, (), ""))[1]) == 2

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,8 +30,19 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
+from beam_pipeline.formats.artifact import (
+    Checksum,
+    Encoding,
+    Ending,
+    Matrix,
+    Tail,
+    Tower,
+    Vocabulary,
+    special_names,
+)
+from beam_pipeline.formats.keras_calls import Calls
 from beam_pipeline.formats.keras_container import CONFIG, METADATA, WEIGHTS, Member, Weights, joined, read_directory
+from beam_pipeline.formats.tails import Steps, Trace, rivals, tail
 from beam_pipeline.formats.wire import Span
 
 _MAX_CONFIG = 8 << 20
@@ -46,15 +57,25 @@ _MAX_FEEDING = 100
 """Layers between an embedding and its lookup."""
 _MAX_OOV = 100_000
 """Lines at the start of a vocabulary that may stand for unknown ids."""
+_MAX_NAMED = 8
 _BLOCK, _SLICE = 4 << 20, 4 << 10
 
 _LIST = re.compile(rb'"vocabulary"\s{0,8}:\s{0,8}\[')
 _LONGEST_LIST_HEAD = 64
 _LOOKUPS = ("StringLookup", "IntegerLookup")
 _EMBEDDING, _TEXT = "Embedding", "TextVectorization"  # The latter stores a vocabulary.txt, too: of words.
+_MATRICES = ("Dense", "EinsumDense")
+"""Layers whose only weights may be a matrix that is no embedding."""
 _DTYPES = {"<f4": "float32", "<f8": "float64", "<f2": "float16", "|V2": "bfloat16"}  # h5py has no name for the last.
 _SHAPING = ("Flatten", "Reshape", "Identity", "Cast", "Squeeze", "ExpandDims")
 """Layers and operations that may stand between a lookup and its embedding: they leave row numbers as they are."""
+_BESIDE = frozenset(
+    {
+        "activity_regularization", "dropout", "flatten", "gaussian_dropout", "gaussian_noise", "identity",
+        "input_layer", "integer_lookup", "masking", "reshape", "spatial_dropout1d", "string_lookup",
+    }
+)  # fmt: skip
+"""Layers beside an embedding that leave its rows as they are when a model serves, as their paths have them."""
 _KEEP_IDS = (
     "a subclassed Keras model does not store a vocabulary given as a list; give it as a file (Keras ≥ 3.12), learn "
     "it with adapt(), or have get_config return the layer (keras.saving.serialize_keras_object); log the model again"
@@ -126,6 +147,8 @@ class KerasFile:
                 if name.startswith("assets/"):
                     self._weights.add_group(name.removeprefix("assets/").removesuffix("/vocabulary.txt"))
             self._first_paths: dict[int, str] = {}
+            self._paths: dict[int, str] = {}  # by the id of a layer's config
+            self._numbers: dict[str, int] = {}
             # By the ids of configs: of the parent, of the parent, of the layer itself, of the layer itself.
             self._inside: dict[int, list[_Layer]] = {}
             self._named: dict[int, dict[str, _Layer | None]] = {}
@@ -151,11 +174,22 @@ class KerasFile:
             NotAModelError: it holds them in a form that cannot be read.
             CorruptFileError: the file contradicts itself.
         """
+        _, lookup, embedding = self._parts_of_tower(name, layer)
+        return Tower(name, layer, self._matrix(embedding), self._vocabulary(lookup, include_oov=include_oov))
+
+    def _parts_of_tower(self, name: str, layer: str) -> tuple[_Layer, _Layer, _Layer]:
+        """Returns a tower's layer, its lookup and its embedding."""
         found = self._find(layer)
         lookups, embeddings = self._parts(found) if found else ([], [])
+        if found and not lookups and any(self._is_text(each) for each in self._below(found)):
+            raise NotAModelError(
+                f"tower {name!r}: the lookup of layer {layer!r} in {self.path} looks up the words of a text: they are "
+                f"not ids; layers that are towers: {', '.join(self.tower_layers()) or 'none'}; choose with "
+                f"--tower {name}=LAYER"
+            )
         if found and not lookups and len(embeddings) == 1:
             lookups = self._feeding(layer, found, embeddings[0])
-        if len(lookups) != 1 or len(embeddings) != 1:
+        if not found or len(lookups) != 1 or len(embeddings) != 1:
             problem = (
                 f"holds {len(lookups)} lookup(s) and {len(embeddings)} embedding(s) instead of one of each"
                 if found
@@ -165,8 +199,86 @@ class KerasFile:
                 f"tower {name!r}: layer {layer!r} {problem} in {self.path}; layers that are towers: "
                 f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
             )
-        matrix = self._matrix(embeddings[0])
-        return Tower(name, layer, matrix, self._vocabulary(lookups[0], include_oov=include_oov))
+        return found, lookups[0], embeddings[0]
+
+    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+
+        The code of a subclassed model is not in the file: of that only the layers inside of a tower can be seen.
+
+        Args:
+            layers: of all towers that are published together: name → layer, as `tower` takes them.
+
+        Raises:
+            TowerMissingError: there is no such tower.
+        """
+        found = {name: self._parts_of_tower(name, layer) for name, layer in layers.items()}
+        numbers = {name: self._number(embedding.path) for name, (_, _, embedding) in found.items()}
+        inside = {
+            name: {self._number(each.path) for each in self._parts(holder)[1]} for name, (holder, _, _) in found.items()
+        }
+        is_graph = _is_graph(self._root)
+        calls = Calls(self._number_of, self._number_of)
+        trace = Trace(
+            calls.function,
+            {number: self._weights.width(path) for path, number in self._numbers.items()},
+            rivals([(numbers[name], inside[name]) for name in layers]),
+            Steps(self.path, _MAX_STEPS),
+        )
+        of_model = [[trace.returned(calls.add(self._root.config or {}), [])]] if is_graph else []
+        tails = {}
+        for name, (holder, _, embedding) in found.items():
+            config = holder.config if is_graph else self._holding(embedding.name)
+            own = [[trace.returned(calls.add(config), [])]] if config and _is_graph(_Layer("", config)) else []
+            tails[name] = tail(numbers[name], of_model, own, trace.meetings)
+            if not is_graph and tails[name].ending != Ending.GOES_ON:
+                tails[name] = self._tail_by_layers(holder, tails[name], layers[name])
+        return tails
+
+    def _holding(self, embedding: str) -> Mapping[str, Any] | None:
+        """Returns the config of the outermost Functional or Sequential model that holds an embedding of that name."""
+        queue, wanted = deque[Any]([self._root.config]), self._by_name.get(embedding)
+        while queue and wanted is not None:
+            one = queue.popleft()
+            if isinstance(one, dict):
+                if _is_graph(_Layer("", one)) and any(each is wanted for each in _everything(one)):
+                    return one
+                queue += one.values()
+            elif isinstance(one, list):
+                queue += one
+        return None
+
+    def _tail_by_layers(self, holder: _Layer, seen: Tail, asked: str) -> Tail:
+        """Returns what the layers beside the embedding of a subclassed model's tower say of its tail."""
+        operations, scales = [], False
+        for path in self._weights.below(holder.path):
+            layer = self._described(path)
+            last = path.rsplit("/", 1)[-1]
+            noted = self._weights.groups.get(path, "")
+            kind = re.sub(r"_\d+$", "", last if path.endswith(f"layers/{last}") else noted)
+            if self._role(layer) or last == "layers" or kind in _BESIDE:
+                continue
+            if kind == "unit_normalization":
+                scales = True
+            elif self._weights.count(path) or path.endswith(f"layers/{last}"):
+                operations.append((noted or last, "weights" if self._weights.count(path) else "layer"))
+        if operations:
+            return Tail(Ending.GOES_ON, tuple(operations))
+        reason = "the model is subclassed, and the code of its call is not in the file"
+        if others := self._weighty_layers():
+            reason += f", which has layers with weights beside its towers: {', '.join(others)}"
+        if holder.path != asked.replace(".", "/"):
+            reason += f"; {asked!r} is taken to be {holder.path}"
+        if scales or seen.ending == Ending.SCALED:
+            return Tail(Ending.SCALED, seen.operations or (("unit_normalization", "L2"),), reason=reason)
+        return Tail(Ending.UNKNOWN, reason=reason)
+
+    def _weighty_layers(self) -> list[str]:
+        """Returns some of the layers that have weights and are in no tower."""
+        towers = self._tower_paths()
+        paths = (path for path in self._weights.groups if path and self._weights.count(path))
+        outside = [path for path in paths if not any(path == one or path.startswith(f"{one}/") for one in towers)]
+        return [self._weights.groups[path] or path for path in outside][:_MAX_NAMED]
 
     def tower_layers(self) -> list[str]:
         """Returns all layers that are towers, outermost ones only."""
@@ -252,6 +364,7 @@ class KerasFile:
             shared = entry.get("shared_object_id")
             layer = _Layer(self._first_paths.setdefault(shared, path) if isinstance(shared, int) else path, entry)
             self._positions[id(entry)] = len(children)
+            self._paths[id(entry)] = layer.path
             children.append(layer)
             named = self._named.setdefault(id(parent.config), {})
             named[layer.name] = None if layer.name in named else layer
@@ -302,6 +415,19 @@ class KerasFile:
             return self._described(left[0])
         return None
 
+    def _number(self, path: str) -> int:
+        """Returns the number by which a layer is followed through calls."""
+        return self._numbers.setdefault(path, len(self._numbers))
+
+    def _number_of(self, config: Mapping[str, Any]) -> int:
+        """Returns the same by a layer's config; one that is serialized elsewhere is known by its name alone."""
+        layer = _Layer("", config)
+        if id(config) in self._paths:
+            return self._number(self._paths[id(config)])
+        return self._number(
+            next((path for path, name in self._weights.groups.items() if name == layer.name), layer.name)
+        )
+
     def _described(self, path: str) -> _Layer:
         """Returns what lies at a path in the HDF5 file, with its config if config.json has a layer of that name."""
         return _Layer(path, self._by_name.get(self._weights.groups.get(path, "")))
@@ -320,6 +446,8 @@ class KerasFile:
         if self._steps > _MAX_STEPS:
             raise CorruptFileError(f"{self.path}: its layers share each other too often; log the model again")
         yield layer
+        if layer.kind == _TEXT:  # Its words are in a lookup of its own.
+            return
         if _is_graph(layer):
             for child in self._children(layer):
                 yield from self._below(child)
@@ -342,17 +470,23 @@ class KerasFile:
             self._roles[key] = self._find_role(layer)
         return self._roles[key]
 
+    def _is_text(self, layer: _Layer) -> bool:
+        """Whether a layer is a TextVectorization, or its lookup: words are not ids."""
+        return layer.kind == _TEXT or layer.path.rsplit("/", 1)[-1] == "_lookup_layer"
+
     def _find_role(self, layer: _Layer) -> str:
         """Returns the role of a layer.
 
         Without a config, its class shows in its path, unless that has an attribute's name, or in the layer's name.
         """
+        if self._is_text(layer):
+            return ""
         if layer.kind:
             kinds = [layer.kind]
         else:
             names = (layer.path.rsplit("/", 1)[-1], self._weights.groups.get(layer.path, ""))
             bases = [re.sub(r"_\d+$", "", name) for name in names]
-            kinds = [kind for kind in (*_LOOKUPS, _EMBEDDING, _TEXT) if _snake_case(kind) in bases]
+            kinds = [kind for kind in (*_LOOKUPS, _EMBEDDING, _TEXT, *_MATRICES) if _snake_case(kind) in bases]
         if any(kind in _LOOKUPS for kind in kinds):
             return "lookup"
         if _EMBEDDING in kinds:
@@ -547,6 +681,18 @@ def _is_deeper(config: Any, levels: int) -> bool:
         lists_and_dicts = [one for one in level if isinstance(one, dict | list)]
         level = [child for one in lists_and_dicts for child in (one.values() if isinstance(one, dict) else one)]
     return bool(level)
+
+
+def _everything(config: Any) -> Iterator[Any]:
+    """Yields all dicts of a config."""
+    queue = [config]
+    while queue:
+        one = queue.pop()
+        if isinstance(one, dict):
+            yield one
+            queue += one.values()
+        elif isinstance(one, list):
+            queue += one
 
 
 def _is_functional(layer: _Layer) -> bool:

@@ -54,7 +54,7 @@ def vocabulary(graph: ObjectGraph, table: int) -> Vocabulary:
 
 def _initializer(graph: ObjectGraph, function: str, where: str) -> tuple[str, list[int], Mapping[str, int]]:
     """Returns (op, argument number of each of its inputs, its integer attributes) of an initializer function."""
-    definition = graph.definitions().get(function)
+    definition = graph.library.definitions.get(function)
     signature = next(wire.spans(graph.file, definition, 1), None) if definition else None
     if definition and signature:
         names = (graph.string(argument, 1) for argument in wire.spans(graph.file, signature, 2))
@@ -84,7 +84,7 @@ def _integer_attributes(graph: ObjectGraph, node: Span) -> dict[str, int]:
 def _key_type(graph: ObjectGraph, table: int, where: str) -> int:
     """Returns TensorFlow's number of the type of a table's keys, which only the function that makes it says."""
     function = graph.function(graph.nodes[table].children.get("_create_resource"))
-    definition = graph.definitions().get(function or "")
+    definition = graph.library.definitions.get(function or "")
     for node in wire.spans(graph.file, definition, 3) if definition else ():
         key_type = _integer_attributes(graph, node).get("key_dtype")
         if key_type is not None:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError
 from beam_pipeline.files import ByteFile, OpenFile, join
-from beam_pipeline.formats import checkpoint, gathers, wire
+from beam_pipeline.formats import checkpoint, wire
+from beam_pipeline.formats.functions import FunctionLibrary
 from beam_pipeline.formats.wire import Span
 
 _MAX_OBJECTS = 1_000_000
 """Objects, their children's names, functions, constants: half a kilobyte of memory each, for a few bytes of a file."""
 
-USER_OBJECT, ASSET, FUNCTION, VARIABLE, CONSTANT, RESOURCE = 4, 5, 6, 7, 9, 10
+USER_OBJECT, ASSET, FUNCTION, VARIABLE, BARE_FUNCTION, CONSTANT, RESOURCE = 4, 5, 6, 7, 8, 9, 10
 """Kinds of objects: field numbers of `SavedObject`'s oneof."""
 
 
@@ -33,12 +34,14 @@ class Node:
         kind: one of the above, or 0.
         content: its own message.
         children: name → number of the node.
+        shape: of a variable of floats, once `is_read`.
     """
 
     kind: int = 0
     content: Span = field(default=Span(0, 0))
     children: dict[str, int] = field(default_factory=dict)
-    is_matrix: bool | None = None
+    shape: tuple[int, ...] | None = None
+    is_read: bool = False
 
 
 class ObjectGraph:
@@ -83,7 +86,7 @@ class ObjectGraph:
         self.nodes: list[Node] = []
         self.functions: dict[str, Span] = {}
         self._tensors: dict[str, Span] | None = None
-        self._definitions: dict[str, Span] | None = None
+        self._library: FunctionLibrary | None = None
         self._parents: dict[int, tuple[int, str]] | None = None
         self._read_objects(parts[7])
         self.bundle = checkpoint.read_bundle(join(folder, "variables", "variables"), open_file)
@@ -132,20 +135,23 @@ class ObjectGraph:
             path.append(name)
         return path[::-1]
 
-    def is_matrix(self, node: int) -> bool:
-        """Whether an object is a variable of floats in two dimensions."""
+    def shape(self, node: int) -> tuple[int, ...] | None:
+        """Returns the shape of a variable of floats; None if the object is anything else."""
         variable = self.nodes[node]
-        if variable.kind != VARIABLE:
-            return False
-        if variable.is_matrix is None:
-            dtype, dimensions = 0, 0
+        if variable.kind == VARIABLE and not variable.is_read:
+            dtype, sizes = 0, list[int]()
             for number, value in wire.scan(self.file, variable.content):
                 if number == 1 and isinstance(value, int):
                     dtype = value
                 elif number == 2 and isinstance(value, Span):
-                    dimensions = len(checkpoint.read_shape(self.file, value))
-            variable.is_matrix = dtype in checkpoint.DTYPES and dimensions == 2
-        return variable.is_matrix
+                    sizes = checkpoint.read_shape(self.file, value)
+            variable.shape = tuple(sizes) if dtype in checkpoint.DTYPES else None
+            variable.is_read = True
+        return variable.shape
+
+    def is_matrix(self, node: int) -> bool:
+        """Whether an object is a variable of floats in two dimensions."""
+        return len(self.shape(node) or ()) == 2
 
     def matrices(self, root: int) -> set[int]:
         """Returns all matrices of an object, whatever they are called."""
@@ -166,18 +172,30 @@ class ObjectGraph:
         """Returns the name of the first concrete function of a function object."""
         if node is None or self.nodes[node].kind != FUNCTION:
             return None
+        return next(iter(self.variants(node)), None)
+
+    def variants(self, node: int) -> list[str]:
+        """Returns the names of a function object's concrete functions: one for each way in which it was called."""
+        if self.nodes[node].kind not in (FUNCTION, BARE_FUNCTION):
+            return []
         names = [wire.text(self.file, span) for span in wire.spans(self.file, self.nodes[node].content, 1)]
-        return next((name for name in names if name in self.functions), None)
+        return [name for name in names if name in self.functions]
+
+    def calls(self, node: int) -> list[list[str]]:
+        """Returns the concrete functions of each function object that an object has."""
+        found = (self.variants(child) for child in self.nodes[node].children.values())
+        return [names for names in found if names]
 
     def captured(self, function: str) -> list[int]:
         """Returns the objects that a concrete function captured: its last arguments."""
         return wire.integers(self.file, self.functions[function], 2)
 
-    def definitions(self) -> dict[str, Span]:
-        """Returns the `FunctionDef` of each function in the graph's library, which is read once."""
-        if self._definitions is None:
-            self._definitions = gathers.definitions(self.file, self._graph)
-        return self._definitions
+    @property
+    def library(self) -> FunctionLibrary:
+        """The functions that the graph has, which are found once."""
+        if self._library is None:
+            self._library = FunctionLibrary(self.file, self._graph)
+        return self._library
 
     def asset(self, node: int, where: str) -> str:
         """Returns the path of an asset below `assets/`."""
@@ -236,7 +254,7 @@ class ObjectGraph:
                         self._count()
                         child, name = self._reference(self.file, content)
                         node.children[name] = child
-                    elif kind in (USER_OBJECT, ASSET, FUNCTION, VARIABLE, CONSTANT, RESOURCE):
+                    elif USER_OBJECT <= kind <= RESOURCE:
                         node.kind, node.content = kind, content
                 self.nodes.append(node)
             elif number == 2:

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from beam_pipeline.errors import CorruptFileError, NotAModelError, TowerMissingError
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats import checkpoint, gathers, lookups
-from beam_pipeline.formats.artifact import Checksum, Matrix, Tower
+from beam_pipeline.formats.artifact import Checksum, Ending, Matrix, Tail, Tower
 from beam_pipeline.formats.gathers import Gather
 from beam_pipeline.formats.object_graph import RESOURCE, ObjectGraph
+from beam_pipeline.formats.tails import (
+    SCALAR,
+    UNKNOWN,
+    Returned,
+    Rivals,
+    Shape,
+    State,
+    Steps,
+    Trace,
+    Use,
+    Value,
+    rivals,
+    tail,
+    taking_part,
+)
 from beam_pipeline.formats.wire import Span
 
 _MAX_STEPS = 5_000_000
@@ -39,6 +55,7 @@ class SavedModel:
         self._graph = ObjectGraph(folder, open_file)
         self._steps = 0
         self._gathers: list[Gather] | None = None
+        self._reads: Trace | None = None
 
     def tower(self, name: str, layer: str, *, include_oov: bool = False) -> Tower:
         """Returns the tower whose layer has the attribute path `layer`, such as "user_layer" or "towers.user".
@@ -51,11 +68,44 @@ class SavedModel:
             CorruptFileError: the files contradict each other.
         """
         table, variable = self._table_and_variable(name, layer)
+        self._require_ids(name, layer, table)
         matrix = self._matrix(variable)
         vocabulary = lookups.vocabulary(self._graph, table)
         if include_oov:
             vocabulary = replace(vocabulary, special_tokens=lookups.special_tokens(self._graph, table, vocabulary))
         return Tower(name, layer, matrix, vocabulary)
+
+    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+
+        Args:
+            layers: of all towers that are published together: name → layer, as `tower` takes them.
+
+        Raises:
+            TowerMissingError: a layer holds other embeddings that its tower needs, too.
+        """
+        pairs = {name: self._table_and_variable(name, layer) for name, layer in layers.items()}
+        inside = {name: self._embeddings(layer) for name, layer in layers.items()}
+        towers = [(variable, inside[name]) for name, (_, variable) in pairs.items()]
+        embeddings = self._read_once().gathered.union(*(found | {variable} for variable, found in towers))
+        trace = self._trace(embeddings, rivals(towers))
+        found = {}
+        for name, layer in layers.items():
+            variable = pairs[name][1]
+            calls = self._returned(trace, self._outermost(variable))
+            node = self._walk(layer)
+            # What the call of an embedding returns is a row; a layer around it says more.
+            has_ids = node and self._parts(node)[0]
+            own = self._returned(trace, self._graph.calls(node) if node and has_ids else [])
+            found[name] = tail(variable, calls, own, trace.meetings) if calls else self._untraced(node, variable)
+            others = inside[name] - {variable}
+            if others and (not found[name].is_row or others & taking_part(calls, trace.meetings)):
+                paths = sorted(self._path_below(node or 0, each, layer) for each in inside[name])
+                raise TowerMissingError(
+                    f"tower {name!r}: layer {layer!r} holds {len(paths)} embeddings ({', '.join(paths)}) in "
+                    f"{self._graph.folder}, and none of them alone is its vector; {self._choose(name)}"
+                )
+        return found
 
     def tower_layers(self) -> list[str]:
         """Returns what could be given as `layer`.
@@ -63,18 +113,20 @@ class SavedModel:
         These are the paths of all layers that hold exactly one lookup and one embedding, outermost ones only, and the
         names of all other embeddings that a lookup feeds.
         """
-        found, covered = list[str](), set[int]()
+        found, covered, words = list[str](), set[int](), self._read_once().words
         queue: deque[tuple[int, tuple[str, ...]]] = deque([(0, ())])
         seen = {0}
         while queue:
             node, path = queue.popleft()
             tables, variables = self._parts(node)
-            if path and len(tables) == len(variables) == 1:
+            tables = [table for table in tables if table not in words]
+            if path and len(tables) == len(variables) == 1 and self._is_embedding(variables[0]):
                 found.append(".".join(path))
                 covered.update(variables)
             elif tables and variables:
                 queue.extend((child, (*path, name)) for name, child in self._graph.objects(node, seen))
-        return sorted([*found, *(self._name(gather) for gather in self._fed() if gather.variable not in covered)])
+        fed = (gather for gather in self._fed() if gather.variable not in covered and gather.table not in words)
+        return sorted([*found, *(self._name(gather) for gather in fed)])
 
     def close(self) -> None:
         """Closes the file."""
@@ -103,7 +155,7 @@ class SavedModel:
 
     def _table_and_variable(self, name: str, layer: str) -> tuple[int, int]:
         """Returns the lookup table and the variable of a tower."""
-        node = self._graph.walk(layer.replace("/", ".").split("."))
+        node = self._walk(layer)
         tables, variables = self._parts(node) if node is not None else ([], [])
         if node is None:
             found = self._called(layer)
@@ -121,12 +173,119 @@ class SavedModel:
                 problem += f", and the model's calls feed {len(found) or 'none'} of its embeddings from a lookup"
         elif any((gather.table, gather.variable) == (tables[0], variables[0]) for gather in self._gathered()):
             problem = "holds a lookup and an embedding that the model feeds from elsewhere"
+        elif not self._is_embedding(variables[0]):
+            problem = (
+                "holds a lookup and a matrix that the model multiplies by (one-hot or multi-hot), not an embedding"
+            )
         else:
             return tables[0], variables[0]
         raise TowerMissingError(
-            f"tower {name!r}: layer {layer!r} {problem} in {self._graph.folder}; layers that are towers: "
-            f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
+            f"tower {name!r}: layer {layer!r} {problem} in {self._graph.folder}; {self._choose(name)}"
         )
+
+    def _choose(self, name: str) -> str:
+        layers = ", ".join(self.tower_layers()) or "none"
+        return f"layers that are towers: {layers}; choose with --tower {name}=LAYER"
+
+    def _walk(self, layer: str) -> int | None:
+        """Returns the object at an attribute path, if there is one."""
+        return self._graph.walk(layer.replace("/", ".").split("."))
+
+    def _untraced(self, node: int | None, variable: int) -> Tail:
+        """Returns what the weights of a tower's layer say of it where the model was saved without its functions."""
+        below = (
+            {child for each in self._graph.below(node) for child in self._graph.nodes[each].children.values()}
+            if node
+            else set[int]()
+        )
+        weights = sorted(self._graph.path(each) for each in below - {variable} if self._graph.shape(each) is not None)
+        if weights:
+            return Tail(Ending.GOES_ON, tuple((path[-2] if len(path) > 1 else "", path[-1]) for path in weights))
+        return Tail(Ending.UNKNOWN, reason="the model has no function that uses it; it was saved without (save_traces)")
+
+    def _path_below(self, root: int, variable: int, layer: str) -> str:
+        """Returns the attribute path of a variable inside of a layer."""
+        queue, seen = deque([(root, layer)]), {root}
+        while queue:
+            node, path = queue.popleft()
+            for name, child in self._graph.nodes[node].children.items():
+                if child == variable and not name.isdecimal():
+                    return f"{path}.{name}"
+            queue.extend((child, f"{path}.{name}") for name, child in self._graph.objects(node, seen))
+        return ".".join(self._graph.path(variable))
+
+    def _require_ids(self, name: str, layer: str, table: int) -> None:
+        if table in self._read_once().words:
+            raise NotAModelError(
+                f"tower {name!r}: the lookup of layer {layer!r} in {self._graph.folder} looks up the words of a text: "
+                f"they are not ids; {self._choose(name)}"
+            )
+
+    def _is_embedding(self, variable: int) -> bool:
+        """Whether a matrix is one whose rows are looked up, as far as can be told."""
+        if self._graph.path(variable)[-1] == "embeddings" or variable in self._read_once().gathered:
+            return True
+        return not self._outermost(variable)
+
+    def _embeddings(self, layer: str) -> set[int]:
+        """Returns the matrices of a layer whose rows are looked up, by their name or by what the model does."""
+        node = self._walk(layer)
+        if node is None:
+            return set()
+        named = {child for each in self._graph.below(node) for name, child in self._graph.nodes[each].children.items()
+                 if name == "embeddings" and self._graph.is_matrix(child)}  # fmt: skip
+        return named | (self._graph.matrices(node) & self._read_once().gathered)
+
+    def _outermost(self, variable: int) -> list[list[str]]:
+        """Returns the outermost calls in which a variable takes part: those of the model, as a rule."""
+        level, seen = [0], {0}
+        while level:
+            # A model's signatures are calls of its own.
+            owners = [*level, *(self._graph.nodes[0].children.get("signatures", 0) for _ in level if 0 in level)]
+            calls = [names for owner in dict.fromkeys(owners) for names in self._graph.calls(owner)]
+            found = [names for names in calls if any(variable in self._graph.captured(name) for name in names)]
+            if found:
+                return found
+            level = [child for node in level for _, child in self._graph.objects(node, seen)]
+        return []
+
+    def _read_once(self) -> Trace:
+        """Returns what the model's calls do with tables and matrices: which are looked up in, and by what."""
+        if self._reads is None:
+            matrices = [number for number in range(len(self._graph.nodes)) if self._graph.is_matrix(number)]
+            self._reads = self._trace(matrices, lambda *_: False, keeps_changed=False)
+            done = set[str]()
+            for matrix in matrices:
+                calls = [[name for name in names if name not in done] for names in self._outermost(matrix)]
+                done.update(name for names in calls for name in names)
+                self._returned(self._reads, calls)
+        return self._reads
+
+    def _trace(self, embeddings: Iterable[int], are_rivals: Rivals, *, keeps_changed: bool = True) -> Trace:
+        return Trace(
+            function=self._graph.library.function,
+            dimensions={each: (self._graph.shape(each) or (0,))[-1] for each in embeddings},
+            are_rivals=are_rivals,
+            steps=Steps(self._graph.file.path, _MAX_STEPS),
+            keeps_changed=keeps_changed,
+        )
+
+    def _returned(self, trace: Trace, calls: Iterable[Sequence[str]]) -> list[list[Returned]]:
+        return [[trace.returned(name, self._arguments(trace, name)) for name in names] for names in calls]
+
+    def _arguments(self, trace: Trace, name: str) -> list[Value]:
+        """Returns what a concrete function is called with: what it captured comes last."""
+        captured = [self._captured(trace, number) for number in self._graph.captured(name)]
+        function = self._graph.library.function(name)
+        return [UNKNOWN] * (len(function.arguments) - len(captured) if function else 0) + captured
+
+    def _captured(self, trace: Trace, number: int) -> Value:
+        if number in trace.dimensions:
+            return Value(rows=((Use(number, ""), State(Shape.ROW)),))
+        if number < len(self._graph.nodes) and self._graph.nodes[number].kind == RESOURCE:
+            return Value(table=number)
+        is_scalar = number < len(self._graph.nodes) and self._graph.shape(number) in ((), (1,))
+        return SCALAR if is_scalar else UNKNOWN
 
     def _gathered(self) -> list[Gather]:
         """Returns what the model's functions tell of tables and embeddings."""
@@ -134,7 +293,7 @@ class SavedModel:
             captured = {name: self._graph.captured(name) for name in self._graph.functions}
             tables = {number for number, node in enumerate(self._graph.nodes) if node.kind == RESOURCE}
             matrices = {number for number in range(len(self._graph.nodes)) if self._graph.is_matrix(number)}
-            self._gathers = gathers.find(self._graph.file, self._graph.definitions(), captured, tables, matrices)
+            self._gathers = gathers.find(self._graph.file.path, self._graph.library, captured, tables, matrices)
         return self._gathers
 
     def _fed(self) -> list[Gather]:

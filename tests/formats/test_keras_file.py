@@ -206,6 +206,18 @@ def test_no_model(tmp_path):
         KerasFile(str(tmp_path / "my.keras"), open_file)
 
 
+@pytest.mark.parametrize("place", ["my.h5", "my.hdf5", "model.h5", "data/model.h5", "model.weights.h5"])
+def test_an_hdf5_file_in_place_of_a_model(tmp_path, place):
+    """As Keras 2 saves one when it is told to; named itself, or where Keras and MLflow put it in a folder."""
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_bytes(b"\x89HDF")
+    named = tmp_path / place if place.startswith("my") else tmp_path
+    with pytest.raises(
+        NotAModelError, match=rf"/{place} is an HDF5 file, .*as \.keras .* or as a SavedModel .*log it again"
+    ):
+        open_artifact(str(named), open_file)
+
+
 # Files that are damaged, or made to harm.
 
 
