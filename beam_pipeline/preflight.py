@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
+from urllib.parse import quote
 
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
@@ -528,7 +529,8 @@ def _project_permissions(project: str, permissions: list[str]) -> list[str]:
 
     credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     answer = AuthorizedSession(credentials).post(
-        f"{_RESOURCE_MANAGER}/v1/projects/{project}:testIamPermissions",
+        # A project may be `example.com:project`, and a colon begins the method.
+        f"{_RESOURCE_MANAGER}/v1/projects/{quote(project, safe='')}:testIamPermissions",
         json={"permissions": permissions},
         timeout=10,
     )

@@ -235,6 +235,16 @@ def test_any_experiment_makes_a_label_that_dataflow_takes(name):
         assert re.fullmatch("[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}", label)
 
 
+def test_a_project_that_was_named_is_not_changed(job, store, models, tmp_path):
+    """A Flex Template forbids it; the tables are in another one here."""
+    run_id = store.log(models("longer"), "billed elsewhere", MARCH_1, bucket=True)
+    dataset = f"{job.client.project}.{job.dataset}"
+    flags = [f"--sdk_container_image={IMAGE}", "--project=payer", f"--dataset={dataset}"]
+    staged = Staged(job, run_id, *flags, cwd=tmp_path)
+    assert staged.request["environment"]["sdkPipelineOptions"]["options"]["project"] == "payer"
+    assert staged.shown("Publish")["tables"].startswith(f"{dataset}.two_tower_user_embedding, ")
+
+
 # What must not be there.
 
 

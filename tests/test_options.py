@@ -46,7 +46,7 @@ def test_everything():
         ]
     )
     assert dict(config.towers) == {"film": "films", "user": "a.b"}
-    assert (config.project, config.dataset) == ("other-project", "my_data")
+    assert (config.project, config.dataset_project, config.dataset) == ("p1", "other-project", "my_data")
     assert not config.local
     assert {"--region", "--labels", "--temp_location", "--project=p1"} <= {*config.beam_args}
 
@@ -86,6 +86,13 @@ def test_misuse_is_one_line_and_exit_2(capsys, flags, words):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("project", ["p-1", "example.com:p-1"])
+def test_projects_of_any_kind(project):
+    config = parse(["--run_id=1", f"--project={project}", f"--dataset={project}.d", f"--staging_dataset={project}.s"])
+    assert (config.project, config.dataset_project, config.dataset) == (project, project, "d")
+    assert config.beam_args == (f"--project={project}",)
 
 
 def test_beams_flags_in_any_form(capsys):

@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 import google.auth
 import pytest
@@ -99,6 +99,7 @@ class Cloud:
         tables: names of tables that exist.
         partitions: of the user's table, as YYYYMMDD -> a vector in it.
         queries: every query that was run.
+        projects: those whose permissions were asked for, or in which a query was tried.
     """
 
     def __init__(self):
@@ -113,10 +114,12 @@ class Cloud:
         self.may_query = True
         self.partitions = {}
         self.queries = []
+        self.projects = []
 
     def answer(self, method, url, body):
         path = url.path
-        if path.endswith("projects/my-project:testIamPermissions"):
+        if match := re.search(r"/v1/projects/([^/]+):testIamPermissions$", path):
+            self.projects.append(unquote(match[1]))
             return self._granted("project", json.loads(body)["permissions"])
         if path.endswith("/b/temp/iam/testPermissions"):
             return self._granted("bucket", parse_qs(url.query)["permissions"])
@@ -149,6 +152,7 @@ class Cloud:
         if path.endswith("/jobs"):
             if not self.may_query:
                 return 403, {"error": {"code": 403, "message": "Access Denied: bigquery.jobs.create"}}
+            self.projects.append(unquote(path.split("/")[-2]))
             configuration = json.loads(body)["configuration"]
             assert configuration["dryRun"]
             return 200, {"configuration": configuration, "status": {"state": "DONE"}, "jobReference": {}}
@@ -198,13 +202,14 @@ def cloud(monkeypatch):
             "Client",
             lambda project: StorageClient(project, nobody, client_options={"api_endpoint": url}),
         )
+        running.url = url
         running.client = bigquery.Client("my-project", nobody, client_options={"api_endpoint": url})
         yield running
 
 
-def permissions(cloud, *, distributed=False):
+def permissions(cloud, *, distributed=False, what=WHAT):
     findings = Findings()
-    preflight._examine_permissions(findings, cloud.client, WHAT, distributed)
+    preflight._examine_permissions(findings, cloud.client, what, distributed)
     return [(line.status, line.text) for line in findings.lines]
 
 
@@ -213,6 +218,19 @@ def test_all_permissions(cloud):
     assert permissions(cloud) == [("ok", whole)]
     elsewhere = whole.replace("this account", "this account, not the workers'")
     assert permissions(cloud, distributed=True) == [("ok", elsewhere)]
+
+
+def test_jobs_are_asked_for_where_they_run_and_tables_where_they_are(cloud):
+    elsewhere = dataclasses.replace(WHAT.destination, billing_project="example.com:payer")
+    cloud.client = bigquery.Client(
+        elsewhere.jobs_project, AnonymousCredentials(), client_options={"api_endpoint": cloud.url}
+    )
+    found = permissions(cloud, distributed=True, what=dataclasses.replace(WHAT, destination=elsewhere))
+    assert found[0][1].startswith("this account, not the workers': project example.com:payer, bucket temp, table user,")
+    assert cloud.projects == ["example.com:payer"] * 2
+    cloud.granted["project"].discard("bigquery.jobs.create")
+    ((_, text),) = permissions(cloud, what=dataclasses.replace(WHAT, destination=elsewhere))
+    assert text.startswith("this account lacks bigquery.jobs.create on project example.com:payer")
 
 
 def test_tables_that_are_made_later_are_not_asked(cloud):
