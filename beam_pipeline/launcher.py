@@ -13,7 +13,13 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    GoogleCloudOptions,
+    PipelineOptions,
+    SetupOptions,
+    StandardOptions,
+    WorkerOptions,
+)
 from google.cloud import bigquery
 
 from beam_pipeline import (
@@ -33,7 +39,7 @@ from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError, Run
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.options import Config
-from beam_pipeline.pipeline import Job, build
+from beam_pipeline.pipeline import Job, build, build_nothing
 from beam_pipeline.publication import Publication
 from beam_pipeline.runs import Run
 from beam_pipeline.tables import Destination
@@ -74,21 +80,23 @@ def run(config: Config) -> None:
         destination = _find_destination(config, project, cloud.project)
         client = publication.make_client(destination)
         runs = selection.unpublished(config, found, client, destination, terminal)
-        if not runs:
-            terminal.nothing_to_do(len(found))
-            return
         token = uuid.uuid4().hex[:12]
-        name = cloud.job_name or _job_name(config, runs)
+        name = cloud.job_name or _job_name(config, found)
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
         cloud.job_name = f"{name}-{token}" if config.local else name
         # Of two labels with one key, Beam takes the later.
-        cloud.labels = [*_labels(config, runs), *(cloud.labels or [])]
+        cloud.labels = [*_labels(config, found), *(cloud.labels or [])]
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
         copies_to = publication.copies_folder(cloud.temp_location, token)
         read = (selection.read_training(config, run, copies_to, stack, terminal) for run in runs)
         trainings = [training for training in read if training]
         if not trainings:
-            raise RunNotFoundError(f"none of {len(runs):,} runs of experiment {config.experiment_name!r} has a model")
+            if len(runs) == len(found):
+                raise RunNotFoundError(f"none of {len(runs):,} runs of {config.experiment_name!r} has a model")
+            terminal.nothing_to_do(len(found) - len(runs), len(runs))
+            if cloud.template_location and not config.plan:
+                _submit_nothing(options, terminal, config.runner)
+            return
         what = Publication(
             destination=destination,
             trainings=tuple(trainings),
@@ -184,6 +192,14 @@ def _submit(pipeline: beam.Pipeline, name: str) -> Any:
                 f"a job {name} is active on Dataflow already; wait until it has ended, or cancel it, and start again"
             ) from error
         raise
+
+
+def _submit_nothing(options: PipelineOptions, terminal: Terminal, runner: str) -> None:
+    """Writes the job that a template's launcher has to write: without one, Dataflow reports the template as failed."""
+    options.view_as(WorkerOptions).num_workers = 1
+    pipeline = beam.Pipeline(options=options)
+    build_nothing(pipeline)
+    terminal.submitted(pipeline.run(), runner)
 
 
 def _run_here(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: Terminal) -> None:

@@ -97,6 +97,11 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
     )
 
 
+def build_nothing(pipeline: beam.Pipeline) -> None:
+    """Builds the graph of a job that ends at once; Dataflow takes none without a step."""
+    _ = pipeline | "Nothing to do" >> beam.Create([])
+
+
 def _new_launch(token: str) -> str:
     return token + uuid.uuid4().hex[:12]
 
