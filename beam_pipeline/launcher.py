@@ -25,6 +25,7 @@ from google.cloud import bigquery
 from beam_pipeline import (
     __version__,
     command,
+    credentials,
     emulators,
     errors,
     identity,
@@ -61,13 +62,15 @@ def run(config: Config) -> None:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
     terminal = Terminal(as_json=config.plan == "json")
+    options = _beam_options(config)
+    if not config.warehouse and not emulators.emulated():  # Those know no accounts.
+        credentials.impersonate(options)
     identity.authorize(config.tracking_uri, config.tracking_audience)
     found = selection.wanted_runs(config, terminal)
     if config.inspect:
         _inspect(config, found[-1], terminal)
         return
     with ExitStack() as stack:
-        options = _beam_options(config)
         cloud = options.view_as(GoogleCloudOptions)
         if config.warehouse:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))

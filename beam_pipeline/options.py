@@ -20,6 +20,7 @@ _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
+_ACCOUNT = re.compile(r"[^@\s,'\"\[\]()]+@[^@\s,'\"\[\]()]+")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 
@@ -73,8 +74,8 @@ class Config:
 
 
 _EPILOG = """\
-All options of Apache Beam work too, among them --runner, --project, --region, --temp_location, --job_name and
---setup_file. DirectRunner, the default, always means Beam's in-process FnApiRunner.
+All options of Apache Beam work too, among them --runner, --project, --region, --temp_location, --job_name,
+--setup_file and --impersonate_service_account. DirectRunner, the default, always means Beam's in-process FnApiRunner.
 
 examples:
   on a laptop, with no cloud at all:
@@ -266,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
     result.add_argument("--project", help=argparse.SUPPRESS)
+    result.add_argument("--impersonate_service_account", action="append", help=argparse.SUPPRESS)
     return result
 
 
@@ -333,13 +335,29 @@ def parse(argv: Sequence[str]) -> Config:
         plan=found.plan,
         warehouse=found.warehouse,
         runner=found.runner,
-        beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
+        beam_args=(
+            *rest,
+            *([f"--project={found.project}"] if found.project else []),
+            *_impersonation(ours, found.impersonate_service_account),
+        ),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
     if config.warehouse and config.env != "dev":
         ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
     return config
+
+
+def _impersonation(ours: argparse.ArgumentParser, given: list[str] | None) -> list[str]:
+    """Returns Beam's flag for a chain of accounts; Beam itself would take the last alone of flags that are repeated."""
+    accounts = [account.strip() for account in ",".join(given or []).split(",") if account.strip()]
+    for account in accounts:
+        if not _ACCOUNT.fullmatch(account):
+            ours.error(
+                f"--impersonate_service_account={account!r} is no account: NAME@PROJECT.iam.gserviceaccount.com, in a "
+                "chain separated by commas, the one to act as last"
+            )
+    return [f"--impersonate_service_account={','.join(accounts)}"] if accounts else []
 
 
 def _date(text: str) -> date:

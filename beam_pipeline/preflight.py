@@ -15,7 +15,7 @@ from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery, storage
 
-from beam_pipeline import emulators, tables, vectors
+from beam_pipeline import credentials, emulators, tables, vectors
 from beam_pipeline.errors import (
     ConfigError,
     DatasetMissingError,
@@ -118,7 +118,7 @@ def find_destination(
 
 def _location(billing_project: str, dataset: str, make: bool) -> str:
     try:
-        client = bigquery.Client(project=billing_project)
+        client = bigquery.Client(project=billing_project, credentials=credentials.impersonated())
         if make:
             client.create_dataset(dataset, exists_ok=True)
         return client.get_dataset(dataset).location or "US"
@@ -341,7 +341,7 @@ def _examine_bucket(findings: Findings, publication: Publication) -> None:
     location = publication.destination.location
     name = publication.bucket
     try:
-        bucket = storage.Client(project=publication.destination.jobs_project).get_bucket(name, timeout=10)
+        bucket = _storage_client(publication).get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -482,7 +482,7 @@ def _examine_permissions(
         (
             f"bucket {name}",
             _BUCKET_PERMISSIONS,
-            lambda: storage.Client(project=project).bucket(name).test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10),
+            lambda: _storage_client(publication).bucket(name).test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10),
         ),
         *(
             (
@@ -518,6 +518,10 @@ def _examine_permissions(
         findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see README, Permissions"))
 
 
+def _storage_client(publication: Publication) -> storage.Client:
+    return storage.Client(project=publication.destination.jobs_project, credentials=credentials.impersonated())
+
+
 _BUCKET_PERMISSIONS = [f"storage.objects.{what}" for what in ("create", "delete", "get", "list")]
 _TABLE_PERMISSIONS = [f"bigquery.tables.{what}" for what in ("get", "getData", "updateData")]
 
@@ -527,8 +531,10 @@ def _project_permissions(project: str, permissions: list[str]) -> list[str]:
     import google.auth
     from google.auth.transport.requests import AuthorizedSession
 
-    credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-    answer = AuthorizedSession(credentials).post(
+    account: Any = credentials.impersonated()
+    if account is None:
+        account, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
+    answer = AuthorizedSession(account).post(
         # A project may be `example.com:project`, and a colon begins the method.
         f"{_RESOURCE_MANAGER}/v1/projects/{quote(project, safe='')}:testIamPermissions",
         json={"permissions": permissions},

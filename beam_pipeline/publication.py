@@ -50,7 +50,7 @@ from google.api_core.exceptions import Conflict, GoogleAPICallError, GoogleAPIEr
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery
 
-from beam_pipeline import emulators, metrics, tables
+from beam_pipeline import credentials, emulators, metrics, tables
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -161,6 +161,7 @@ def make_client(destination: Destination) -> bigquery.Client:
     """Returns a client whose jobs run in the billed project, where the dataset is, and carry our labels."""
     return bigquery.Client(
         project=destination.jobs_project,
+        credentials=credentials.impersonated(),
         location=destination.location,
         default_query_job_config=bigquery.QueryJobConfig(labels=LABELS),
     )
