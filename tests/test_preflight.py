@@ -16,12 +16,13 @@ from google.cloud import bigquery
 from google.cloud.storage import Client as StorageClient
 from towers import described
 
-from beam_pipeline import preflight, tables
+from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.publication import Publication
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.preflight import Findings, location_fits
-from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.tables import Destination
+from beam_pipeline.launch import preflight
+from beam_pipeline.launch.preflight import Findings, location_fits
+from beam_pipeline.training import Run, Training
 
 TOWERS = tuple(described(name, rows=1_000_000, dimension=64, ids_bytes=10_000_000) for name in ("user", "item"))
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://b/7/0123abcd/artifacts")
