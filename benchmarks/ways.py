@@ -159,9 +159,9 @@ def encode(writer, rows, dimension):
     import numpy as np
     import pyarrow as pa
     from apache_beam.io.gcp import bigquery_tools
-    from beam_pipeline.reading.pieces import PIECE_BYTES
 
     from beam_pipeline.bigquery import avro, tables
+    from beam_pipeline.reading.pieces import PIECE_BYTES
     from beam_pipeline.reading.rows import Batch, to_rows
 
     rows, dimension = int(rows), int(dimension)

@@ -76,7 +76,7 @@ def test_towers_with_the_same_ids(job, store, tails, models, capsys):
     assert report(capsys, "towers") == [
         "note: user and item have the same ids: they cannot be searched against each other"
     ]
-    run = store.log(tails("mean_of_a_list", "same_ids"), "mean", MARCH_1)
+    run = store.log(tails("mean_of_a_list"), "mean", MARCH_1)
     assert launch(job.config(run, "--plan")) == 1
     lines = capsys.readouterr().out.splitlines()
     (stop,) = [line for line in lines if line.startswith("stop")]
