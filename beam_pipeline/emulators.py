@@ -53,6 +53,12 @@ def emulated(environ: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
+def connect_if_emulated() -> None:
+    """Connects this process if the environment points to emulators; a DoFn's `setup` does, in whatever process it runs."""
+    if emulated():
+        connect()
+
+
 def connect() -> None:
     """Makes the Google clients of this process, Beam's among them, talk to the emulators without credentials."""
     import google.auth
@@ -71,6 +77,25 @@ def connect() -> None:
     google.auth.default = default
     # Beam's own BigQuery client knows no variable.
     BigqueryV2.BASE_URL = f"{os.environ['BIGQUERY_EMULATOR_HOST'].rstrip('/')}/bigquery/v2/"
+
+
+def beam_client() -> Any:
+    """Returns Beam's own BigQuery client for its sink, connected to the emulator; None without one.
+
+    Some stages run nothing but Beam's own DoFns, none of which would connect its process. The client is pickled as how
+    to make it, so it connects each process that it arrives in.
+    """
+    if not emulated():
+        return None
+    connect()
+    from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
+
+    class _Client(BigqueryV2):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return beam_client, ()
+
+    # Otherwise the client would look for credentials, and start a browser's login without any.
+    return _Client(get_credentials=False)
 
 
 class Warehouse:

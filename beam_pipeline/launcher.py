@@ -82,8 +82,7 @@ def run(config: Config) -> None:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
             cloud.project = config.project or warehouse.project
-        if emulators.emulated():
-            emulators.connect()
+        emulators.connect_if_emulated()
         cloud.project = _project(config, cloud)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")

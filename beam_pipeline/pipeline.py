@@ -12,7 +12,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.typehints.decorators import no_annotations
 
-from beam_pipeline import publication, transforms
+from beam_pipeline import emulators, publication, transforms
 from beam_pipeline.publication import Publication, Tallies
 from beam_pipeline.runs import Training
 from beam_pipeline.transforms import ReadTower, Report, Tally
@@ -51,6 +51,7 @@ class _StepFn(beam.DoFn):
         }
 
     def setup(self) -> None:
+        emulators.connect_if_emulated()
         self._client = publication.make_client(self._publication.destination)
 
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.

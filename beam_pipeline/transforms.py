@@ -13,7 +13,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 
-from beam_pipeline import checksums, metrics
+from beam_pipeline import checksums, emulators, metrics
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -210,6 +210,9 @@ class _CutFn(beam.DoFn):
     def __init__(self, towers: dict[str, Tower]) -> None:
         self._towers = towers
 
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
+
     def process(self, run_id: str) -> Iterator[Any]:
         tower = self._towers[run_id]
         FileSystems.report_source_lineage(tower.matrix.path)
@@ -238,6 +241,7 @@ class _ReadFn(beam.DoFn):
         return _shown(self._towers)
 
     def setup(self) -> None:
+        emulators.connect_if_emulated()
         self._reader = ThreadPoolExecutor(1)
 
     def start_bundle(self) -> None:
@@ -298,6 +302,9 @@ class _SortFn(beam.DoFn):
 
     def __init__(self, towers: dict[str, Tower]) -> None:
         self._towers = towers
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
 
     def process(self, element: tuple[str, Entries]) -> Iterator[Any]:
         run_id, entries = element

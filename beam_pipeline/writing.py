@@ -8,7 +8,7 @@ import apache_beam as beam
 from apache_beam.io.gcp.bigquery import BigQueryDisposition, WriteToBigQuery
 from apache_beam.pvalue import PCollection
 
-from beam_pipeline import metrics, tables
+from beam_pipeline import emulators, metrics, tables
 from beam_pipeline.columnar import WriteBatches
 from beam_pipeline.publication import Publication
 from beam_pipeline.transforms import Batch, to_rows
@@ -65,6 +65,7 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
             "write_disposition": BigQueryDisposition.WRITE_APPEND,
             "custom_gcs_temp_location": self.publication.load_files,
             "max_file_size": MAX_FILE_BYTES,
+            "test_client": emulators.beam_client(),
             # Beam drops its own kms_key for FILE_LOADS.
             "additional_bq_parameters": (
                 {"destinationEncryptionConfiguration": {"kmsKeyName": self.publication.kms_key}}
@@ -87,6 +88,9 @@ class _CountFn(beam.DoFn):
 
     def display_data(self) -> dict[str, Any]:
         return self._shown
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()  # For Beam's DoFn that writes the rows, too, which runs in the same stage.
 
     def process(self, batch: Batch) -> Iterator[Batch]:
         metrics.count(f"write-rows-{self._tower}", len(batch.ids))
