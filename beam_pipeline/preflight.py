@@ -121,7 +121,7 @@ def _location(project: str, dataset: str, make: bool) -> str:
 
 
 def examine(
-    client: bigquery.Client, publication: Publication, *, allow_dimension_change: bool, distributed: bool
+    client: bigquery.Client, publication: Publication, *, allow_dimension_change: bool, distributed: bool, dataflow: bool
 ) -> Findings:
     """Returns the report about a publication whose dataset exists and whose models were found.
 
@@ -130,6 +130,7 @@ def examine(
         publication: what is to be published.
         allow_dimension_change: publish vectors of another length than before.
         distributed: the job runs elsewhere, as another account.
+        dataflow: it is submitted to Dataflow.
     """
     findings = Findings()
     destination = publication.destination
@@ -146,7 +147,7 @@ def examine(
             reason = f"BigQuery does not answer for {destination.table(tower)}: {_first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
     _examine_bucket(findings, publication)
-    _examine_permissions(findings, client, publication, distributed)
+    _examine_permissions(findings, client, publication, distributed, dataflow)
     _estimate(findings, publication)
     return findings
 
@@ -338,12 +339,12 @@ def location_fits(bucket: str, dataset: str) -> bool | None:
 
 
 def _examine_permissions(
-    findings: Findings, client: bigquery.Client, publication: Publication, distributed: bool
+    findings: Findings, client: bigquery.Client, publication: Publication, distributed: bool, dataflow: bool
 ) -> None:
     if emulators.emulated():
         findings.note("permissions", "not asked: emulators have none")
         return
-    wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if distributed else [])]
+    wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if dataflow else [])]
     project = publication.destination.project
     name = publication.bucket
     missing: list[str] = []
