@@ -51,6 +51,7 @@ class Traffic:
     Attributes:
         bigquery_url, storage_url: for the job's environment.
         steps: of the requests so far, in order.
+        loaded: files of the load jobs that were accepted.
         before, after: called with (step, process id) ahead of a request and once it was carried out, before its answer.
     """
 
@@ -60,7 +61,7 @@ class Traffic:
         self.forget()
 
     def forget(self):
-        self.steps = []
+        self.steps, self.loaded = [], []
         self.before = self.after = lambda step, pid: None
 
     def workers(self):
@@ -76,6 +77,16 @@ class Traffic:
                 continue
         return found
 
+    def kill(self, pid):
+        """Kills a worker with the program that would start it again, as if its machine was gone."""
+        try:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            if b"boot" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                os.kill(parent, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+        except OSError:  # It has ended by itself.
+            pass
+
     def kill_at(self, step, when="before", times=1):
         """Kills the worker that sends the first requests of a step."""
         left = [times]
@@ -85,18 +96,10 @@ class Traffic:
                 if found != step or not left[0] or not pid:
                     return
                 left[0] -= 1
-            kill(pid)
+            self.kill(pid)
 
         setattr(self, when, hook)
         return lambda: times - left[0]
-
-
-def kill(pid):
-    """Kills a worker with the program that would start it again, as if its machine was gone."""
-    parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    if parent > 1 and b"boot" in Path(f"/proc/{parent}/cmdline").read_bytes():
-        os.kill(parent, signal.SIGKILL)
-    os.kill(pid, signal.SIGKILL)
 
 
 def owner(port, pids):
@@ -141,9 +144,11 @@ class _Handler(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
-        if job is not None and answer.status >= 400:
-            with traffic.lock:
+        with traffic.lock:
+            if job is not None and answer.status >= 400:
                 del traffic.used[job]
+            elif found == "load":
+                traffic.loaded += re.findall(r"gs://[^\"]+", body.decode())
         traffic.after(found, pid)
         kept = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP}
         if "Location" in kept:
