@@ -12,6 +12,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.typehints.decorators import no_annotations
 
+from beam_pipeline import emulators
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication, Tallies
 from beam_pipeline.bigquery.staging import WriteStaging
@@ -53,6 +54,7 @@ class _StepFn(beam.DoFn):
         }
 
     def setup(self) -> None:
+        emulators.connect_if_emulated()
         self._client = publication.make_client(self._publication.destination)
 
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.

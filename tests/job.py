@@ -39,7 +39,8 @@ class Job:
         return parse([*self._flags, *([f"--run_id={run_id}"] if run_id else []), *flags])
 
     def command(self, run_id, *flags):
-        return [sys.executable, "-m", "beam_pipeline", *self._flags, f"--run_id={run_id}", *flags]
+        which = [f"--run_id={run_id}"] if run_id else []
+        return [sys.executable, "-m", "beam_pipeline", *self._flags, *which, *flags]
 
     def subprocess(self, run_id, *flags, **options):
         return subprocess.run(self.command(run_id, *flags), capture_output=True, text=True, check=False, **options)

@@ -203,9 +203,9 @@ def cloud(monkeypatch):
         yield running
 
 
-def permissions(cloud, *, distributed=False):
+def permissions(cloud, *, distributed=False, dataflow=False):
     findings = Findings()
-    preflight._examine_permissions(findings, cloud.client, WHAT, distributed)
+    preflight._examine_permissions(findings, cloud.client, WHAT, distributed, dataflow)
     return [(line.status, line.text) for line in findings.lines]
 
 

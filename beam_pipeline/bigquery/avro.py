@@ -27,6 +27,7 @@ from apache_beam.io.gcp.bigquery_tools import get_hashable_destination
 from apache_beam.pvalue import PCollection
 from apache_beam.transforms.window import GlobalWindows
 
+from beam_pipeline import emulators
 from beam_pipeline.reading.rows import Batch
 
 BLOCK_BYTES = 1 << 20
@@ -167,6 +168,9 @@ class _WriteFilesFn(beam.DoFn):
         self._schema = schema
         self._constants = constants
         self._max_bytes = max_bytes
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
 
     def start_bundle(self) -> None:
         self._files: dict[str, _AvroFile] = {}

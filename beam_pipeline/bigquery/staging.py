@@ -12,7 +12,7 @@ from apache_beam.io.gcp.internal.clients.bigquery import EncryptionConfiguration
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import PCollection
 
-from beam_pipeline import metrics
+from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.avro import WriteBatches
 from beam_pipeline.bigquery.publication import Publication
@@ -77,19 +77,22 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
                 else None
             ),
             # Those parameters are of load jobs alone, and Beam has none for copy jobs; a client is what it takes.
-            "test_client": _KeyedClient(self.publication.kms_key) if self.publication.kms_key else None,
+            "test_client": (
+                _SinkClient(self.publication.kms_key) if self.publication.kms_key or emulators.emulated() else None
+            ),
         }
 
 
-class _KeyedClient:
-    """Beam's own BigQuery client, whose copy jobs carry a Cloud KMS key.
+class _SinkClient:
+    """Beam's own BigQuery client for its sink, created where it is used: this travels to the workers.
 
-    Rows of more than one load job, and all of stock `WriteToBigQuery` here, are loaded into temporary tables and copied
-    from there; a project whose policy demands keys refuses a copy job without. The client is made where it is used:
-    this travels to the workers.
+    Its copy jobs carry a Cloud KMS key: rows of more than one load job, and all of the built-in `WriteToBigQuery` here,
+    are loaded into temporary tables and copied from there, and a project whose policy demands keys refuses a copy job
+    without. And it connects its process to the emulators, where the environment names them: some stages run nothing
+    but Beam's own DoFns.
     """
 
-    def __init__(self, kms_key: str) -> None:
+    def __init__(self, kms_key: str | None) -> None:
         self._kms_key = kms_key
         self._client: Any = None
 
@@ -104,7 +107,10 @@ class _KeyedClient:
         return {"_kms_key": self._kms_key, "_client": None}
 
     def _make(self) -> Any:
-        client = BigQueryWrapper._bigquery_client(PipelineOptions())  # as BigQueryWrapper makes its own
+        # Without emulators, as BigQueryWrapper makes its own.
+        client = emulators.beam_client() or BigQueryWrapper._bigquery_client(PipelineOptions())
+        if self._kms_key is None:
+            return client
         insert = client.jobs.Insert
 
         @functools.wraps(insert)  # The method's description is an attribute of it.
@@ -130,6 +136,9 @@ class _CountFn(beam.DoFn):
 
     def display_data(self) -> dict[str, Any]:
         return self._shown
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()  # For Beam's DoFn that writes the rows, too, which runs in the same stage.
 
     def process(self, batch: Batch) -> Iterator[Batch]:
         metrics.count(f"write-rows-{self._tower}", len(batch.ids))

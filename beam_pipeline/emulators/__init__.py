@@ -54,6 +54,12 @@ def emulated(environ: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
+def connect_if_emulated() -> None:
+    """Connects this process if the environment points to emulators; a DoFn's `setup` calls it wherever it runs."""
+    if emulated():
+        connect()
+
+
 def connect() -> None:
     """Makes the Google clients of this process, Beam's among them, talk to the emulators without credentials."""
     import google.auth
@@ -72,6 +78,17 @@ def connect() -> None:
     google.auth.default = default
     # Beam's own BigQuery client knows no variable.
     BigqueryV2.BASE_URL = f"{os.environ['BIGQUERY_EMULATOR_HOST'].rstrip('/')}/bigquery/v2/"
+
+
+def beam_client() -> Any:
+    """Returns Beam's own BigQuery client, connected to the emulator as its process then is; None without one."""
+    if not emulated():
+        return None
+    connect()
+    from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
+
+    # Otherwise the client would look for credentials, and start a browser's login without any.
+    return BigqueryV2(get_credentials=False)
 
 
 class Warehouse:

@@ -58,8 +58,7 @@ def run(config: Config) -> None:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
             cloud.project = config.project or warehouse.project
-        if emulators.emulated():
-            emulators.connect()
+        emulators.connect_if_emulated()
         cloud.project = _project(config, cloud)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
@@ -72,7 +71,7 @@ def run(config: Config) -> None:
         token = uuid.uuid4().hex[:12]
         name = cloud.job_name or _job_name(config, runs)
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
-        cloud.job_name = f"{name}-{token}" if config.local else name
+        cloud.job_name = f"{name}-{token}" if config.waits else name
         # Of two labels with one key, Beam takes the later.
         cloud.labels = [*_labels(config, runs), *(cloud.labels or [])]
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
@@ -101,6 +100,7 @@ def run(config: Config) -> None:
             dataflow_kms_key=cloud.dataflow_kms_key,
             embedding_rows=config.embedding_rows,
             discovered=config.discover,
+            dataflow=not config.waits,
         )
         terminal.report(what, findings)
         if config.plan:
@@ -113,8 +113,8 @@ def run(config: Config) -> None:
         if config.warehouse:
             publication.discard_all(client, what)
         job = Job(what, config.writer)
-        if config.local:
-            _run_here(job, options, client, terminal)
+        if config.waits:
+            _run(job, options, client, terminal, cancel=not config.local)
             if config.tag_run:
                 _tag(config, job, client)
         else:
@@ -177,8 +177,17 @@ def _submit(pipeline: beam.Pipeline, name: str) -> Any:
         raise
 
 
-def _run_here(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: Terminal) -> None:
-    """Runs the job in this process and waits for it; cleans up after it if it fails."""
+def _run(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: Terminal, *, cancel: bool) -> None:
+    """Runs the job and waits for it; cleans up after it if it fails.
+
+    Args:
+        job: what is run.
+        options: Beam's, the runner among them.
+        client: for the dataset.
+        terminal: shows how far the job is.
+        cancel: the job runs outside of this process, and has to be told when this process is interrupted.
+    """
+    result: Any = None
     try:
         pipeline = beam.Pipeline(options=options)
         build(pipeline, job)
@@ -186,6 +195,8 @@ def _run_here(job: Job, options: PipelineOptions, client: bigquery.Client, termi
             result = pipeline.run()
             result.wait_until_finish()
     except BaseException as error:
+        if cancel and result and not isinstance(error, Exception):
+            _cancel(result)
         job_name = options.view_as(GoogleCloudOptions).job_name
         try:
             publication.discard(client, job.publication, job_name)
@@ -196,6 +207,13 @@ def _run_here(job: Job, options: PipelineOptions, client: bigquery.Client, termi
         raise
     rows = {tower: metrics.committed(result, f"write-rows-{tower}") for tower in job.publication.towers}
     terminal.summary(job.publication, rows)
+
+
+def _cancel(result: Any) -> None:
+    try:
+        result.cancel()
+    except Exception as error:  # The job cannot publish without its staging tables, which are dropped next.
+        logging.getLogger(__name__).warning("the job was not cancelled: %s", error)
 
 
 def _tag(config: Config, job: Job, client: bigquery.Client) -> None:

@@ -23,6 +23,7 @@ _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
+_PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Config:
     inspect: bool = False
     plan: str | None = None
     warehouse: str | None = None
+    shared_files: bool = False
     runner: str = "DirectRunner"
     beam_args: tuple[str, ...] = ()
 
@@ -70,10 +72,21 @@ class Config:
         """Whether the job runs in this process."""
         return self.runner in _LOCAL_RUNNERS
 
+    @property
+    def waits(self) -> bool:
+        """Whether this process stays until the job has ended; Dataflow's goes on without it."""
+        return self.local or self.runner in _PORTABLE_RUNNERS
+
+    @property
+    def reads_local_files(self) -> bool:
+        """Whether a local folder of this machine is the same folder where the job runs."""
+        return self.local or self.shared_files
+
 
 _EPILOG = """\
 All options of Apache Beam work too, among them --runner, --project, --region, --temp_location, --job_name and
---setup_file. DirectRunner, the default, always means Beam's in-process FnApiRunner.
+--setup_file. DirectRunner, the default, always means Beam's in-process FnApiRunner. DataflowRunner, PrismRunner,
+FlinkRunner and PortableRunner run the job elsewhere.
 
 examples:
   on a laptop, with no cloud at all:
@@ -259,6 +272,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("text", "json"),
         help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job would go",
     )
+    result.add_argument(
+        "--shared_files",
+        action="store_true",
+        help="with PrismRunner, FlinkRunner or PortableRunner: the workers run on this machine, or mount its folders, "
+        "so that they can read a model in a local folder",
+    )
     result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
     result.add_argument("--project", help=argparse.SUPPRESS)
     return result
@@ -326,11 +345,14 @@ def parse(argv: Sequence[str]) -> Config:
         inspect=found.inspect,
         plan=found.plan,
         warehouse=found.warehouse,
+        shared_files=found.shared_files,
         runner=found.runner,
         beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
+    if config.shared_files and config.runner not in _PORTABLE_RUNNERS:
+        ours.error(f"--shared_files is for {', '.join(_PORTABLE_RUNNERS)}; leave it out with {config.runner}")
     if config.warehouse and config.env != "dev":
         ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
     return config

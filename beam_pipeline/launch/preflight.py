@@ -136,6 +136,7 @@ def examine(
     *,
     allow_dimension_change: bool,
     distributed: bool,
+    dataflow: bool,
     region: str | None = None,
     dataflow_kms_key: str | None = None,
     embedding_rows: bool = False,
@@ -152,6 +153,7 @@ def examine(
         dataflow_kms_key: Cloud KMS key of the Dataflow job.
         embedding_rows: publish the rows of an embedding although its tower goes on after it.
         discovered: nobody named the towers' layers.
+        dataflow: it is submitted to Dataflow.
     """
     findings = Findings()
     vectors.examine(findings, publication, embedding_rows=embedding_rows, discovered=discovered)
@@ -172,7 +174,7 @@ def examine(
             findings.stop(f"table {tower}", ConfigError(reason))
     _examine_bucket(findings, publication)
     _examine_keys(findings, publication, region, dataflow_kms_key)
-    _examine_permissions(findings, client, publication, distributed)
+    _examine_permissions(findings, client, publication, distributed, dataflow)
     _estimate(findings, publication)
     return findings
 
@@ -464,12 +466,12 @@ def _key_location(key: str) -> str:
 
 
 def _examine_permissions(
-    findings: Findings, client: bigquery.Client, publication: Publication, distributed: bool
+    findings: Findings, client: bigquery.Client, publication: Publication, distributed: bool, dataflow: bool
 ) -> None:
     if emulators.emulated():
         findings.note("permissions", "not asked: emulators have none")
         return
-    wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if distributed else [])]
+    wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if dataflow else [])]
     project = publication.destination.project
     name = publication.bucket
     missing: list[str] = []

@@ -68,10 +68,11 @@ def read_training(config: Config, run: Run, copies_to: str, stack: ExitStack, te
     """Returns the run's training, its model copied if workers could not read it; None if it is left out."""
     try:
         folder, model_uri = model_folder(config, run, copies_to, stack, terminal)
-        if not config.local and not folder.startswith("gs://"):
+        if not config.reads_local_files and not folder.startswith("gs://"):
+            sharing = ", --shared_files if the workers can read it" if config.waits else ""
             raise ConfigError(
                 f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
-                "artifacts are on gs://, or --runner=DirectRunner"
+                f"artifacts are on gs://{sharing}, or --runner=DirectRunner"
             )
         with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
             towers = _towers(config, artifact, terminal)

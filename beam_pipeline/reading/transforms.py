@@ -12,7 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 
-from beam_pipeline import metrics
+from beam_pipeline import emulators, metrics
 from beam_pipeline.errors import PipelineError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.model import Tower
@@ -28,6 +28,9 @@ REPORTS, ENTRIES = "reports", "entries"
 class _CutFn(beam.DoFn):
     def __init__(self, towers: dict[str, Tower]) -> None:
         self._towers = towers
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
 
     def process(self, run_id: str) -> Iterator[Any]:
         tower = self._towers[run_id]
@@ -57,6 +60,7 @@ class _ReadFn(beam.DoFn):
         return _shown(self._towers)
 
     def setup(self) -> None:
+        emulators.connect_if_emulated()
         self._reader = ThreadPoolExecutor(1)
 
     def start_bundle(self) -> None:
@@ -117,6 +121,9 @@ class _SortFn(beam.DoFn):
 
     def __init__(self, towers: dict[str, Tower]) -> None:
         self._towers = towers
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
 
     def process(self, element: tuple[str, Entries]) -> Iterator[Any]:
         run_id, entries = element
