@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import cast
+from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import Lineage
@@ -246,18 +246,25 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
         wanted.require_partition_filter = publication.require_partition_filter or None
         wanted.clustering_fields = [f"{tower}_id"]
         wanted.description = f"Embedding of each {tower} after each training; one partition is one model."
-        table = _create(client, wanted, publication)
+        table = create_table(client, wanted, publication.encryption)
         require_compatible(table, tower)
-        _add_columns(client, table, fields)
+        add_columns(client, table, fields)
     log = bigquery.Table(destination.log, schema=tables.LOG_SCHEMA)
     log.description = "One row for each run, tower and publication, written in the transaction that published them."
-    _add_columns(client, _create(client, log, publication), tables.LOG_SCHEMA)
+    add_columns(client, create_table(client, log, publication.encryption), tables.LOG_SCHEMA)
+    ensure_lock(client, destination, publication.encryption)
+
+
+def ensure_lock(
+    client: bigquery.Client, destination: Destination, encryption: bigquery.EncryptionConfiguration | None
+) -> None:
+    """Creates the lock table and its row, if they are missing."""
     lock = bigquery.Table(
         destination.lock,
         schema=[bigquery.SchemaField("launch", "STRING"), bigquery.SchemaField("locked_at", "TIMESTAMP")],
     )
     lock.description = "Every publication updates this row first, so that two at once conflict instead of mixing."
-    _create(client, lock, publication)
+    create_table(client, lock, encryption)
     # Two launches may both find the table empty: two rows lock as well as one, since every row is updated.
     ((rows,),) = client.query_and_wait(f"SELECT COUNT(*) FROM `{destination.lock}`")
     if not rows:
@@ -304,19 +311,55 @@ def publish(
 
 def _publish(client: bigquery.Client, run: Run, job_prefix: str, script: str, sleep: Callable[[float], None]) -> None:
     """Runs one transaction to its end, whatever of it was tried before."""
+    try:
+        run_script(client, f"publish_embeddings_{job_prefix}", script, f"partition {run.train_date}", sleep)
+    except PublishError as error:
+        if tables.TAKEN_MARK in str(error.__cause__):
+            raise PartitionTakenError(
+                f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
+                "published: choose with --if_partition_taken=replace or keep"
+            ) from error
+        raise
+
+
+def run_script(
+    client: bigquery.Client, job_prefix: str, script: str, subject: str, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Runs a script to its end, once: a job of this prefix that is there already is waited for, not repeated.
+
+    Args:
+        client: for the dataset.
+        job_prefix: of the job's id; the number of the attempt is appended.
+        script: SQL.
+        subject: what is not published if it fails, for the message.
+        sleep: between attempts.
+
+    Raises:
+        PublishError: BigQuery refused for a reason that a retry does not mend, or conflicts did not end.
+    """
+
+    def start(job_id: str) -> bigquery.QueryJob:
+        return client.query(script, job_id=job_id, job_retry=None)
+
+    run_job(client, job_prefix, start, subject, sleep)
+
+
+def run_job(
+    client: bigquery.Client,
+    job_prefix: str,
+    start: Callable[[str], Any],
+    subject: str,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Runs a job of any kind as `run_script` does; `start` submits it under an id and returns it."""
     for attempt in range(ATTEMPTS):
-        job_id = _job_id(job_prefix, attempt)
-        job = _find_job(client, job_id) or _start_job(client, job_id, script)
+        job_id = f"{job_prefix}_{attempt}"
+        job = _find_job(client, job_id) or _start_job(client, job_id, start)
         try:
             job.result()
             return
         except GoogleAPICallError as error:
             message = error.message or str(error)
-            if tables.TAKEN_MARK in message:
-                raise PartitionTakenError(
-                    f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
-                    "published: choose with --if_partition_taken=replace or keep"
-                ) from error
             reason = (job.error_result or {}).get("reason")
             if _CONFLICT not in message and reason not in _TRANSIENT:
                 raise PublishError(f"BigQuery refused to publish (job {job_id}): {message}") from error
@@ -324,7 +367,7 @@ def _publish(client: bigquery.Client, run: Run, job_prefix: str, script: str, sl
             # Conflicting launches drift apart: a random part of a growing span.
             sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
     raise PublishError(
-        f"partition {run.train_date} was not published: {ATTEMPTS} attempts conflicted with other "
+        f"{subject} was not published: {ATTEMPTS} attempts conflicted with other "
         "publications; start the job again when fewer run at once"
     )
 
@@ -342,10 +385,10 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
         client.delete_table(publication.destination.staging(tower, launch), not_found_ok=True)
     # <root>/bq_load/<uuid>/<table>/<file>: a failed bundle's files lie beside those that were loaded.
     for folder in {path.rsplit("/", 2)[0] for path in load_files}:
-        _delete_files(folder)
-    _delete_files(publication.copy)
+        delete_files(folder)
+    delete_files(publication.copy)
     for folder in (publication.all_load_files, publication.all_copies):
-        _delete_files(folder, older_than=STAGING_LIFE)
+        delete_files(folder, older_than=STAGING_LIFE)
 
 
 def discard(client: bigquery.Client, publication: Publication, job_name: str) -> None:
@@ -357,35 +400,38 @@ def discard(client: bigquery.Client, publication: Publication, job_name: str) ->
         job_name: Beam's; its temporary tables are named after it.
     """
     _drop_staging(client, publication, publication.token, job_name)
-    _delete_files(publication.load_files)
-    _delete_files(publication.copy)
+    delete_files(publication.load_files)
+    delete_files(publication.copy)
 
 
 def discard_all(client: bigquery.Client, publication: Publication) -> None:
     """Removes what any other launch has left; for the embedded warehouse, where no other runs and nothing expires."""
     _drop_staging(client, publication, "", JOB_NAME)
-    _delete_files(publication.all_load_files)
-    _delete_files(publication.all_copies, but=publication.copy)
+    delete_files(publication.all_load_files)
+    delete_files(publication.all_copies, but=publication.copy)
 
 
 def discard_copy(folder: str) -> None:
     """Removes a copied model; a missing one is fine."""
-    _delete_files(folder)
+    delete_files(folder)
 
 
-def _add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:
+def add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:
+    """Adds the columns that a table lacks."""
     for statement in tables.add_columns_sql(str(table.reference), table, wanted):
         client.query_and_wait(statement)
 
 
-def _create(client: bigquery.Client, wanted: bigquery.Table, publication: Publication) -> bigquery.Table:
+def create_table(
+    client: bigquery.Client, wanted: bigquery.Table, encryption: bigquery.EncryptionConfiguration | None
+) -> bigquery.Table:
     """Returns the table, made if missing, never with an expiration that it was not asked to have."""
     try:
         return client.get_table(wanted.reference)
     except NotFound:
         pass
     wanted.labels = LABELS
-    wanted.encryption_configuration = publication.encryption
+    wanted.encryption_configuration = encryption
     try:
         table = client.create_table(wanted)
     except Conflict:  # Another launch was faster.
@@ -414,20 +460,16 @@ def _drop_staging(client: bigquery.Client, publication: Publication, token: str,
             client.delete_table(table, not_found_ok=True)
 
 
-def _job_id(job_prefix: str, attempt: int) -> str:
-    return f"publish_embeddings_{job_prefix}_{attempt}"
-
-
-def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
+def _find_job(client: bigquery.Client, job_id: str) -> Any:
     try:
-        return cast(bigquery.QueryJob, client.get_job(job_id))
+        return client.get_job(job_id)
     except NotFound:
         return None
 
 
-def _start_job(client: bigquery.Client, job_id: str, script: str) -> bigquery.QueryJob:
+def _start_job(client: bigquery.Client, job_id: str, start: Callable[[str], Any]) -> Any:
     try:
-        return client.query(script, job_id=job_id, job_retry=None)
+        return start(job_id)
     except Conflict:  # Submitted a moment ago, by a request whose answer was lost or by a duplicate of this step.
         job = _find_job(client, job_id)
         if job is None:
@@ -440,7 +482,7 @@ def _start_job(client: bigquery.Client, job_id: str, script: str) -> bigquery.Qu
 def _published(client: bigquery.Client, launch: str) -> bool:
     """Whether the first of the launch's transactions has committed."""
     for attempt in range(ATTEMPTS):
-        job = _find_job(client, _job_id(f"{launch}_0", attempt))
+        job = _find_job(client, f"publish_embeddings_{launch}_0_{attempt}")
         if job is None:
             return False
         if job.state == "DONE" and not job.error_result:
@@ -448,7 +490,8 @@ def _published(client: bigquery.Client, launch: str) -> bool:
     return False
 
 
-def _delete_files(folder: str, older_than: timedelta | None = None, but: str = "") -> None:
+def delete_files(folder: str, older_than: timedelta | None = None, but: str = "") -> None:
+    """Deletes the files below a folder: those last changed longer ago, and not those below `but`."""
     found = FileSystems.match([f"{folder}/**"])[0].metadata_list
     latest = time.time() - older_than.total_seconds() if older_than else None
     paths = [

@@ -122,7 +122,7 @@ def _directions(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.n
 def fits_rotation(towers: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
     """Returns whether there are enough ids for a rotation that says anything."""
     dimension = max(max(before.shape[1], after.shape[1]) for before, after in towers)
-    return sum(len(_directions(*pair)[0]) for pair in towers) >= IDS_PER_DIMENSION * dimension
+    return bool(sum(len(_directions(*pair)[0]) for pair in towers) >= IDS_PER_DIMENSION * dimension)
 
 
 def distance(before: np.ndarray, after: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -135,7 +135,8 @@ def _cosine_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         cosine = np.einsum("ij,ij->i", one, other) / lengths
-    return np.where(lengths > 0, np.clip(1 - cosine, 0, LARGEST), np.nan)
+    found: np.ndarray = np.where(lengths > 0, np.clip(1 - cosine, 0, LARGEST), np.nan)
+    return found
 
 
 def distance_unrelated(towers: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> list[float]:
@@ -156,7 +157,8 @@ def score_correlation(tower: tuple[np.ndarray, np.ndarray], other: tuple[np.ndar
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Returns vectors of length one; zeros stay."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    found: np.ndarray = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    return found
 
 
 def _padded(vectors: np.ndarray, dimension: int) -> np.ndarray:
@@ -533,7 +535,9 @@ def _plane(distances: np.ndarray, scores: np.ndarray) -> np.ndarray:
     width = LARGEST / _PLANE_BINS
     across = np.minimum((distances[both] / width).astype(np.int64), _PLANE_BINS - 1)
     up = np.minimum((scores[both] / width).astype(np.int64), _PLANE_BINS - 1)
-    return np.bincount(across * _PLANE_BINS + up, minlength=_PLANE_BINS**2).reshape(_PLANE_BINS, _PLANE_BINS)
+    counts: np.ndarray = np.bincount(across * _PLANE_BINS + up, minlength=_PLANE_BINS**2)
+    plane: np.ndarray = counts.reshape(_PLANE_BINS, _PLANE_BINS)
+    return plane
 
 
 def _norm_bins(before: np.ndarray, after: np.ndarray) -> dict[tuple[int, int], int]:
@@ -634,9 +638,8 @@ class Nearest:
                 # Both operands and each of the sums are rounded.
                 slack = (queries.shape[1] + 4) * float(np.finfo(np.float32).eps) * lengths[rows] * longest
                 limit = self.scores[rows, -1] - slack
-                if k < len(block):
-                    if np.isneginf(limit).any():
-                        limit = np.maximum(limit, np.partition(found, -k, axis=1)[:, -k] - 2 * slack)
+                if k < len(block) and np.isneginf(limit).any():
+                    limit = np.maximum(limit, np.partition(found, -k, axis=1)[:, -k] - 2 * slack)
                 hits = found >= limit.astype(np.float32)[:, None]
                 for queried, seen in _in_parts(hits):
                     exact = np.einsum("ij,ij->i", queries[rows][queried], block[seen])
