@@ -145,7 +145,7 @@ def examine(
         except GoogleAPICallError as error:
             reason = f"BigQuery does not answer for {destination.table(tower)}: {_first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
-    _examine_bucket(findings, publication)
+    examine_bucket(findings, publication.bucket, destination, publication.kms_key)
     _examine_permissions(findings, client, publication, distributed)
     _estimate(findings, publication)
     return findings
@@ -285,11 +285,11 @@ def _examine_length(findings: Findings, client: bigquery.Client, destination: De
             )
 
 
-def _examine_bucket(findings: Findings, publication: Publication) -> None:
-    location = publication.destination.location
-    name = publication.bucket
+def examine_bucket(findings: Findings, name: str, destination: Destination, kms_key: str | None) -> None:
+    """Adds whether load jobs of the destination's dataset can read a bucket."""
+    location = destination.location
     try:
-        bucket = storage.Client(project=publication.destination.project).get_bucket(name, timeout=10)
+        bucket = storage.Client(project=destination.project).get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -314,7 +314,7 @@ def _examine_bucket(findings: Findings, publication: Publication) -> None:
     else:
         sure = "" if fits else " (whether that fits only the load job tells)"
         findings.ok("bucket", f"gs://{name} in {bucket.location}{sure}")
-    if publication.kms_key and not bucket.default_kms_key_name:
+    if kms_key and not bucket.default_kms_key_name:
         findings.note(
             "bucket", f"gs://{name} has no default key: load files are encrypted with Google's, not --kms_key"
         )

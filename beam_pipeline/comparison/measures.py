@@ -11,6 +11,7 @@ in any order.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -352,7 +353,8 @@ class Totals:
         norms: counts by (bin of the norm before, bin after), eight bins to a doubling.
         groups: score change by group.
         movers: the ids that moved farthest.
-        top: how many of those are kept.
+        added_ids, removed_ids: the first few of them.
+        top: how many of these are kept.
     """
 
     top: int
@@ -368,6 +370,8 @@ class Totals:
     norms: dict[tuple[int, int], int] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     movers: list[Mover] = field(default_factory=list)
+    added_ids: list[str] = field(default_factory=list)
+    removed_ids: list[str] = field(default_factory=list)
 
     def add(self, other: Totals) -> None:
         """Adds what was kept of other ids."""
@@ -388,6 +392,8 @@ class Totals:
         for name, group in other.groups.items():
             self.groups[name] = self.groups.get(name, Group()) + group
         self.movers = sorted([*self.movers, *other.movers], key=lambda mover: mover.rank)[: self.top]
+        self.added_ids = sorted([*self.added_ids, *other.added_ids])[: self.top]
+        self.removed_ids = sorted([*self.removed_ids, *other.removed_ids])[: self.top]
 
 
 @dataclass(frozen=True)
@@ -458,7 +464,8 @@ class Rows:
     @property
     def common(self) -> np.ndarray:
         """[n] whether both trainings have the id."""
-        return self.has_before & self.has_after
+        both: np.ndarray = self.has_before & self.has_after
+        return both
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -504,11 +511,12 @@ def measure(rows: Rows, tower: str, fit: Fit, top: int) -> tuple[Change, Totals]
     before = np.where(rows.has_before, np.linalg.norm(rows.before, axis=1), np.nan)
     after = np.where(rows.has_after, np.linalg.norm(rows.after, axis=1), np.nan)
     change = Change(_spread(scores, common), _spread(distances, common), before, after)
+    added, removed = rows.ids[~rows.has_before], rows.ids[~rows.has_after]
     totals = Totals(
         top=top,
         common=len(both),
-        added=int(np.count_nonzero(rows.has_after & ~rows.has_before)),
-        removed=int(np.count_nonzero(rows.has_before & ~rows.has_after)),
+        added=len(added),
+        removed=len(removed),
         score_change=Distribution.of(scores),
         distance=Distribution.of(distances),
         before=Cloud.of(rows.before[rows.has_before]),
@@ -518,6 +526,8 @@ def measure(rows: Rows, tower: str, fit: Fit, top: int) -> tuple[Change, Totals]
         norms=_norm_bins(before[common], after[common]),
         groups=_by_group(scores, both.groups),
         movers=_movers(both, scores, distances, top),
+        added_ids=heapq.nsmallest(top, map(str, added)),
+        removed_ids=heapq.nsmallest(top, map(str, removed)),
     )
     return change, totals
 
