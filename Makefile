@@ -45,7 +45,7 @@ $(VENV): setup.py constraints.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	lock=$$($(BIN)/python -c 'import sys; print("-cconstraints.txt" if sys.version_info[:2] == (3, 11) else "")') && \
-	$(BIN)/python -m pip install -qq --no-compile $$lock -e '.[launcher,warehouse,train,test,bench,lint]'
+	$(BIN)/python -m pip install -qq --no-compile $$lock -e '.[launcher,report,warehouse,train,test,bench,lint]'
 	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
@@ -93,7 +93,7 @@ lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json \
-		'.[launcher,warehouse,train,test,bench,lint]'
+		'.[launcher,report,warehouse,train,test,bench,lint]'
 	.venv-lock/bin/python -c "$$WRITE_LOCK" > constraints.txt
 	.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json $(AIRFLOW)
 	.venv-lock/bin/python -c "$$WRITE_LOCK" > tests/airflow/constraints.txt

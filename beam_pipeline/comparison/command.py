@@ -277,14 +277,14 @@ def run(config: Config) -> None:
     from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
     from beam_pipeline import emulators, identity, preflight, publication
-    from beam_pipeline.comparison import pairs, reading, results, steps
+    from beam_pipeline.comparison import page, pairs, reading, results, steps
     from beam_pipeline.comparison.terminal import ComparisonTerminal
 
     terminal = ComparisonTerminal()
     if config.report:
         require_writable(config.report)
     if config.report or config.log_run:
-        from beam_pipeline.comparison import page  # noqa: F401  # what is not installed is found before the job
+        page.require()
     identity.authorize(config.tracking_uri, config.tracking_audience)
     with ExitStack() as stack:
         beam_options = PipelineOptions(list(config.beam_args))
@@ -625,6 +625,7 @@ def _report(config: Config, found: argparse.Namespace) -> None:
     from beam_pipeline.comparison import page, results
 
     require_writable(found.output)
+    page.require()
     identity.authorize(found.tracking_uri, found.tracking_audience)
     with ExitStack() as stack:
         if config.warehouse:
