@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -357,8 +357,12 @@ def run(config: Config) -> None:
             terminal.submitted(_submit(comparison, beam_options, name), config.runner)
             return
         _run_here(comparison, beam_options, client, terminal)
-        found = results.find_results(client, destination, wanted[-1].after.train_date)
         own = {(pair.before.run_id, pair.after.run_id) for pair in wanted}
+
+        def is_own(row: Mapping[str, Any]) -> bool:
+            return (row["previous_mlflow_run_id"], row["mlflow_run_id"]) in own
+
+        found = results.find_results(client, destination, wanted[-1].after.train_date, is_own)
         terminal.told([result for result in found if result.pair in own])
         _after(config, destination, found, own)
         if config.fail_if_unusual:
@@ -635,7 +639,7 @@ def _report(config: Config, found: argparse.Namespace) -> None:
         destination = _destination(config, config.project or bigquery.Client().project)
         client = publication.make_client(destination)
         last = results.date_of(client, destination, found.later) if found.later else None
-        told = results.find_results(client, destination, last, found.later)
+        told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)
         html = page.render(told, destination)
         write(found.output, html)
         if found.log_run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
@@ -142,7 +142,10 @@ def date_of(client: bigquery.Client, destination: Destination, later: str) -> da
 
 
 def find_results(
-    client: bigquery.Client, destination: Destination, last: date | None = None, later: str | None = None
+    client: bigquery.Client,
+    destination: Destination,
+    last: date | None = None,
+    wanted: Callable[[Mapping[str, Any]], bool] = lambda row: True,
 ) -> list[Result]:
     """Returns the results of the last pairs up to a date, oldest first; of the last one, what its movers did before.
 
@@ -150,7 +153,7 @@ def find_results(
         client: for the dataset.
         destination: the tables.
         last: date of the last training; None for all.
-        later: its run id or date; other pairs of that date come before it.
+        wanted: of the pairs of that date, which one is meant; the others come before it.
 
     Raises:
         TrainingMissingError: there is no result.
@@ -169,7 +172,7 @@ def find_results(
             f"there is no comparison up to {last} in {tables.comparison_table(destination)}; "
             "make one with python -m beam_pipeline.compare"
         )
-    rows.sort(key=lambda row: (row["train_date"], later == row["mlflow_run_id"]))
+    rows.sort(key=lambda row: (row["train_date"], wanted(row)))
     newest = rows[-1]["mlflow_run_id"], rows[-1]["previous_mlflow_run_id"]
     found = []
     for row in rows:

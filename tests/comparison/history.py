@@ -6,6 +6,7 @@ import subprocess
 import sys
 from datetime import date
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from google.cloud import bigquery, storage
@@ -49,7 +50,9 @@ class History:
                 "mlflow_run_id": [run_id] * n,
                 "mlflow_run_name": [name or f"weekly {run_id}"] * n,
                 f"{tower}_id": names,
-                f"{tower}_embedding": pa.array([*map(list, vectors.astype(float))], pa.list_(pa.float64())),
+                f"{tower}_embedding": pa.ListArray.from_arrays(
+                    np.arange(n + 1, dtype=np.int32) * vectors.shape[1], vectors.astype(float).ravel()
+                ),
             }
             self.load(self.destination.table(tower), pa.table(columns))
         if logged:
