@@ -407,6 +407,7 @@ def _ids(wanted: str, towers: Towers) -> tuple[str, ...]:
 
 def _check_labels(client: bigquery.Client, comparison: Comparison) -> None:
     from google.api_core.exceptions import GoogleAPICallError
+    from google.cloud import bigquery
 
     from beam_pipeline.comparison import tables
 
@@ -415,8 +416,10 @@ def _check_labels(client: bigquery.Client, comparison: Comparison) -> None:
             raise LabelsError(
                 f"--labels={tower}=…: there is no tower {tower!r}; towers are {', '.join(comparison.towers)}"
             )
+        sql = tables.double_labels_sql(query)
         try:
-            twice = [row.values() for row in client.query_and_wait(tables.double_labels_sql(query))]
+            client.query(sql, job_config=bigquery.QueryJobConfig(dry_run=True))  # A mistake costs nothing.
+            twice = [row.values() for row in client.query_and_wait(sql)]
         except GoogleAPICallError as error:
             reason = (error.message or str(error)).strip().splitlines()[0]
             raise LabelsError(f"--labels={tower}=…: the query for id, label and group_name fails: {reason}") from error

@@ -275,8 +275,8 @@ def join_sql(destination: Destination, tower: str, pair: Pair, labels: str | Non
 
 
 def _labels(query: str) -> str:
-    columns = ", ".join(f"CAST({name} AS STRING) AS {name}" for name in ("id", "label", "group_name"))
-    return f"(SELECT {columns} FROM ({query}\n))"
+    columns = ", ".join(f"CAST(given.{name} AS STRING) AS {name}" for name in ("id", "label", "group_name"))
+    return f"(SELECT {columns} FROM ({query}\n) AS given)"
 
 
 def double_labels_sql(query: str) -> str:
