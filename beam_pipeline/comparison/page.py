@@ -139,7 +139,7 @@ def _svg(kind: str, tower: str, draw: Callable[[Axes], None]) -> Markup:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     # Groups are numbered in each chart from one; nothing refers to them.
-    text = re.sub(r'<g id="[a-z0-9_.]+_\d+">', "<g>", text)
+    text = re.sub(r'<g id="[A-Za-z0-9_.]+_\d+">', "<g>", text)
     # What is drawn comes from numbers and dates; text that matplotlib writes is escaped by it.
     return Markup(re.sub(r"\s*\n\s*", "\n", text))
 

@@ -202,7 +202,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(history, capsys, tmp_path)
     for flags, message in cases.items():
         assert message in refused(history, capsys, *flags), flags
     assert [*tmp_path.iterdir()] == []
-    history.query("ALTER TABLE {d}.two_tower_user_embedding DROP COLUMN mlflow_run_id")
+    history.query(
+        "CREATE OR REPLACE TABLE {d}.two_tower_user_embedding PARTITION BY train_date AS "
+        "SELECT train_date, user_id, user_embedding FROM {d}.two_tower_user_embedding"
+    )
     assert "two_tower_user_embedding cannot be compared: it has no column mlflow_run_id" in refused(history, capsys)
 
 
