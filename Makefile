@@ -11,6 +11,7 @@ AIRFLOW_VENV := .venv-airflow/.installed
 TRACKING_URI := sqlite:///demo/mlflow.db
 TRAIN := $(BIN)/python examples/train_two_tower.py --tracking_uri=$(TRACKING_URI) --artifact_root=demo/artifacts
 HISTORIZE := $(BIN)/python -m beam_pipeline --tracking_uri=$(TRACKING_URI) --warehouse=demo/warehouse
+COMPARE := $(BIN)/python -m beam_pipeline.compare --warehouse=demo/warehouse
 
 define WRITE_LOCK
 import json
@@ -27,7 +28,7 @@ export WRITE_LOCK
 .PHONY: help demo test fuzz test-airflow lint bench lock test-gcp gcp-variables clean
 
 help:
-	@echo 'make demo      train a small model twice, historize both, show the history (in demo/)'
+	@echo 'make demo      train a small model twice, historize both, show the history, compare them (in demo/)'
 	@echo 'make test      run all tests'
 	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
@@ -58,6 +59,7 @@ demo: $(VENV)
 	$(HISTORIZE) --run_id="$$(cat demo/first_run)"
 	$(HISTORIZE) --run_id="$$(cat demo/second_run)"
 	$(BIN)/python examples/show_history.py demo/warehouse --item=item-jazz-007
+	$(COMPARE) --report=demo/changes.html
 
 test: $(VENV)
 	$(BIN)/python -m pytest

@@ -396,7 +396,7 @@ def _pairs(
         return wanted
     pair = pairs.choose(trainings, towers.names, config.earlier, config.later)
     if pair is None:
-        terminal.nothing(f"{trainings[-1]} is the only training; there is nothing to compare")
+        terminal.nothing(f"there is no training before {config.later or trainings[-1]}; nothing to compare")
     return [pair] if pair else []
 
 
@@ -438,6 +438,9 @@ def _estimate(findings: Any, client: bigquery.Client, comparison: Comparison) ->
             sql = tables.join_sql(comparison.destination, tower, pair, comparison.labels.get(tower))
             size += client.query(sql, job_config=bigquery.QueryJobConfig(dry_run=True)).total_bytes_processed or 0
     ids = sum(max(pair.before.rows[t], pair.after.rows[t]) for pair in comparison.pairs for t in comparison.towers)
+    if not size:
+        findings.note("size", f"at least {ids:,} ids; emulators do not say how many bytes a query reads")
+        return
     findings.ok("size", f"at least {ids:,} ids, {size / 1e9:,.2f} GB of both trainings to join")
     tib = size / (1 << 40)
     findings.ok(

@@ -145,7 +145,7 @@ def find_trainings(client: bigquery.Client, destination: Destination, towers: Se
 def choose(
     trainings: Sequence[Trained], towers: Sequence[str], earlier: str | None = None, later: str | None = None
 ) -> Pair | None:
-    """Returns the pair that is meant: by default the two latest trainings; None if there is only one.
+    """Returns the pair that is meant: by default the two latest trainings; None if there is none before the later one.
 
     Args:
         trainings: oldest first.
@@ -159,16 +159,12 @@ def choose(
     """
     if not trainings:
         raise TrainingMissingError("the tables hold no training; publish one with python -m beam_pipeline")
-    if len(trainings) == 1 and not earlier and not later:
-        return None
     after = _resolve(trainings, later, "--to") if later else _only(trainings, trainings[-1].train_date, "--to")
     if earlier:
         before = _resolve(trainings, earlier, "--from")
     else:
         days = [one.train_date for one in trainings if one.train_date < after.train_date]
         if not days:
-            if later:
-                raise TrainingMissingError(f"there is no training before {after}; name one with --from")
             return None
         before = _only(trainings, days[-1], "--from")
     if (before.run_id, before.train_date) == (after.run_id, after.train_date):

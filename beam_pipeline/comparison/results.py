@@ -16,6 +16,8 @@ from beam_pipeline.comparison.tables import Pair
 from beam_pipeline.errors import TrainingMissingError, UnusualError
 from beam_pipeline.tables import Destination
 
+_NAMED = 3  # ids in a verdict
+
 
 @dataclass(frozen=True)
 class Percentile:
@@ -80,11 +82,13 @@ class Result:
         values: columns of the comparison table.
         usual: what the 99th percentile was before.
         of_movers: id → its mean in earlier pairs, and in how many, of the ids that moved farthest.
+        farthest: how far any id moved in the earlier pairs, at most; None if there was none.
     """
 
     values: Mapping[str, Any]
     usual: Usual
     of_movers: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    farthest: float | None = None
 
     @property
     def measure(self) -> str:
@@ -108,6 +112,13 @@ class Result:
         return self.values["previous_mlflow_run_id"], self.values["mlflow_run_id"]
 
     @property
+    def farther(self) -> list[str]:
+        """The ids that moved farther than any did before: few of many ids leave the 99th percentile where it was."""
+        if self.farthest is None or self.usual.low is None:
+            return []
+        return [one["id"] for one in self.values["most_moved"] if (one[self.measure] or 0) > self.farthest]
+
+    @property
     def verdict(self) -> str:
         """One sentence."""
         values, name = self.values, self.measure.replace("_", " ")
@@ -115,6 +126,10 @@ class Result:
             return f"Nothing can be said: {values['note'] or 'no id has a value'}."
         share = values["unusual_share"]
         above = f"; {share:.1%} of the ids are above the previous pair's 99th percentile" if share is not None else ""
+        if self.farther:
+            more = len(self.farther) - _NAMED
+            ids = ", ".join(self.farther[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+            above += f"; farther than any id in {self.usual.pairs} earlier pairs ({self.farthest:.2f}): {ids}"
         if self.unusual is None:
             return f"Too few trainings to say whether this is usual ({self.usual.pairs} of {measures.ENOUGH}){above}."
         band = f"{self.usual.low:.2f} to {self.usual.high:.2f} over {self.usual.pairs} earlier pairs"
@@ -174,13 +189,20 @@ def find_results(
         )
     rows.sort(key=lambda row: (row["train_date"], wanted(row)))
     newest = rows[-1]["mlflow_run_id"], rows[-1]["previous_mlflow_run_id"]
-    found = []
+    found: list[Result] = []
     for row in rows:
         of_movers: dict[str, tuple[float, int]] = {}
         if (row["mlflow_run_id"], row["previous_mlflow_run_id"]) == newest:
             of_movers = _usual_of_movers(client, destination, row, first)
         earlier = earlier_values(known, row["tower"], row["train_date"])
-        found.append(Result(row, measures.usual(earlier), of_movers))
+        moved = [
+            one.values["most_moved"][0][one.measure] or 0.0
+            for one in found
+            if one.values["tower"] == row["tower"]
+            and one.values["train_date"] < row["train_date"]
+            and one.values["most_moved"]
+        ]
+        found.append(Result(row, measures.usual(earlier), of_movers, max(moved, default=None)))
     return found
 
 

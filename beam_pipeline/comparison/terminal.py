@@ -106,8 +106,9 @@ def lines(result: Result) -> list[str]:
         share = values[f"{kept}_kept"]
         # What users are recommended is told with the users.
         if share is not None and (kept == "neighbours" or values["neighbours_kept"] is None):
+            error = values[f"{kept}_kept_error"]
             more.append(
-                f"{share:.0%} ± {values[f'{kept}_kept_error']:.1%} of {values[f'{kept}_k']} {words} kept "
+                f"{share:.0%}{f' ± {error:.1%}' if error else ''} of {values[f'{kept}_k']} {words} kept "
                 f"({values[f'{kept}_queries']:,} asked)"
             )
     result_lines = [first]

@@ -50,15 +50,18 @@ def rows(number, after, ids=("user-{}", "item-{}"), labels=None):
 
 def history_of(count, **options):
     """Returns the results of so many pairs."""
-    found, earlier = [], {"user": [], "item": []}
+    found, earlier, farthest = [], {"user": [], "item": []}, {"user": [], "item": []}
     random = np.random.default_rng(1)
     for number in range(count):
         after = {t: v + 0.3 * random.normal(size=v.shape) for t, v in worlds.towers(users=200, items=120).items()}
         if number == count - 1:
             after["item"][:3] = random.normal(size=(3, 16))
         for tower, row in rows(number, after, **options).items():
-            found.append(Result(row, measures.usual(earlier[tower]), {"item-0": (0.1, 3)}))
+            found.append(
+                Result(row, measures.usual(earlier[tower]), {"item-0": (0.1, 3)}, max(farthest[tower], default=None))
+            )
             earlier[tower].append(row["score_change_p99"])
+            farthest[tower].append(row["most_moved"][0]["score_change"])
     return found
 
 

@@ -62,7 +62,6 @@ def test_two_runs_of_one_date():
         ("c", "a", ConfigError, "--from=2026-03-15 is after --to=2026-03-01; exchange them"),
         ("a", "a", ConfigError, r"both 2026-03-01 weekly a \(a\); name two trainings"),
         ("2026-03-01", "a", ConfigError, "name two trainings"),
-        (None, "a", TrainingMissingError, "there is no training before 2026-03-01 weekly a; name one with --from"),
     ],
 )
 def test_what_is_refused(earlier, later, error, message):
@@ -79,6 +78,7 @@ def test_a_tower_that_only_one_training_has():
 
 def test_one_training_and_none():
     assert choose([A], NAMES) is None
+    assert choose([A, B, C], NAMES, None, "a") is None  # after each training, the first one as well
     assert choose([B, B2], NAMES, "b", "b2") is not None
     with pytest.raises(TrainingMissingError, match="hold no training"):
         choose([], NAMES)
