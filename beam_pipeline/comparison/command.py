@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from beam_pipeline.comparison.pairs import Towers
     from beam_pipeline.comparison.results import Result
-    from beam_pipeline.comparison.steps import Comparison
     from beam_pipeline.comparison.tables import Pair
+    from beam_pipeline.comparison.work import Comparison
     from beam_pipeline.tables import Destination
 
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
@@ -277,7 +277,7 @@ def run(config: Config) -> None:
     from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
     from beam_pipeline import emulators, identity, preflight, publication
-    from beam_pipeline.comparison import page, pairs, reading, results, steps
+    from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
 
     terminal = ComparisonTerminal()
@@ -316,7 +316,7 @@ def run(config: Config) -> None:
         cloud.job_name = f"{name}-{token}" if config.local else name
         cloud.labels = [*_labels(config, wanted), *(cloud.labels or [])]
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
-        comparison = steps.Comparison(
+        comparison = work.Comparison(
             destination=destination,
             pairs=tuple(wanted),
             users=towers.users,
@@ -352,7 +352,7 @@ def run(config: Config) -> None:
         if config.plan:
             return
         if config.warehouse:  # Nobody else is here, and nothing expires.
-            steps.discard(client, comparison, "")
+            publishing.discard(client, comparison, "")
         if not config.local:
             terminal.submitted(_submit(comparison, beam_options, name), config.runner)
             return
@@ -489,7 +489,7 @@ def _run_here(comparison: Comparison, beam_options: Any, client: bigquery.Client
     """Runs the job in this process and waits for it; cleans up after it if it fails."""
     import apache_beam as beam
 
-    from beam_pipeline.comparison import steps
+    from beam_pipeline.comparison import publishing
     from beam_pipeline.comparison.pipeline import build
 
     try:
@@ -499,7 +499,7 @@ def _run_here(comparison: Comparison, beam_options: Any, client: bigquery.Client
             pipeline.run().wait_until_finish()
     except BaseException as error:
         try:
-            steps.discard(client, comparison)
+            publishing.discard(client, comparison)
         except Exception as left:  # What stopped the job is what has to be reported.
             logging.getLogger(__name__).warning("staging tables and files are left, they expire: %s", left)
         if isinstance(error, Exception):

@@ -17,9 +17,9 @@ import apache_beam as beam
 from apache_beam.typehints.decorators import no_annotations
 
 from beam_pipeline import emulators, publication
-from beam_pipeline.comparison import steps
+from beam_pipeline.comparison import measuring, publishing, values
 from beam_pipeline.comparison.measures import Nearest, Totals
-from beam_pipeline.comparison.steps import FACTS, FILES, Comparison, Found
+from beam_pipeline.comparison.work import FACTS, FILES, Comparison, Found
 
 
 class _StepFn(beam.DoFn):
@@ -122,19 +122,19 @@ class Compare(beam.PTransform[Any, Any]):
             | "Id" >> beam.Map(_new_launch)
             # Materialised: whatever is retried later sees the same id.
             | "Keep" >> beam.Reshuffle()
-            | "Prepare" >> step(steps.prepare)
+            | "Prepare" >> step(publishing.prepare)
             | "Prepared" >> beam.Reshuffle()
             | "Towers" >> beam.FlatMap(_work, len(comparison.pairs), comparison.towers)
             | "Spread" >> beam.Reshuffle()
-            | "Join" >> step(steps.join)
+            | "Join" >> step(measuring.join)
             | "Pairs" >> beam.GroupByKey()
         )
-        fitted = joined | "Fit" >> step(steps.fit).with_outputs(FACTS, main="streams")
+        fitted = joined | "Fit" >> step(measuring.fit).with_outputs(FACTS, main="streams")
         facts = fitted[FACTS] | "Fitted" >> beam.Reshuffle()
         measured = (
             fitted["streams"]
             | "Streams" >> beam.Reshuffle()
-            | "Measure" >> step(steps.measure).with_outputs(FILES, main="totals")
+            | "Measure" >> step(measuring.measure).with_outputs(FILES, main="totals")
         )
         files = measured[FILES] | "Written" >> beam.Reshuffle()
         totals = (
@@ -145,29 +145,29 @@ class Compare(beam.PTransform[Any, Any]):
         asked = (
             {"facts": facts, "totals": totals}
             | "Both" >> beam.CoGroupByKey()
-            | "Ask" >> step(steps.ask).with_outputs(FACTS, main="streams")
+            | "Ask" >> step(measuring.ask).with_outputs(FACTS, main="streams")
         )
         found = (
             asked["streams"]
             | "Items" >> beam.Reshuffle()
-            | "Look" >> step(steps.look)
+            | "Look" >> step(measuring.look)
             | "Nearest" >> beam.CombinePerKey(_FoundFn())
         )
         return (
             {"measured": asked[FACTS], "found": found}
             | "Together" >> beam.CoGroupByKey()
-            | "Finish" >> step(steps.finish)
+            | "Finish" >> step(values.finish)
             | "All" >> beam.Map(_of_all)
             | "Finished" >> beam.GroupByKey()
-            | "Load" >> beam.ParDo(_StepFn(steps.load, comparison), beam.pvalue.AsIter(files))
+            | "Load" >> beam.ParDo(_StepFn(publishing.load, comparison), beam.pvalue.AsIter(files))
             | "Loaded" >> beam.Reshuffle()
-            | "Shape" >> step(steps.shape)
+            | "Shape" >> step(publishing.shape)
             | "Shaped" >> beam.Reshuffle()
-            | "Publish" >> step(steps.publish)
+            | "Publish" >> step(publishing.publish)
             | "Published" >> beam.Reshuffle()
-            | "Clean" >> step(steps.clean)
+            | "Clean" >> step(publishing.clean)
             | "Cleaned" >> beam.Reshuffle()
-            | "Gate" >> step(steps.gate)
+            | "Gate" >> step(publishing.gate)
         )
 
 

@@ -429,9 +429,12 @@ def compared_sql(destination: Destination) -> str:
 
 
 def results_sql(destination: Destination) -> str:
-    """Returns a query for the results up to a date, oldest first; parameters: first, last (DATE)."""
+    """Returns a query for the results between two dates, oldest first; parameters: first, last (DATE).
+
+    The rotation is left out: a square of the dimension, and nobody looks at it.
+    """
     return (
-        f"SELECT * FROM `{comparison_table(destination)}` WHERE {PARTITION_COLUMN} BETWEEN @first AND @last "
+        f"SELECT * EXCEPT (rotation) FROM `{comparison_table(destination)}` WHERE {PARTITION_COLUMN} BETWEEN @first AND @last "
         "ORDER BY train_date, previous_train_date, published_at, tower"
     )
 

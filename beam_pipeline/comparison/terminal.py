@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from beam_pipeline import metrics
-from beam_pipeline.comparison import steps, tables
+from beam_pipeline.comparison import tables, work
 from beam_pipeline.comparison.results import Result
-from beam_pipeline.comparison.steps import Comparison
+from beam_pipeline.comparison.work import Comparison
 from beam_pipeline.preflight import Findings
 from beam_pipeline.terminal import Terminal
 
@@ -56,12 +56,12 @@ class ComparisonTerminal(Terminal):
             for pair in comparison.pairs
             for tower in comparison.towers
         )
-        before = metrics.in_this_process(steps.READ_ROWS)  # of an earlier job in this process
+        before = metrics.in_this_process(work.READ_ROWS)  # of an earlier job in this process
 
         def line(ids: int, seconds: float) -> str:
             return f"ids         {ids:,} of about {total:,} measured, {ids / seconds:,.0f} ids/s"
 
-        return self._progress(lambda: metrics.in_this_process(steps.READ_ROWS) - before, line)
+        return self._progress(lambda: metrics.in_this_process(work.READ_ROWS) - before, line)
 
     def told(self, found: Sequence[Result]) -> None:
         """Prints the results of the pairs, and of the last one which ids moved farthest."""

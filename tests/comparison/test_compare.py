@@ -10,9 +10,10 @@ import worlds
 from history import RESULT_TABLES
 from worlds import rotation, towers, turned
 
-from beam_pipeline.comparison import command, measures, steps, tables
+from beam_pipeline.comparison import command, measures, measuring, publishing, tables
 from beam_pipeline.comparison.pipeline import _StepFn
 from beam_pipeline.comparison.tables import Pair, Trained
+from beam_pipeline.comparison.work import Comparison
 
 
 def noisy(seed=1, noise=0.3, **sizes):
@@ -20,6 +21,13 @@ def noisy(seed=1, noise=0.3, **sizes):
     random = np.random.default_rng(seed)
     made = {t: v + noise * random.normal(size=v.shape) for t, v in towers(**sizes).items()}
     return turned(made, rotation(seed, made["item"].shape[1]))
+
+
+@pytest.fixture
+def two(history):
+    history.publish("2026-03-01", "r1", towers(users=300, items=90))
+    history.publish("2026-03-08", "r2", noisy(users=300, items=90))
+    return history
 
 
 # What is published.
@@ -126,6 +134,25 @@ def test_every_column_is_described(history):
             assert all(inner.description for inner in column.fields)
         assert (table.time_partitioning.type_, table.time_partitioning.field) == ("DAY", "train_date")
     assert history.client.get_table(names[1]).clustering_fields == ["item_id"]
+
+
+def test_a_plan_says_what_would_run_and_does_nothing(two, capsys):
+    before = two.tables()
+    assert two.compare("--plan") == 0
+    out = capsys.readouterr().out
+    assert "FULL OUTER JOIN" in out
+    assert "BEGIN TRANSACTION" in out
+    assert (
+        f"comparing   2026-03-01 weekly r1 → 2026-03-08 weekly r2 (r1 → r2)\nresults     local.{two.dataset}.two" in out
+    )
+    assert two.tables() == before
+    assert two.files() == []
+
+
+def test_result_tables_may_require_a_partition_filter(two):
+    assert two.compare("--require_partition_filter") == 0
+    for name in ("two_tower_embedding_comparison", "two_tower_item_embedding_change"):
+        assert two.client.get_table(f"{two.dataset}.{name}").require_partition_filter
 
 
 # Pairs of models that lack something.
@@ -328,13 +355,6 @@ def whole(history):
     return True
 
 
-@pytest.fixture
-def two(history):
-    history.publish("2026-03-01", "r1", towers(users=300, items=90))
-    history.publish("2026-03-08", "r2", noisy(users=300, items=90))
-    return history
-
-
 STEPS = ("prepare", "join", "fit", "measure", "ask", "look", "finish", "load", "shape", "publish", "clean")
 
 
@@ -363,13 +383,14 @@ def test_every_step_can_be_retried(two, monkeypatch):
 
 
 HOOK = """
-from beam_pipeline.comparison import steps
-original = steps.{step}
+from beam_pipeline.comparison import measuring, publishing, values
+(module,) = [one for one in (measuring, publishing, values) if hasattr(one, "{step}")]
+original = module.{step}
 def killed(*arguments):
     import os, time
     found = list(original(*arguments))
     {when}
-steps.{step} = killed
+module.{step} = killed
 """
 
 
@@ -389,10 +410,8 @@ def test_killed_after_every_step(two, tmp_path):
     # What dead launches have left expires; in an embedded warehouse, where nothing does, the next launch removes it.
     assert [name for name in two.tables() if "staging" in name]
     pair = Pair(*(Trained(None, run, "", "", {}) for run in ("r1", "r2")))
-    comparison = steps.Comparison(
-        two.destination, (pair,), "user", "item", "gs://warehouse/tmp/none", "t", ids=("item",)
-    )
-    steps.discard(two.client, comparison, "")
+    comparison = Comparison(two.destination, (pair,), "user", "item", "gs://warehouse/tmp/none", "t", ids=("item",))
+    publishing.discard(two.client, comparison, "")
     assert not [name for name in two.tables() if "staging" in name]
     assert whole(two)
 
@@ -412,7 +431,7 @@ def test_killed_at_random(two, tmp_path):
 
 def test_a_step_that_fails_leaves_nothing(two, monkeypatch, capsys):
     before = two.tables()
-    monkeypatch.setattr(steps, "shape", fail)
+    monkeypatch.setattr(publishing, "shape", fail)
     assert two.compare() == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the results are wrong")
     assert two.tables() == before
@@ -480,13 +499,13 @@ def test_a_run_that_is_replaced_meanwhile(two, monkeypatch, capsys):
 
 
 def test_a_stream_that_loses_rows_is_noticed(two, monkeypatch, capsys):
-    measure = steps.measure
+    measure = measuring.measure
 
     def lossy(client, comparison, stream):
         found = [*measure(client, comparison, stream)]
         found[0][1].common -= 1
         yield from found
 
-    monkeypatch.setattr(steps, "measure", lossy)
+    monkeypatch.setattr(measuring, "measure", lossy)
     assert two.compare() == 1
     assert "ids were read of" in capsys.readouterr().err.splitlines()[-1]

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from apache_beam.metrics.metric import Lineage
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
@@ -77,7 +78,14 @@ def test_the_staged_graph(history):
 
     for environment in staged.graph.components.environments.values():
         environment.urn, environment.payload = python_urns.EMBEDDED_PYTHON, b""
-    FnApiRunner().run_via_runner_api(staged.graph, PipelineOptions([])).wait_until_finish()
+    result = FnApiRunner().run_via_runner_api(staged.graph, PipelineOptions([]))
+    result.wait_until_finish()
+    prefix = f"bigquery:local.{history.dataset}.two_tower"
+    assert Lineage.query(result.metrics(), Lineage.SOURCE) == {f"{prefix}_{one}_embedding" for one in ("user", "item")}
+    assert Lineage.query(result.metrics(), Lineage.SINK) == {
+        f"{prefix}_embedding_comparison",
+        f"{prefix}_item_embedding_change",
+    }
     assert history.results()["r1", "r2", "item"]["score_change_p99"] < 1e-6
     assert len(history.changes("item")["r1", "r2"]) == 90
     assert history.files() == []

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import worlds
 
-from beam_pipeline.comparison import measures, page, results, steps
+from beam_pipeline.comparison import measures, page, results, values
 from beam_pipeline.comparison.results import Result
-from beam_pipeline.comparison.steps import Comparison, Facts, Joined, Measured
 from beam_pipeline.comparison.tables import COMPARISON_SCHEMA, Pair, Trained
+from beam_pipeline.comparison.work import Comparison, Facts, Joined, Measured
 from beam_pipeline.tables import Destination
 
 DESTINATION = Destination("my-project", "raw_prod", "EU", "two_tower")
@@ -38,7 +38,7 @@ def rows(number, after, ids=("user-{}", "item-{}"), labels=None):
             )
         _, totals[tower] = measures.measure(one, tower, fitted, 25)
     facts = Facts(joined, "", "", 0.9, {"user": 0.9, "item": 0.9}, fitted.turn, {})
-    (finished,) = steps.finish(
+    (finished,) = values.finish(
         None, comparison, (0, {"measured": [Measured(facts, totals, {"user": 0, "item": 0})], "found": []})
     )
     empty = {field.name: [] if field.mode == "REPEATED" else None for field in COMPARISON_SCHEMA}

@@ -96,25 +96,26 @@ WORKER = """
 import sys, time
 from dataclasses import replace
 from apache_beam.pvalue import TaggedOutput
-from beam_pipeline.comparison import steps
-from beam_pipeline.comparison.steps import Comparison, Joined
+from beam_pipeline.comparison import measuring
+from beam_pipeline.comparison.measures import Totals
+from beam_pipeline.comparison.work import Comparison, Joined
 from beam_pipeline.tables import Destination
 
 folder, rows, dimension = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 comparison = Comparison(Destination("p", "d", "US", "t"), (), "user", "item", folder, "token", ids=("item",))
 joined = [Joined("launch", 0, tower, "p.d.t", rows, rows, rows, rows, dimension, dimension) for tower in ("item", "user")]
-tasks = [*steps.fit(None, comparison, (0, [(one) for one in joined]))]
+tasks = [*measuring.fit(None, comparison, (0, [(one) for one in joined]))]
 facts = tasks.pop(0).value[1]
-totals = {tower: steps.Totals(top=25) for tower in ("user", "item")}
+totals = {tower: Totals(top=25) for tower in ("user", "item")}
 started, cpu = time.monotonic(), time.process_time()
 for task in tasks:
-    for found in steps.measure(None, comparison, task):
+    for found in measuring.measure(None, comparison, task):
         if not isinstance(found, TaggedOutput):
             totals[task.joined.tower].add(found[1])
 rate = 2 * rows / (time.process_time() - cpu)
-asked = [*steps.ask(None, comparison, (0, {"facts": [facts], "totals": [*totals.items()]}))]
+asked = [*measuring.ask(None, comparison, (0, {"facts": [facts], "totals": [*totals.items()]}))]
 for task in asked[1:]:
-    list(steps.look(None, comparison, task))
+    list(measuring.look(None, comparison, task))
 assert totals["item"].common == rows
 memory = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
 print(memory, round(rate))
