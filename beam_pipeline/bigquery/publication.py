@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import cast
+from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import Lineage
@@ -81,6 +81,8 @@ _TRANSIENT = (
     *("backendError", "internalError", "rateLimitExceeded"),
     *("jobBackendError", "jobInternalError", "jobRateLimitExceeded"),
 )
+_PUBLISH = "publish_embeddings"
+"""First part of the ids of publishing jobs."""
 _CONFLICT = "due to concurrent update"
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0  # Seconds between two looks at a job.
@@ -256,15 +258,22 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
         wanted.require_partition_filter = publication.require_partition_filter or None
         wanted.clustering_fields = [f"{tower}_id"]
         wanted.description = f"Embedding of each {tower} after each training; one partition is one model."
-        table = _create(client, wanted, publication)
+        table = create_table(client, wanted, publication.encryption)
         require_compatible(table, tower)
-        _add_columns(client, table, fields)
+        add_columns(client, table, fields)
     log = bigquery.Table(destination.log, schema=tables.LOG_SCHEMA)
     log.description = "One row for each run, tower and publication, written in the transaction that published them."
-    _add_columns(client, _create(client, log, publication), tables.LOG_SCHEMA)
+    add_columns(client, create_table(client, log, publication.encryption), tables.LOG_SCHEMA)
+    ensure_lock(client, destination, publication.encryption)
+
+
+def ensure_lock(
+    client: bigquery.Client, destination: Destination, encryption: bigquery.EncryptionConfiguration | None
+) -> None:
+    """Creates the lock table and its row, if they are missing."""
     lock = bigquery.Table(destination.lock, schema=tables.LOCK_SCHEMA)
     lock.description = "Every publication updates this row first, so that two at once conflict instead of mixing."
-    _create(client, lock, publication)
+    create_table(client, lock, encryption)
     # Two launches may both find the table empty: two rows lock as well as one, since every row is updated.
     ((rows,),) = client.query_and_wait(tables.lock_rows_sql(destination))
     if not rows:
@@ -311,36 +320,74 @@ def publish(
 
 def _publish(client: bigquery.Client, run: Run, job_prefix: str, script: str, sleep: Callable[[float], None]) -> None:
     """Runs one transaction to its end, whatever of it was tried before."""
-    for attempt in range(ATTEMPTS):
-        job_id = _job_id(job_prefix, attempt)
-        failure = _run_job(client, job_id, script, sleep)
-        if not failure:
-            return
-        message = failure.get("message", "")
-        if tables.TAKEN_MARK in message:
+    try:
+        run_script(client, f"{_PUBLISH}_{job_prefix}", script, f"partition {run.train_date}", sleep)
+    except PublishError as error:
+        if tables.TAKEN_MARK in str(error):
             raise PartitionTakenError(
                 f"partition {run.train_date} was taken by another run while this job ran; run {run.run_id} was not "
                 "published: choose with --if_partition_taken=replace or keep"
-            )
+            ) from error
+        raise
+
+
+def run_script(
+    client: bigquery.Client, job_prefix: str, script: str, subject: str, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Runs a script to its end, once: a job of this prefix that is there already is waited for, not repeated.
+
+    Args:
+        client: for the dataset.
+        job_prefix: of the job's id; the number of the attempt is appended.
+        script: SQL.
+        subject: what is not published if it fails, for the message.
+        sleep: between attempts.
+
+    Raises:
+        PublishError: BigQuery refused for a reason that a retry does not mend, or conflicts did not end.
+    """
+
+    def start(job_id: str) -> bigquery.QueryJob:
+        return client.query(script, job_id=job_id, job_retry=None)
+
+    run_job(client, job_prefix, start, subject, sleep)
+
+
+def run_job(
+    client: bigquery.Client,
+    job_prefix: str,
+    start: Callable[[str], Any],
+    subject: str,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Runs a job of any kind as `run_script` does; `start` submits it under an id and returns it."""
+    for attempt in range(ATTEMPTS):
+        job_id = f"{job_prefix}_{attempt}"
+        failure = _wait_for_job(client, job_id, start, sleep)
+        if not failure:
+            return
+        message = failure.get("message", "")
         if _CONFLICT not in message and failure.get("reason") not in _TRANSIENT:
             raise PublishError(f"BigQuery refused to publish (job {job_id}): {message}")
         _LOG.info("publication attempt %d was cancelled, trying again: %s", attempt + 1, message)
         # Conflicting launches drift apart: a random part of a growing span.
         sleep(random.uniform(0.5, 1) * min(60, 2 ** (attempt + 1)))
     raise PublishError(
-        f"partition {run.train_date} was not published: {ATTEMPTS} attempts failed, the last with: {message}; start "
-        "the job again when fewer publish at once"
+        f"{subject} was not published: {ATTEMPTS} attempts failed, the last with: {message}; start the job again when "
+        "fewer publish at once"
     )
 
 
-def _run_job(client: bigquery.Client, job_id: str, script: str, sleep: Callable[[float], None]) -> dict[str, str]:
+def _wait_for_job(
+    client: bigquery.Client, job_id: str, start: Callable[[str], Any], sleep: Callable[[float], None]
+) -> dict[str, str]:
     """Runs a job to its end, whoever submitted it; returns its error, with reason and message, or nothing.
 
     It waits with jobs.get, which alone says whether the job has failed. getQueryResults reports a failed job as a
     failed request, which a client cannot tell from a request that failed while the job goes on.
     """
     try:
-        job = _find_job(client, job_id) or _start_job(client, job_id, script, sleep)
+        job = _find_job(client, job_id) or _start_job(client, job_id, start, sleep)
         pause = _FIRST_PAUSE
         while not job.done():
             sleep(pause)
@@ -368,20 +415,20 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
     """
     for tower in publication.towers:
         staging = publication.destination.staging(tower, launch)
-        with _left_if_denied(f"table {staging}"):
+        with left_if_denied(f"table {staging}"):
             client.delete_table(staging, not_found_ok=True)
     # <root>/bq_load/<uuid>/<table>/<file>: a failed bundle's files lie beside those that were loaded.
     folders = {path.rsplit("/", 2)[0] for path in load_files}
     for folder in (*sorted(folders), publication.copy):
-        with _left_if_denied(f"folder {folder}"):
-            _delete_files(folder)
+        with left_if_denied(f"folder {folder}"):
+            delete_files(folder)
     for folder in (publication.all_load_files, publication.all_copies):
-        with _left_if_denied(f"files of earlier jobs in {folder}"):
-            _delete_files(folder, older_than=STAGING_LIFE)
+        with left_if_denied(f"files of earlier jobs in {folder}"):
+            delete_files(folder, older_than=STAGING_LIFE)
 
 
 @contextmanager
-def _left_if_denied(what: str) -> Iterator[None]:
+def left_if_denied(what: str) -> Iterator[None]:
     """Logs and counts what cannot be deleted instead of raising."""
     try:
         yield
@@ -401,38 +448,41 @@ def discard(client: bigquery.Client, publication: Publication, job_name: str) ->
         job_name: Beam's; its temporary tables are named after it.
     """
     _drop_staging(client, publication, publication.token, job_name)
-    _delete_files(publication.load_files)
-    _delete_files(publication.copy)
+    delete_files(publication.load_files)
+    delete_files(publication.copy)
 
 
 def discard_all(client: bigquery.Client, publication: Publication) -> None:
     """Removes what any other launch has left; for the embedded warehouse, where no other runs and nothing expires."""
     _drop_staging(client, publication, "", JOB_NAME)
-    _delete_files(publication.all_load_files)
-    _delete_files(publication.all_copies, but=publication.copy)
+    delete_files(publication.all_load_files)
+    delete_files(publication.all_copies, but=publication.copy)
 
 
 def discard_copy(folder: str) -> None:
     """Removes a copied model; a missing one is fine, and one that cannot be deleted is left."""
-    with _left_if_denied(f"copied model {folder}"):
-        _delete_files(folder)
+    with left_if_denied(f"copied model {folder}"):
+        delete_files(folder)
 
 
-def _add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:
+def add_columns(client: bigquery.Client, table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> None:
+    """Adds the columns that a table lacks."""
     # The emulator takes a column at a time, and has no quota that this could exceed.
     for columns in [[column] for column in wanted] if emulators.emulated() else [wanted]:
         for statement in tables.add_columns_sql(str(table.reference), table, columns):
             client.query_and_wait(statement)
 
 
-def _create(client: bigquery.Client, wanted: bigquery.Table, publication: Publication) -> bigquery.Table:
-    """Returns the table, made if missing, never with an expiration that it was not asked to have."""
+def create_table(
+    client: bigquery.Client, wanted: bigquery.Table, encryption: bigquery.EncryptionConfiguration | None
+) -> bigquery.Table:
+    """Returns the table, created if missing, never with an expiration that it was not asked to have."""
     try:
         return client.get_table(wanted.reference)
     except NotFound:
         pass
     wanted.labels = LABELS
-    wanted.encryption_configuration = publication.encryption
+    wanted.encryption_configuration = encryption
     try:
         table = client.create_table(wanted)
     except Conflict:  # Another launch was faster.
@@ -458,20 +508,18 @@ def _drop_staging(client: bigquery.Client, publication: Publication, token: str,
             client.delete_table(table, not_found_ok=True)
 
 
-def _job_id(job_prefix: str, attempt: int) -> str:
-    return f"publish_embeddings_{job_prefix}_{attempt}"
-
-
-def _find_job(client: bigquery.Client, job_id: str) -> bigquery.QueryJob | None:
+def _find_job(client: bigquery.Client, job_id: str) -> Any:
     try:
-        return cast(bigquery.QueryJob, client.get_job(job_id))
+        return client.get_job(job_id)
     except NotFound:
         return None
 
 
-def _start_job(client: bigquery.Client, job_id: str, script: str, sleep: Callable[[float], None]) -> bigquery.QueryJob:
+def _start_job(
+    client: bigquery.Client, job_id: str, start: Callable[[str], Any], sleep: Callable[[float], None]
+) -> Any:
     try:
-        return client.query(script, job_id=job_id, job_retry=None)
+        return start(job_id)
     except Conflict:  # Submitted a moment ago, by a request whose answer was lost or by a duplicate of this step.
         pass
     # jobs.get may say 404 for some seconds: https://github.com/googleapis/python-bigquery/issues/2134
@@ -485,7 +533,7 @@ def _start_job(client: bigquery.Client, job_id: str, script: str, sleep: Callabl
 def _published(client: bigquery.Client, launch: str) -> bool:
     """Whether the first of the launch's transactions has committed."""
     for attempt in range(ATTEMPTS):
-        job = _find_job(client, _job_id(f"{launch}_0", attempt))
+        job = _find_job(client, f"{_PUBLISH}_{launch}_0_{attempt}")
         if job is None:
             return False
         if job.state == "DONE" and not job.error_result:
@@ -493,7 +541,8 @@ def _published(client: bigquery.Client, launch: str) -> bool:
     return False
 
 
-def _delete_files(folder: str, older_than: timedelta | None = None, but: str = "") -> None:
+def delete_files(folder: str, older_than: timedelta | None = None, but: str = "") -> None:
+    """Deletes the files below a folder: those last changed longer ago, and not those below `but`."""
     found = FileSystems.match([f"{folder}/**"])[0].metadata_list
     latest = time.time() - older_than.total_seconds() if older_than else None
     paths = [

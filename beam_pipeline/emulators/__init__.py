@@ -37,7 +37,8 @@ BUCKET = "warehouse"
 
 _START_SECONDS = 90
 _STOP_SECONDS = 10
-_VARIABLES = ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "GOOGLE_CLOUD_PROJECT", "no_proxy")
+_READ_HOST = "BIGQUERY_STORAGE_EMULATOR_HOST"
+_VARIABLES = ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", _READ_HOST, "GOOGLE_CLOUD_PROJECT", "no_proxy")
 _FOREIGN = ("BQEMU_", "STORAGE_BASE", "STORAGE_DIR")
 
 
@@ -58,6 +59,19 @@ def connect_if_emulated() -> None:
     """Connects this process if the environment points to emulators; a DoFn's `setup` calls it wherever it runs."""
     if emulated():
         connect()
+
+
+def read_host(environ: Mapping[str, str] = os.environ) -> str:
+    """Returns host:port of the emulator's Storage Read API, which is gRPC; Google's client has no variable for it.
+
+    Raises:
+        WarehouseError: the variable is not set.
+    """
+    if not environ.get(_READ_HOST):
+        raise WarehouseError(
+            f"BIGQUERY_EMULATOR_HOST is set and {_READ_HOST} is not; set it to host:port of the emulator's gRPC"
+        )
+    return environ[_READ_HOST].rpartition("://")[2]
 
 
 def connect() -> None:
@@ -101,6 +115,7 @@ class Warehouse:
         bucket: on Cloud Storage, made.
         temp_location: `gs://` folder in it.
         bigquery_url, storage_url: where they answer.
+        read_host: host:port of BigQuery's Storage Read API, which is gRPC.
     """
 
     project = PROJECT
@@ -111,7 +126,7 @@ class Warehouse:
         """Names the folder, made if missing, and a port for BigQuery; 0 takes a free one."""
         self._directory = Path(directory).absolute()
         self._port = port
-        self.bigquery_url = self.storage_url = ""
+        self.bigquery_url = self.storage_url = self.read_host = ""
 
     def __enter__(self) -> Warehouse:
         """Starts the emulators.
@@ -126,7 +141,7 @@ class Warehouse:
             stack.callback(_set_environment, before)
             # Behind a proxy, the clients would ask it for this machine's own address.
             direct = ",".join(filter(None, (before["no_proxy"] or os.environ.get("NO_PROXY"), "127.0.0.1")))
-            values = (self.bigquery_url, self.storage_url, PROJECT, direct)
+            values = (self.bigquery_url, self.storage_url, self.read_host, PROJECT, direct)
             _set_environment(dict(zip(_VARIABLES, values, strict=True)))
             self._stack = stack.pop_all()
         return self
@@ -196,6 +211,7 @@ class Warehouse:
             raise WarehouseError(f"the emulators did not start: {last}; see {log_path}")
         self.bigquery_url = f"http://127.0.0.1:{ports['bigquery']}"
         self.storage_url = f"http://127.0.0.1:{ports['storage']}"
+        self.read_host = f"127.0.0.1:{ports['read']}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,6 +246,7 @@ Cloud Storage  {warehouse.storage_url}
 For programs that use Google's clients:
   export BIGQUERY_EMULATOR_HOST={warehouse.bigquery_url}
   export STORAGE_EMULATOR_HOST={warehouse.storage_url}
+  export BIGQUERY_STORAGE_EMULATOR_HOST={warehouse.read_host}
 
 With bq:
   bq --api={warehouse.bigquery_url} --project_id={warehouse.project} query --use_legacy_sql=false \\
@@ -270,6 +287,8 @@ async def _run_emulators(directory: Path, port: int) -> int:
             rest_port=port,
             grpc_host="127.0.0.1",
             grpc_port=0,
+            # A page of the Storage Read API has 65,536 rows, and this limit is on it too.
+            write_api_max_request_bytes=1 << 30,
             persistence_mode=PersistenceMode.PERSISTENT,
             data_dir=directory / "bigquery",
             default_project_id=PROJECT,
@@ -292,7 +311,8 @@ async def _run_emulators(directory: Path, port: int) -> int:
             method="PATCH",
         )
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(no_soft_delete).close()
-        print(json.dumps({"bigquery": bigquery.rest_port, "storage": storage_port}), file=announce, flush=True)
+        ports = {"bigquery": bigquery.rest_port, "storage": storage_port, "read": bigquery.grpc_port}
+        print(json.dumps(ports), file=announce, flush=True)
         await stopped.wait()
     finally:
         await bigquery.stop()

@@ -159,6 +159,19 @@ def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[s
     return match[1] or found.project, match[2]
 
 
+def check_places(ours: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    """Exits 2 if --staging_dataset or --kms_key is malformed."""
+    if found.staging_dataset and not _DATASET.fullmatch(found.staging_dataset):
+        ours.error(f"--staging_dataset={found.staging_dataset!r}: DATASET or PROJECT.DATASET")
+    if found.kms_key and not _KMS_KEY.fullmatch(found.kms_key):
+        ours.error(f"--kms_key={found.kms_key!r}: projects/P/locations/L/keyRings/R/cryptoKeys/K")
+
+
+def is_tower(name: str) -> bool:
+    """Returns whether a tower can have that name."""
+    return _TOWER.fullmatch(name) is not None
+
+
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of our own flags."""
     result = base_parser(
@@ -290,8 +303,8 @@ def parse(argv: Sequence[str]) -> Config:
         SystemExit: with code 2 and one line on stderr, for unknown, malformed or contradicting flags; 0 after --help.
     """
     ours = parser()
-    found, rest = ours.parse_known_args(list(_bare_switches(ours, argv)))
-    _refuse_unknown(ours, rest)
+    found, rest = ours.parse_known_args(list(bare_switches(ours, argv)))
+    refuse_unknown(ours, rest)
     if not found.run_id and not found.experiment_name and not found.model_uri:
         ours.error(
             "name the model: --run_id=ID, --experiment_name=NAME for its latest FINISHED run, or --model_uri=URI"
@@ -310,10 +323,7 @@ def parse(argv: Sequence[str]) -> Config:
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
     project, dataset_name = dataset(ours, found)
-    if found.staging_dataset and not _DATASET.fullmatch(found.staging_dataset):
-        ours.error(f"--staging_dataset={found.staging_dataset!r}: DATASET or PROJECT.DATASET")
-    if found.kms_key and not _KMS_KEY.fullmatch(found.kms_key):
-        ours.error(f"--kms_key={found.kms_key!r}: projects/P/locations/L/keyRings/R/cryptoKeys/K")
+    check_places(ours, found)
     config = Config(
         run_id=found.run_id,
         experiment_name=found.experiment_name,
@@ -365,7 +375,7 @@ def _date(text: str) -> date:
         raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
 
 
-def _bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterator[str]:
+def bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterator[str]:
     """Yields `--switch=true` as `--switch` and leaves `--switch=false` out: a template has values only."""
     switches = {flag for action in ours._actions if action.nargs == 0 for flag in action.option_strings}
     for text in argv:
@@ -390,7 +400,7 @@ def _towers(ours: argparse.ArgumentParser, given: list[str] | None) -> dict[str,
     return towers
 
 
-def _refuse_unknown(ours: argparse.ArgumentParser, rest: list[str]) -> None:
+def refuse_unknown(ours: argparse.ArgumentParser, rest: list[str]) -> None:
     """Exits 2 if Beam does not know a flag either: Beam itself would only warn, and run without it."""
     if not rest:
         return

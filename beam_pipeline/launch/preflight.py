@@ -172,7 +172,7 @@ def examine(
         except GoogleAPICallError as error:
             reason = f"BigQuery does not answer for {destination.table(tower)}: {_first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
-    _examine_bucket(findings, publication)
+    examine_bucket(findings, publication.bucket, destination, publication.kms_key)
     _examine_keys(findings, publication, region, dataflow_kms_key)
     _examine_permissions(findings, client, publication, distributed, dataflow)
     _estimate(findings, publication)
@@ -336,11 +336,11 @@ def _length(client: bigquery.Client, table: str, tower: str, day: date) -> int |
     return None
 
 
-def _examine_bucket(findings: Findings, publication: Publication) -> None:
-    location = publication.destination.location
-    name = publication.bucket
+def examine_bucket(findings: Findings, name: str, destination: Destination, kms_key: str | None) -> None:
+    """Adds whether load jobs of the destination's dataset can read a bucket."""
+    location = destination.location
     try:
-        bucket = storage.Client(project=publication.destination.project).get_bucket(name, timeout=10)
+        bucket = storage.Client(project=destination.project).get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -379,7 +379,7 @@ def _examine_bucket(findings: Findings, publication: Publication) -> None:
             f"gs://{name} keeps deleted files for {kept / _DAY_SECONDS:g} days, load files too, and they are billed; "
             f"gcloud storage buckets update gs://{name} --clear-soft-delete ends that",
         )
-    if publication.kms_key and not bucket.default_kms_key_name:
+    if kms_key and not bucket.default_kms_key_name:
         findings.note(
             "bucket", f"gs://{name} has no default key: load files are encrypted with Google's, not --kms_key"
         )

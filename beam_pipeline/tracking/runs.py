@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -240,6 +240,24 @@ def tag_run(run_id: str, tags: dict[str, str], tracking_uri: str | None = None) 
         client = _client(uri)
         for name, value in tags.items():
             client.set_tag(run_id, name, value)
+
+
+def log_comparison(
+    run_id: str, values: Mapping[str, float], files: Sequence[str], folder: str, tracking_uri: str | None = None
+) -> None:
+    """Logs metrics of a run, and files as artifacts below a folder.
+
+    Raises:
+        RunNotFoundError: there is no such run, or the tracking server does not answer.
+        ConfigError: it wants credentials.
+    """
+    uri = store_uri(tracking_uri)
+    with asking(uri, f"no run {run_id!r} in {shown(uri)}; check --to"):
+        client = _client(uri)
+        for name, value in values.items():
+            client.log_metric(run_id, name, value)
+        for file in files:
+            client.log_artifact(run_id, file, folder)
 
 
 def find_model(
