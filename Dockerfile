@@ -29,6 +29,8 @@ RUN pip install --no-cache-dir --no-build-isolation --no-deps --force-reinstall 
 
 # A Flex Template's launcher runs this file. It lies alone in its folder: Python puts that first in the module path.
 COPY beam_pipeline/__main__.py /template/main.py
+# For a template that compares trainings instead: docs/comparison.md.
+COPY beam_pipeline/compare.py /template_compare/main.py
 WORKDIR /template
 ENV FLEX_TEMPLATE_PYTHON_PY_FILE=/template/main.py
 

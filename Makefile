@@ -11,6 +11,7 @@ AIRFLOW_VENV := .venv-airflow/.installed
 TRACKING_URI := sqlite:///demo/mlflow.db
 TRAIN := $(BIN)/python examples/train_two_tower.py --tracking_uri=$(TRACKING_URI) --artifact_root=demo/artifacts
 HISTORIZE := $(BIN)/python -m beam_pipeline --tracking_uri=$(TRACKING_URI) --warehouse=demo/warehouse
+COMPARE := $(BIN)/python -m beam_pipeline.compare --warehouse=demo/warehouse
 
 define WRITE_LOCK
 import json
@@ -27,7 +28,7 @@ export WRITE_LOCK
 .PHONY: help demo test fuzz test-airflow lint bench lock test-gcp gcp-variables clean
 
 help:
-	@echo 'make demo      train a small model twice, historize both, show the history (in demo/)'
+	@echo 'make demo      train a small model twice, historize both, show the history, compare them (in demo/)'
 	@echo 'make test      run all tests'
 	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
@@ -45,7 +46,7 @@ $(VENV): setup.py constraints.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	lock=$$($(BIN)/python -c 'import sys; print("-cconstraints.txt" if sys.version_info[:2] == (3, 11) else "")') && \
-	$(BIN)/python -m pip install -qq --no-compile $$lock -e '.[launcher,warehouse,train,test,bench,lint]'
+	$(BIN)/python -m pip install -qq --no-compile $$lock -e '.[launcher,report,warehouse,train,test,bench,lint]'
 	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
@@ -58,6 +59,7 @@ demo: $(VENV)
 	$(HISTORIZE) --run_id="$$(cat demo/first_run)"
 	$(HISTORIZE) --run_id="$$(cat demo/second_run)"
 	$(BIN)/python examples/show_history.py demo/warehouse --item=item-jazz-007
+	$(COMPARE) --report=demo/changes.html
 
 test: $(VENV)
 	$(BIN)/python -m pytest
@@ -93,7 +95,7 @@ lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json \
-		'.[launcher,warehouse,train,test,bench,lint]'
+		'.[launcher,report,warehouse,train,test,bench,lint]'
 	.venv-lock/bin/python -c "$$WRITE_LOCK" > constraints.txt
 	.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json $(AIRFLOW)
 	.venv-lock/bin/python -c "$$WRITE_LOCK" > tests/airflow/constraints.txt

@@ -18,7 +18,7 @@ setup(
     version=VERSION,
     description="Historizes the embeddings of a two-tower model in BigQuery.",
     packages=find_packages(include=["beam_pipeline", "beam_pipeline.*"]),
-    package_data={"beam_pipeline": ["py.typed"]},
+    package_data={"beam_pipeline": ["py.typed"], "beam_pipeline.comparison": ["page.html.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         # The pipeline itself; `gcp` brings the Dataflow runner, gs:// files and WriteToBigQuery. One minor version:
@@ -26,6 +26,8 @@ setup(
         "apache-beam[gcp]~=2.77.0",
         # Staging tables, audit and the publish transaction, which Beam's sink knows nothing of.
         "google-cloud-bigquery>=3.40",
+        # Reads what a comparison has joined, as Arrow pages; apache-beam[gcp] brings it, unpinned.
+        "google-cloud-bigquery-storage>=2.27",
         # The checksum of TensorFlow's checkpoints, in C: a Python loop would take minutes per gigabyte.
         "google-crc32c>=1.5",
         # Turns the bytes of an embedding matrix into rows, and widens them to float64.
@@ -47,6 +49,13 @@ setup(
             "google-auth>=2.40",
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
             "setuptools>=64",
+        ],
+        # --report: the page about a comparison, where it is started.
+        "report": [
+            # Its template, with escaping.
+            "jinja2>=3.1",
+            # Its charts.
+            "matplotlib>=3.8",
         ],
         # --warehouse: BigQuery and Cloud Storage on a laptop.
         "warehouse": [
@@ -77,6 +86,8 @@ setup(
             # Google's own parser and analyzer of BigQuery's SQL, for every statement of the job. Exact: somebody else's
             # build of it.
             "zetasql==0.1.5",
+            # What the rotation between two trainings is compared with.
+            "scipy>=1.11",
         ],
         "bench": [
             # The script that is measured against.

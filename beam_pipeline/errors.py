@@ -95,3 +95,15 @@ class AuditError(PipelineError):
 
 class PublishError(PipelineError):
     """BigQuery refused the publication for a reason that a retry does not mend."""
+
+
+class TrainingMissingError(PipelineError):
+    """The tables hold no such training, or not the towers or columns that a comparison needs."""
+
+
+class LabelsError(PipelineError):
+    """A query for labels fails, or gives an id twice."""
+
+
+class UnusualError(PipelineError):
+    """A comparison is unusual beside earlier ones, and was asked to fail then; its results are published."""

@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import bigquery
 
-from beam_pipeline import command, emulators, identity, options, preflight, publication, runs, tables
+from beam_pipeline import command, emulators
+from beam_pipeline.bigquery import publication, tables
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError, PublishError
-from beam_pipeline.tables import Destination
+from beam_pipeline.launch import options, preflight
+from beam_pipeline.tracking import auth, runs
 
 
 def tag(client: bigquery.Client, destination: Destination, run_id: str, tracking_uri: str | None) -> dict[str, str]:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(found: argparse.Namespace, project: str | None, dataset: str) -> None:
-    identity.authorize(found.tracking_uri, found.tracking_audience)
+    auth.authorize(found.tracking_uri, found.tracking_audience)
     if emulators.emulated():
         emulators.connect()
     billing_project = found.project or project or _default_project()

@@ -75,7 +75,13 @@ def damaged(models, tmp_path):
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment():
     """Tests see no emulator and no tracking server but their own."""
-    for name in ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "MLFLOW_TRACKING_URI", "GOOGLE_CLOUD_PROJECT"):
+    for name in (
+        "BIGQUERY_EMULATOR_HOST",
+        "STORAGE_EMULATOR_HOST",
+        "BIGQUERY_STORAGE_EMULATOR_HOST",
+        "MLFLOW_TRACKING_URI",
+        "GOOGLE_CLOUD_PROJECT",
+    ):
         os.environ.pop(name, None)
 
 

@@ -414,6 +414,26 @@ def words(folder):
 
 
 @refused
+def same_ids(folder):
+    """Two towers of items, whose names say user and item."""
+    inputs = {side: keras.Input((), dtype="string", name=side) for side in IDS}
+    towers = [
+        keras.Sequential(
+            [
+                keras.Input((), dtype="string"),
+                keras.layers.StringLookup(vocabulary=ITEMS),
+                keras.layers.Embedding(8, 4),
+            ],
+            name=f"{side}_tower",
+        )(one)
+        for side, one in inputs.items()
+    ]
+    folder.mkdir()
+    keras.Model(inputs, keras.layers.Dot(-1)(towers)).save(folder / "model.keras")
+    return True
+
+
+@refused
 def shared(folder):
     """One embedding for what users listened to, of which they are the mean, and for the items that are compared."""
 

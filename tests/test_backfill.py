@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from job import MARCH_1, refused
 
 from beam_pipeline.errors import PartitionTakenError
-from beam_pipeline.runs import Run, choose
+from beam_pipeline.tracking.runs import choose
+from beam_pipeline.training import Run
 
 
 def week(number):

@@ -17,7 +17,7 @@ from google.cloud import storage
 from google.cloud.dataflow_v1beta3.types import TemplateMetadata
 from job import MARCH_1
 
-from beam_pipeline.options import parse, parser
+from beam_pipeline.launch.options import parse, parser
 
 ROOT = Path(__file__).parent.parent
 LOCK = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)

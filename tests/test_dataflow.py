@@ -27,13 +27,14 @@ from google.cloud import bigquery, storage
 from job import MARCH_1, Job
 from wire_format import blown_up
 
-from beam_pipeline import __version__, launcher
+from beam_pipeline import __version__
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
-from beam_pipeline.options import parse
-from beam_pipeline.runs import Run
+from beam_pipeline.formats.model import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.launch import launcher
+from beam_pipeline.launch.options import parse
+from beam_pipeline.reading import pieces
+from beam_pipeline.training import Run
 
 ROOT = Path(__file__).parent.parent
 IMAGE = "europe-docker.pkg.dev/my-project/images/beam_pipeline:1"
@@ -290,9 +291,9 @@ def test_the_readme_tells_how_many_pieces_there_are(tmp_path):
     (tmp_path / "ids").write_bytes(b"".join(b"user-%09d\n" % i for i in range(count)))
     vocabulary = Vocabulary(f"{tmp_path}/ids", Span(0, 15 * count), Encoding.LINES, 0)
     tower = Tower("user", "user_layer", Matrix("weights", 0, count, 64, "float32", 0), vocabulary)
-    pieces = [*ids.cut(tower, open_file, ids.PIECE_BYTES)]
-    assert (len(pieces), pieces[0].rows) == (153, 32_768)
-    assert max(len(pickle.dumps(piece)) for piece in pieces) < 300
+    found = [*pieces.cut(tower, open_file, pieces.PIECE_BYTES)]
+    assert (len(found), found[0].rows) == (153, 32_768)
+    assert max(len(pickle.dumps(piece)) for piece in found) < 300
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "8 MB of vectors, 32,768 rows of 64 floats: 5 million rows make 153 pieces, 100 million 3,052" in readme
     assert -(-100_000_000 // 32_768) == 3_052

@@ -5,9 +5,9 @@ import re
 import pytest
 from job import MARCH_1, refused
 
-from beam_pipeline.formats.artifact import discover
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
+from beam_pipeline.launch.selection import discover
 
 
 def test_inspect_prints_every_tower_and_needs_no_destination(store, models, capsys, monkeypatch):

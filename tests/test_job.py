@@ -20,9 +20,11 @@ from apache_beam.metrics.metric import Lineage
 from google.cloud import bigquery
 from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 
-from beam_pipeline import __version__, publication, runs, tables, tag, writing
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
+from beam_pipeline import __version__, tag
+from beam_pipeline.bigquery import publication, staging, tables
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
+from beam_pipeline.tracking import runs
 
 # What is published.
 
@@ -103,13 +105,13 @@ def test_artifacts_on_cloud_storage(job, store, models):
 def test_the_multi_load_path(job, store, models, monkeypatch):
     """Above 15 TB or 10,000 files Beam loads temporary tables and copies them; here above a few kilobytes."""
     run = store.log(models("plain"), "plain", MARCH_1)
-    options = writing.WriteStaging._sink_options
+    options = staging.WriteStaging._sink_options
     for writer in ("columnar", "rows"):
-        monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
+        monkeypatch.setattr(staging, "MAX_FILE_BYTES", 20_000)
         monkeypatch.setattr(
-            writing.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 100_000}
+            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 100_000}
         )
-        monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", 10_000)
+        monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", 10_000)
         assert job.run(run, f"--writer={writer}") == 0
         assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
         assert job.tables() == DESTINATION_TABLES
@@ -215,12 +217,12 @@ def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch, w
 
     monkeypatch.setattr(BigqueryV2.JobsService, "Insert", insert_and_note)
     if partition_bytes:
-        options = writing.WriteStaging._sink_options
-        monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
+        options = staging.WriteStaging._sink_options
+        monkeypatch.setattr(staging, "MAX_FILE_BYTES", 20_000)
         monkeypatch.setattr(
-            writing.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": partition_bytes}
+            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": partition_bytes}
         )
-        monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", 10_000)
+        monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", 10_000)
     key = "projects/p/locations/us/keyRings/r/cryptoKeys/k"
     scratch = f"{job.dataset}_scratch"
     job.client.create_dataset(scratch)
@@ -329,7 +331,7 @@ def test_a_partition_taken_while_the_job_runs(job, store, models, tmp_path):
     second = store.log(models("retrained"), "second", MARCH_1)
     hook = f"""
 import subprocess
-from beam_pipeline import publication
+from beam_pipeline.bigquery import publication
 original = publication.shape
 def shape(*args):
     original(*args)
@@ -539,7 +541,7 @@ def test_truncated_weights(job, store, damaged, capsys):
 def test_weights_cut_while_the_job_runs(job, store, models, tmp_path):
     run = store.log(models("plain"), "cut", MARCH_1)
     hook = """
-from beam_pipeline import transforms
+from beam_pipeline.reading import transforms
 original = transforms.read_piece
 def read_piece(run_id, piece, tower, open_file, *rest):
     open(tower.matrix.path, "r+b").truncate(1000)
@@ -568,7 +570,7 @@ def test_a_bad_index(job, store, damaged, capsys, what):
 @pytest.mark.parametrize("at", [0, 5_000, 60_000, 160_000])
 @pytest.mark.parametrize("piece_bytes", [16 << 20, 1000])
 def test_weights_that_do_not_match_their_checksum(job, store, damaged, capsys, monkeypatch, at, piece_bytes):
-    monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", piece_bytes)
     model = damaged("plain")
     data = bytearray(data_file(model).read_bytes())
     data[at] ^= 1
@@ -685,7 +687,7 @@ def test_that_reader_notices_a_publication_in_two_jobs(job, store, models, tmp_p
     second = store.log(models("plain"), "second", MARCH_2)
     hook = """
 import dataclasses, time
-from beam_pipeline import publication, tables
+from beam_pipeline.bigquery import publication, tables
 def publish(client, what, launch, tallies):
     (training,) = what.trainings
     for tower in training.towers:
@@ -714,8 +716,8 @@ def test_a_killed_job_leaves_nothing_half_and_runs_again(job, store, models, tmp
     second = store.log(models("plain"), "second", MARCH_2)
     hook = f"""
 import time
-from beam_pipeline import columnar, publication
-owner, name = (columnar, "encode") if {step!r} == "write" else (publication, {step!r})
+from beam_pipeline.bigquery import avro, publication
+owner, name = (avro, "encode") if {step!r} == "write" else (publication, {step!r})
 original = getattr(owner, name)
 def stopped(*args, **options):
     if {when!r} == "after":
@@ -740,7 +742,7 @@ def test_an_interrupted_job_cleans_up(job, store, models, tmp_path, number):
     run = store.log(models("plain"), "plain", MARCH_1)
     hook = """
 import time
-from beam_pipeline import publication
+from beam_pipeline.bigquery import publication
 publication.audit = lambda *args: (print("HERE", flush=True), time.sleep(60))
 """
     process = job.hooked(tmp_path, hook, run)

@@ -3,9 +3,9 @@
 import pytest
 from apache_beam.options.pipeline_options import SetupOptions
 
-from beam_pipeline import launcher
 from beam_pipeline.errors import BadIdError, ConfigError, PipelineError
-from beam_pipeline.options import parse
+from beam_pipeline.launch import launcher
+from beam_pipeline.launch.options import parse
 
 FRAMES = """\
 Traceback (most recent call last):

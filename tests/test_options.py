@@ -1,6 +1,6 @@
 import pytest
 
-from beam_pipeline.options import parse
+from beam_pipeline.launch.options import parse
 
 
 def test_defaults():

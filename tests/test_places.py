@@ -21,8 +21,10 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.tracking import MlflowClient
 from tracking import gate, service_account_key, tokens, tracking_server
 
-from beam_pipeline import identity, publication, runs, tag
+from beam_pipeline import tag
+from beam_pipeline.bigquery import publication
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, RunNotFoundError
+from beam_pipeline.tracking import auth, runs
 
 AUDIENCE = "1234-abc.apps.googleusercontent.com"
 
@@ -86,7 +88,7 @@ def served(server, models):
 @pytest.fixture(autouse=True)
 def _no_credentials(monkeypatch):
     yield
-    identity.authorize(None, None)
+    auth.authorize(None, None)
 
 
 def is_file(path, name):
@@ -364,7 +366,7 @@ def test_a_failing_job_leaves_no_copy(job, server, store, damaged, capsys):
 def test_an_interrupted_job_leaves_no_copy(job, server, served, store, tmp_path, when):
     hook = """
 import time
-from beam_pipeline import publication
+from beam_pipeline.bigquery import publication
 publication.audit = lambda *args: (print("HERE", flush=True), time.sleep(60))
 """
     with gate(server.url, lambda headers: True) as slow:
@@ -495,7 +497,7 @@ def test_a_token_is_not_in_a_debug_log(server, served, tmp_path, monkeypatch, ca
     monkeypatch.setattr(logging.getLogger("google"), "propagate", True)
     with tokens() as google, gate(server.url, holder(google.issued)) as guarded:
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", service_account_key(tmp_path / "key.json", google.url))
-        identity.authorize(guarded.url, AUDIENCE)
+        auth.authorize(guarded.url, AUDIENCE)
         assert runs.find_run(run_id=served.run, tracking_uri=guarded.url).run_id == served.run
         (token,) = google.issued
     assert {"urllib3", "google"} <= {record.name.split(".")[0] for record in caplog.records}
@@ -511,7 +513,7 @@ def test_beside_the_servers_own_password_the_token_takes_another_header(server, 
         for header in ("Proxy-Authorization", "X-Serverless-Authorization"):
             both = holder(google.issued, header=header)
             with gate(server.url, lambda headers, both=both: both(headers) and password(headers)) as guarded:
-                identity.authorize(guarded.url, AUDIENCE)
+                auth.authorize(guarded.url, AUDIENCE)
                 assert runs.find_run(run_id=served.run, tracking_uri=guarded.url).run_id == served.run
 
 
@@ -527,7 +529,7 @@ def test_a_token_goes_nowhere_else(server, served, tmp_path, monkeypatch, own_pa
         gate(server.url, lambda headers: True) as elsewhere,
     ):
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", service_account_key(tmp_path / "key.json", google.url))
-        identity.authorize(guarded.url, AUDIENCE)
+        auth.authorize(guarded.url, AUDIENCE)
         # Another host by name, the same machine.
         other = elsewhere.url.replace("127.0.0.1", "localhost")
         guarded.before = lambda path: (307, {"Location": other + path}, b"") if "runs/get" in path else None

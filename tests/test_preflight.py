@@ -16,12 +16,13 @@ from google.cloud import bigquery
 from google.cloud.storage import Client as StorageClient
 from towers import described
 
-from beam_pipeline import preflight, tables
+from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.publication import Publication
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.preflight import Findings, location_fits
-from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.tables import Destination
+from beam_pipeline.launch import preflight
+from beam_pipeline.launch.preflight import Findings, location_fits
+from beam_pipeline.training import Run, Training
 
 TOWERS = tuple(described(name, rows=1_000_000, dimension=64, ids_bytes=10_000_000) for name in ("user", "item"))
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://b/7/0123abcd/artifacts")
@@ -207,9 +208,9 @@ def cloud(monkeypatch):
         yield running
 
 
-def permissions(cloud, *, distributed=False, what=WHAT):
+def permissions(cloud, *, distributed=False, dataflow=False, what=WHAT):
     findings = Findings()
-    preflight._examine_permissions(findings, cloud.client, what, distributed)
+    preflight._examine_permissions(findings, cloud.client, what, distributed, dataflow)
     return [(line.status, line.text) for line in findings.lines]
 
 
@@ -291,7 +292,7 @@ def test_no_vectors_have_no_length(cloud):
 
 def bucket(cloud, what=WHAT):
     findings = Findings()
-    preflight._examine_bucket(findings, what)
+    preflight.examine_bucket(findings, what.bucket, what.destination, what.kms_key)
     return findings
 
 

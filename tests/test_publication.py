@@ -30,12 +30,13 @@ from google.cloud import bigquery
 from towers import described
 from tracking import serving
 
-from beam_pipeline import metrics, publication
+from beam_pipeline import metrics
+from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery.publication import Publication, partition_life
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import PartitionTakenError, PublishError
-from beam_pipeline.publication import Publication, partition_life
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.tables import Destination
-from beam_pipeline.transforms import Tally
+from beam_pipeline.reading.tally import Tally
+from beam_pipeline.training import Run, Training
 
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://bucket/7/0123abcd/artifacts")
 TOWERS = tuple(described(name) for name in ("user", "item"))
@@ -244,7 +245,7 @@ def cleaned(client, caplog):
     """Cleans up after a launch; returns what it has counted and logged."""
     before = metrics.in_this_process("not-deleted")
     files = ["gs://bucket/tmp/embedding_loads/token/bq_load/1/t/a"]
-    with caplog.at_level("WARNING", "beam_pipeline.publication"):
+    with caplog.at_level("WARNING", "beam_pipeline.bigquery.publication"):
         publication.clean(client, WHAT, "launch1", files)
     return metrics.in_this_process("not-deleted") - before, caplog.text
 

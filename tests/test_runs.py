@@ -6,9 +6,9 @@ import pytest
 from job import MARCH_1
 from mlflow.tracking import MlflowClient
 
-from beam_pipeline import runs
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError, RunNotFoundError
-from beam_pipeline.runs import find_latest_run, find_model, find_run
+from beam_pipeline.tracking import runs
+from beam_pipeline.tracking.runs import find_latest_run, find_model, find_run
 
 
 class Experiment:

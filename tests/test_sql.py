@@ -16,11 +16,11 @@ import pytest
 from google.cloud import bigquery
 from towers import described
 
-from beam_pipeline import tables
-from beam_pipeline.options import IF_TAKEN
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.tables import Destination
-from beam_pipeline.transforms import Tally
+from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.launch.options import IF_TAKEN
+from beam_pipeline.reading.tally import Tally
+from beam_pipeline.training import Run, Training
 
 ROOT = Path(__file__).parent.parent
 DESTINATION = Destination("p", "raw_prod", "EU", "two_tower")

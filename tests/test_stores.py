@@ -9,9 +9,9 @@ import pytest
 from job import MARCH_1
 from mlflow.tracking import MlflowClient
 
-from beam_pipeline import runs, stores
 from beam_pipeline.errors import ArtifactMissingError, ConfigError
-from beam_pipeline.runs import find_model, find_run, readable_folder
+from beam_pipeline.tracking import runs, stores
+from beam_pipeline.tracking.runs import find_model, find_run, readable_folder
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from towers import described
 
-from beam_pipeline import tables
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.tables import Destination
-from beam_pipeline.transforms import Tally
+from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.reading.tally import Tally
+from beam_pipeline.training import Run, Training
 
 DESTINATION = Destination("p", "raw_dev", "EU", "two_tower")
 RUN = Run("0123abcd", "it's; DROP", "7", "two_tower", date(2026, 3, 1), "gs://b/a")

@@ -6,12 +6,14 @@ import pytest
 from conftest import made_by
 from job import MARCH_1, MARCH_2, refused
 
-from beam_pipeline.launcher import launch
+from beam_pipeline.launch.launcher import launch
 
 
 @pytest.fixture(scope="module")
 def tails(tmp_path_factory):
-    return made_by("make_tails.py", tmp_path_factory, "dense", "normalised", "concatenated", "mean_of_a_list")
+    return made_by(
+        "make_tails.py", tmp_path_factory, "dense", "normalised", "concatenated", "mean_of_a_list", "same_ids"
+    )
 
 
 def report(capsys, check):
@@ -76,13 +78,19 @@ def test_towers_with_the_same_ids(job, store, tails, models, capsys):
     ]
     run = store.log(tails("mean_of_a_list"), "mean", MARCH_1)
     assert launch(job.config(run, "--plan")) == 1
-    captured = capsys.readouterr()
-    stops = [line for line in captured.out.splitlines() if line.startswith("stop")]
-    assert "the model goes on after the embedding of 'user_layer': Mean" in stops[0]
-    assert "user and item have the same ids: 'user_layer' and 'item_layer', which nobody named, cannot be" in stops[1]
+    lines = capsys.readouterr().out.splitlines()
+    (stop,) = [line for line in lines if line.startswith("stop")]
+    assert "the model goes on after the embedding of 'user_layer': Mean" in stop
+    assert any("user and item have the same ids: they cannot be searched" in line for line in lines)
     # Items can be had.
     assert job.run(run, "--tower=item=item_layer") == 0
     assert len(job.rows("item")[("2026-03-01", run)]) == 7
+
+
+def test_towers_that_were_found_by_their_names_have_ids_of_their_own(job, store, tails, capsys):
+    line = refused(job, capsys, store.log(tails("same_ids"), "same_ids", MARCH_1))
+    assert "user and item have the same ids: 'user_tower' and 'item_tower', which nobody named" in line
+    assert line.endswith("name them: --tower=user=user_tower --tower=item=item_tower")
 
 
 def test_a_misspelt_layer_of_a_subclassed_model_is_refused(job, store, keras_files, capsys):

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from beam_pipeline.errors import ArtifactMissingError, NotAModelError
 from beam_pipeline.files import OpenFile, join
-from beam_pipeline.formats.artifact import Artifact
-from beam_pipeline.formats.keras_file import KerasFile
-from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.formats.keras.reader import KerasFile
+from beam_pipeline.formats.model import Artifact
+from beam_pipeline.formats.saved_model.reader import SavedModel
 
 _PLACES = ("saved_model.pb", "data/model.keras", "data/model/saved_model.pb", "model.keras")
 """Where a model lies in a folder: as the trainer logs it, as `mlflow.tensorflow.log_model` does, as a single file."""

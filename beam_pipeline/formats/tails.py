@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from beam_pipeline.errors import CorruptFileError
-from beam_pipeline.formats.artifact import Ending, Tail
+from beam_pipeline.formats.model import Ending, Tail
 
 _MAX_DEPTH = 60
 """Functions that call each other; a model inside of a model is some ten."""

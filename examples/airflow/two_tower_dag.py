@@ -1,6 +1,6 @@
-"""After each training: evaluate the model and, if it is good enough, historize its embeddings.
+"""After each training: evaluate the model and, if it is good enough, historize its embeddings and compare them.
 
-Copy it into the DAGs folder and set the defaults. Both tasks run in an environment that has `beam-pipeline[launcher]`
+Copy it into the DAGs folder and set the defaults. All tasks run in an environment that has `beam-pipeline[launcher]`
 in it, named by BEAM_PIPELINE_PYTHON; Airflow's own keeps its versions. Where MLflow is (MLFLOW_TRACKING_URI) and its
 token are in the worker's environment: pipeline options are shown by Airflow and by Dataflow.
 """
@@ -9,17 +9,24 @@ import os
 
 from airflow.providers.apache.beam.operators.beam import BeamRunPythonPipelineOperator
 from airflow.sdk import Param, dag, task
+from airflow.sdk.exceptions import AirflowSkipException
 
 PYTHON = os.environ.get("BEAM_PIPELINE_PYTHON", "/opt/beam_pipeline/bin/python")
 
 
-class HistorizeOperator(BeamRunPythonPipelineOperator):
+class PipelineOperator(BeamRunPythonPipelineOperator):
     """Waits in the triggerer for a job on Dataflow; any other runner would run there, and so runs in the worker."""
 
     def execute(self, context):
         """Runs the launcher, and waits for what it started."""
         self.deferrable = self.runner == "DataflowRunner"
         return super().execute(context)
+
+    def defer(self, **arguments):
+        """Waits for the job; there is none after a first training, which has nothing to be compared with."""
+        if not self.dataflow_job_id:
+            raise AirflowSkipException("the launcher had nothing to do; see its last line")
+        super().defer(**arguments)
 
 
 @dag(
@@ -32,6 +39,7 @@ class HistorizeOperator(BeamRunPythonPipelineOperator):
         "at_least": Param(0.1, type="number"),
         "env": Param("dev", enum=["dev", "stg", "prod"]),
         "if_partition_taken": Param("fail", enum=["fail", "replace", "keep"]),
+        "fail_if_unusual": Param(False, type="boolean", title="An unusual comparison fails its task, and what follows"),
         "runner": Param("DataflowRunner", enum=["DataflowRunner", "DirectRunner"]),
         "project": Param("my-project", type="string"),
         "region": Param("europe-west1", type="string"),
@@ -40,7 +48,7 @@ class HistorizeOperator(BeamRunPythonPipelineOperator):
     },
 )
 def two_tower():
-    """Evaluate, then historize."""
+    """Evaluate, historize, compare with the training before."""
 
     @task.external_python(python=PYTHON, expect_airflow=False, skip_on_exit_code=99)
     def evaluate(mlflow_run_id, experiment_name, metric, at_least):  # "run_id" alone is a word of Airflow's own
@@ -49,7 +57,7 @@ def two_tower():
 
         from mlflow.tracking import MlflowClient
 
-        from beam_pipeline.runs import find_run
+        from beam_pipeline.tracking.runs import find_run
 
         run_id = mlflow_run_id or find_run(experiment_name=experiment_name).run_id
         if metric:
@@ -62,31 +70,41 @@ def two_tower():
     run_id = evaluate(
         "{{ params.run_id }}", "{{ params.experiment_name }}", "{{ params.metric }}", "{{ params.at_least }}"
     )
-    HistorizeOperator(
-        task_id="historize",
-        py_interpreter=PYTHON,
-        py_options=["-m"],
-        py_file="beam_pipeline",
-        runner="{{ params.runner }}",
-        # Templates become strings: an option that may be absent, true or false is set in Python, not in a template.
-        pipeline_options={
-            "run_id": run_id,
-            "env": "{{ params.env }}",
-            "if_partition_taken": "{{ params.if_partition_taken }}",
-            "tower": ["user=user_layer", "item=item_layer"],
-            "project": "{{ params.project }}",
-            "temp_location": "{{ params.temp_location }}",
-            "sdk_container_image": "{{ params.image }}",
-            "labels": {"dag": "two-tower"},
-        },
-        dataflow_config={
-            # One name per run, with nothing appended: Dataflow refuses a second launch while the first is active.
-            "job_name": f"historize-{run_id}",
-            "append_job_name": False,
-            "project_id": "{{ params.project }}",
-            "location": "{{ params.region }}",
-        },
+    where = {
+        "env": "{{ params.env }}",
+        "project": "{{ params.project }}",
+        "temp_location": "{{ params.temp_location }}",
+        "sdk_container_image": "{{ params.image }}",
+        "labels": {"dag": "two-tower"},
+    }
+
+    def pipeline(task_id, module, **options):
+        return PipelineOperator(
+            task_id=task_id,
+            py_interpreter=PYTHON,
+            py_options=["-m"],
+            py_file=module,
+            runner="{{ params.runner }}",
+            # Templates become strings: an option that may be absent is set in Python, not in a template.
+            pipeline_options={**where, **options},
+            dataflow_config={
+                # One name per run, with nothing appended: Dataflow refuses a second launch while the first is active.
+                "job_name": f"{task_id}-{run_id}",
+                "append_job_name": False,
+                "project_id": "{{ params.project }}",
+                "location": "{{ params.region }}",
+            },
+        )
+
+    historize = pipeline(
+        "historize",
+        "beam_pipeline",
+        run_id=run_id,
+        if_partition_taken="{{ params.if_partition_taken }}",
+        tower=["user=user_layer", "item=item_layer"],
     )
+    compare = pipeline("compare", "beam_pipeline.compare", to=run_id, fail_if_unusual="{{ params.fail_if_unusual }}")
+    historize >> compare
 
 
 two_tower()

@@ -57,6 +57,7 @@ def cloud(tmp_path_factory):
         os.environ.update(
             BIGQUERY_EMULATOR_HOST=found["bigquery"],
             STORAGE_EMULATOR_HOST=found["storage"],
+            BIGQUERY_STORAGE_EMULATOR_HOST=found["read"],
             MLFLOW_TRACKING_URI=found["tracking_uri"],
         )
         client = bigquery.Client(

@@ -31,17 +31,20 @@ def main(folder):
         local = store.log(model, "weekly", start)
         # Workers of Dataflow read artifacts from a bucket only.
         on_a_bucket = store.log(model, "on a bucket", start, bucket=True)
-        for run in (local, on_a_bucket):
+        later = store.log(model, "a week later", datetime(2026, 3, 8, 23, 30, tzinfo=UTC), bucket=True)
+        for run in (local, on_a_bucket, later):
             MlflowClient(store.uri).log_metric(run, "recall_at_10", 0.25)
         found = {
             "bigquery": warehouse.bigquery_url,
             "storage": warehouse.storage_url,
+            "read": warehouse.read_host,
             "project": warehouse.project,
             "temp_location": warehouse.temp_location,
             "tracking_uri": store.uri,
             "experiment": store.experiment,
             "local": local,
             "on_a_bucket": on_a_bucket,
+            "later": later,
             "rows": {tower: model.rows(tower) for tower in ("user", "item")},
         }
         print(json.dumps(found), file=announce, flush=True)

@@ -7,10 +7,10 @@ from wire_format import field
 
 from beam_pipeline.errors import CorruptFileError
 from beam_pipeline.files import ByteFile
-from beam_pipeline.formats import gathers
-from beam_pipeline.formats.functions import FunctionLibrary
-from beam_pipeline.formats.gathers import Gather
-from beam_pipeline.formats.wire import Span
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.formats.saved_model import gathers
+from beam_pipeline.formats.saved_model.functions import FunctionLibrary
+from beam_pipeline.formats.saved_model.gathers import Gather
 
 FIND = ("tower/lookup/find", "LookupTableFindV2", "table", "ids", "default")
 READ = ("tower/embedding/read", "ReadVariableOp", "matrix")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from google.cloud import bigquery, storage
 
-from beam_pipeline import preflight
+from beam_pipeline.launch import preflight
 
 
 @dataclass(frozen=True)

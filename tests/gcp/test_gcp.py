@@ -20,10 +20,11 @@ from google.api_core.exceptions import Conflict
 from google.cloud import bigquery, dataflow_v1beta3
 from towers import described
 
-from beam_pipeline import preflight, publication, tables
-from beam_pipeline.publication import Publication
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.transforms import Tally
+from beam_pipeline.bigquery import publication, tables
+from beam_pipeline.bigquery.publication import Publication
+from beam_pipeline.launch import preflight
+from beam_pipeline.reading.tally import Tally
+from beam_pipeline.training import Run, Training
 
 DAY = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
 DATAFLOW_SECONDS = 1800

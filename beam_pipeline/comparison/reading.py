@@ -1,0 +1,164 @@
+"""Reads joined tables through BigQuery's Storage Read API, as Arrow pages into NumPy arrays; no Beam.
+
+Beam's own source decodes Avro into a dictionary per row, or, with Arrow, an object per value; of the pages themselves a
+core reads several times as many rows (docs/comparison.md has the rates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from google.api_core.exceptions import GoogleAPICallError, PermissionDenied
+from google.cloud.bigquery_storage_v1 import BigQueryReadClient
+from google.cloud.bigquery_storage_v1 import types as storage_types
+
+from beam_pipeline import emulators
+from beam_pipeline.comparison.measures import Rows
+from beam_pipeline.errors import BadVectorError, ConfigError
+
+FIELDS = ("id", "before_vector", "after_vector")
+GROUPED_FIELDS = (*FIELDS, "group_name")
+
+BLOCK_ROWS = 8192
+"""Rows that are measured at once: matrix products of few rows cost more per row, those of many more memory."""
+
+MOST_STREAMS = 1000
+"""Asked of BigQuery, which gives as many as the table's size is worth."""
+
+
+def make_client() -> BigQueryReadClient:
+    """Returns a client of the Storage Read API, or of the emulator's."""
+    if not emulators.emulated():
+        return BigQueryReadClient()
+    import grpc
+    from google.cloud.bigquery_storage_v1.services.big_query_read.transports import BigQueryReadGrpcTransport
+
+    channel = grpc.insecure_channel(emulators.read_host(), options=[("grpc.max_receive_message_length", -1)])
+    return BigQueryReadClient(transport=BigQueryReadGrpcTransport(channel=channel))
+
+
+def open_streams(
+    client: BigQueryReadClient,
+    table: str,
+    fields: Sequence[str],
+    restriction: str = "",
+    most: int = MOST_STREAMS,
+) -> list[str]:
+    """Returns the names of streams that together hold the table's rows as of now.
+
+    Args:
+        client: of the Storage Read API.
+        table: `project.dataset.table`.
+        fields: columns that are read.
+        restriction: SQL condition on the rows.
+        most: streams.
+
+    Raises:
+        ConfigError: the permission is missing.
+    """
+    project, dataset, name = table.split(".")
+    session = storage_types.ReadSession(
+        table=f"projects/{project}/datasets/{dataset}/tables/{name}",
+        data_format=storage_types.DataFormat.ARROW,
+        read_options=storage_types.ReadSession.TableReadOptions(
+            selected_fields=list(fields), row_restriction=restriction
+        ),
+    )
+    try:
+        opened = client.create_read_session(parent=f"projects/{project}", read_session=session, max_stream_count=most)
+    except PermissionDenied as error:
+        raise ConfigError(
+            f"this account may not read {table} through the Storage Read API ({error.message}); grant it "
+            f"roles/bigquery.readSessionUser on project {project} and roles/bigquery.dataViewer on the dataset"
+        ) from error
+    except GoogleAPICallError as error:
+        raise ConfigError(f"the Storage Read API does not answer for {table}: {error.message}") from error
+    return [stream.name for stream in opened.streams]
+
+
+def read(client: BigQueryReadClient, stream: str) -> Iterator[pa.RecordBatch]:
+    """Yields the pages of a stream; a connection that breaks is taken up again where it broke."""
+    schema = None
+    for response in client.read_rows(stream):
+        if response.arrow_schema.serialized_schema:  # in the first
+            schema = pa.ipc.read_schema(pa.py_buffer(response.arrow_schema.serialized_schema))
+        if serialized := response.arrow_record_batch.serialized_record_batch:
+            yield pa.ipc.read_record_batch(pa.py_buffer(serialized), schema)
+
+
+def read_blocks(
+    client: BigQueryReadClient, stream: str, before: int, after: int, rows: int = BLOCK_ROWS
+) -> Iterator[Rows]:
+    """Yields a stream's rows, so many at once; pages are cut or put together.
+
+    Args:
+        client: of the Storage Read API.
+        stream: its name.
+        before: values in a vector before.
+        after: values in a vector after.
+        rows: at most, of a block.
+    """
+    waiting: list[pa.RecordBatch] = []
+    count = 0
+    for page in read(client, stream):
+        at = 0
+        while at < page.num_rows:
+            part = page.slice(at, min(page.num_rows - at, rows - count))
+            at += part.num_rows
+            count += part.num_rows
+            waiting.append(part)
+            if count == rows:
+                yield to_rows(waiting, before, after)
+                waiting, count = [], 0
+    if count:
+        yield to_rows(waiting, before, after)
+
+
+def to_rows(pages: Sequence[pa.RecordBatch], before: int, after: int) -> Rows:
+    """Returns Arrow rows of a joined table as arrays.
+
+    Raises:
+        BadVectorError: a vector has another length, or holds NaN or infinity.
+    """
+    table = pa.Table.from_batches(pages)
+    ids = _objects(table.column("id"))
+    earlier, has_before = _vectors(table.column("before_vector"), before, ids)
+    later, has_after = _vectors(table.column("after_vector"), after, ids)
+    groups = _objects(table.column("group_name")) if "group_name" in table.column_names else None
+    return Rows(ids, earlier, later, has_before, has_after, groups)
+
+
+def _objects(column: pa.ChunkedArray) -> np.ndarray:
+    # Not to_numpy(): an array of strings without a missing one would come with a type of its own.
+    found = np.empty(len(column), object)
+    found[:] = column.to_pylist()
+    return found
+
+
+def _vectors(column: pa.ChunkedArray, dimension: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    there = lengths > 0
+    wrong = np.flatnonzero(there & (lengths != dimension))
+    if len(wrong):
+        raise BadVectorError(f"id {ids[wrong[0]]!r} has a vector of {lengths[wrong[0]]} values, not {dimension}")
+    # Flattening leaves out what is missing, and follows the offsets of a slice.
+    values = np.concatenate([_flat(chunk) for chunk in column.chunks]) if column.num_chunks else np.zeros(0)
+    finite = np.isfinite(values)
+    if not finite.all():
+        place = int(np.flatnonzero(~finite)[0]) // dimension
+        raise BadVectorError(f"id {ids[np.flatnonzero(there)[place]]!r} has a vector with NaN or infinity")
+    values = values.reshape(-1, dimension)
+    if there.all():
+        return values, there
+    vectors = np.zeros((len(there), dimension))
+    vectors[there] = values
+    return vectors, there
+
+
+def _flat(chunk: Any) -> np.ndarray:
+    values: np.ndarray = chunk.flatten().to_numpy(zero_copy_only=False)
+    return values.astype(np.float64, copy=False)

@@ -1,0 +1,8 @@
+"""`python -m beam_pipeline.report`: makes a page of the comparisons in the result tables."""
+
+import sys
+
+from beam_pipeline.comparison.command import report
+
+if __name__ == "__main__":
+    sys.exit(report())
