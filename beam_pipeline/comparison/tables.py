@@ -434,7 +434,8 @@ def results_sql(destination: Destination) -> str:
     The rotation is left out: a square of the dimension, and nobody looks at it.
     """
     return (
-        f"SELECT * EXCEPT (rotation) FROM `{comparison_table(destination)}` WHERE {PARTITION_COLUMN} BETWEEN @first AND @last "
+        f"SELECT * EXCEPT (rotation) FROM `{comparison_table(destination)}` "
+        f"WHERE {PARTITION_COLUMN} BETWEEN @first AND @last "
         "ORDER BY train_date, previous_train_date, published_at, tower"
     )
 
