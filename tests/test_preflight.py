@@ -190,7 +190,7 @@ def test_a_query_that_is_refused(cloud):
 
 def bucket(cloud, what=WHAT):
     findings = Findings()
-    preflight._examine_bucket(findings, what)
+    preflight.examine_bucket(findings, what.bucket, what.destination, what.kms_key)
     return findings
 
 
