@@ -304,7 +304,7 @@ def test_labels_and_groups(history, tmp_path):
     query = f"SELECT * FROM {history.dataset}.songs"
     assert history.compare(f"--labels=item={query}", "--labels=team=recommender", f"--report={page}") == 0
     item = history.results()["r1", "r2", "item"]
-    groups = {group["group_name"]: group for group in item["groups"]}
+    groups = {group["group_name"]: group for group in item["by_group"]}
     assert {name: group["ids"] for name, group in groups.items()} == {"genre 0": 30, "genre 1": 30, "genre 2": 29}
     rows = history.changes("item")["r1", "r2"]
     own = [rows[f"item-{n:05}"][0] for n in range(0, 90, 3)]
