@@ -39,10 +39,14 @@ UNUSUAL_EXIT = 3
 
 @dataclass(frozen=True)
 class Config:
-    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own."""
+    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
+
+    `project` is where jobs run and are billed, `dataset_project` the one that --dataset names, if it names any.
+    """
 
     env: str = "dev"
     project: str | None = None
+    dataset_project: str | None = None
     dataset: str = "raw_dev"
     table_prefix: str = "two_tower"
     staging_dataset: str | None = None
@@ -163,8 +167,7 @@ def parser() -> argparse.ArgumentParser:
     then.add_argument(
         "--plan", action="store_true", help="check everything, print bytes, cost and the SQL that would run, and stop"
     )
-    result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
-    result.add_argument("--project", help=argparse.SUPPRESS)
+    options.add_beams(result)
     return result
 
 
@@ -194,11 +197,12 @@ def parse(argv: Sequence[str]) -> Config:
     towers = tuple(found.towers.split(",")) if found.towers else ()
     if towers and (len({*towers}) != len(towers) or len(towers) > 2 or not all(map(options.is_tower, towers))):
         ours.error(f"--towers={found.towers!r}: USERS,ITEMS or one tower, of lower-case letters, digits and _")
-    project, dataset = options.dataset(ours, found)
+    dataset_project, dataset = options.dataset(ours, found)
     options.check_places(ours, found)
     config = Config(
         env=found.env,
-        project=project,
+        project=found.project,
+        dataset_project=dataset_project,
         dataset=dataset,
         table_prefix=found.table_prefix,
         staging_dataset=found.staging_dataset,
@@ -222,7 +226,7 @@ def parse(argv: Sequence[str]) -> Config:
         plan=found.plan,
         warehouse=found.warehouse,
         runner=found.runner,
-        beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
+        beam_args=options.beam_args(ours, found, rest),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
@@ -277,11 +281,12 @@ def run(config: Config) -> None:
     """
     from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
-    from beam_pipeline import emulators
+    from beam_pipeline import credentials, emulators
     from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
     from beam_pipeline.launch import preflight
+    from beam_pipeline.pipeline import submit_nothing
     from beam_pipeline.tracking import auth
 
     terminal = ComparisonTerminal()
@@ -289,31 +294,29 @@ def run(config: Config) -> None:
         require_writable(config.report)
     if config.report or config.log_run:
         page.require()
+    beam_options = PipelineOptions(list(config.beam_args))
+    if not config.warehouse and not emulators.emulated():  # Those know no accounts.
+        credentials.impersonate(beam_options)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     with ExitStack() as stack:
-        beam_options = PipelineOptions(list(config.beam_args))
         # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
         beam_options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
         cloud = beam_options.view_as(GoogleCloudOptions)
         if config.warehouse:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
-            cloud.project = config.project or warehouse.project
         if emulators.emulated():
             emulators.connect()
-        cloud.project = config.project or cloud.project or (emulators.PROJECT if emulators.emulated() else None)
-        if not cloud.project:
-            raise ConfigError(
-                "where are the tables? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
-                "--temp_location=gs://BUCKET/FOLDER for BigQuery"
-            )
+        project = preflight.find_projects(cloud, config.dataset_project, terminal.billed)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("files on the way need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        destination = _destination(config, cloud.project)
+        destination = _destination(config, project, cloud.project)
         client = publication.make_client(destination)
         towers = pairs.find_towers(client, destination, config.towers)
         wanted = _pairs(config, client, destination, towers, terminal)
         if not wanted:
+            if cloud.template_location and not config.plan:
+                terminal.submitted(submit_nothing(beam_options), config.runner)
             return
         token = uuid.uuid4().hex[:12]
         name = cloud.job_name or _job_name(config, wanted)
@@ -341,12 +344,14 @@ def run(config: Config) -> None:
         _check_labels(client, comparison)
         findings = preflight.Findings()
         findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}")
+        preflight.examine_billing(findings, destination)
         preflight.examine_bucket(findings, comparison.bucket, destination, config.kms_key)
         reader = reading.make_client()
         for tower in comparison.towers:
             # A session costs nothing until it is read.
             fields = [f"{tower}_id"]
-            reading.open_streams(reader, destination.table(tower), fields, "train_date = DATE '0001-01-01'", most=1)
+            nothing = "train_date = DATE '0001-01-01'"
+            reading.open_streams(reader, destination.table(tower), fields, nothing, 1, destination.jobs_project)
         _estimate(findings, client, comparison)
         terminal.planned(comparison, findings)
         if config.plan:
@@ -374,7 +379,7 @@ def run(config: Config) -> None:
             results.require_usual(known, wanted)
 
 
-def _destination(config: Config, project: str) -> Destination:
+def _destination(config: Config, project: str, billing_project: str) -> Destination:
     from beam_pipeline.launch import preflight
 
     staging = config.staging_dataset
@@ -382,6 +387,7 @@ def _destination(config: Config, project: str) -> Destination:
         project,
         config.dataset,
         config.table_prefix,
+        billing_project=billing_project,
         staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
     )
 
@@ -628,7 +634,13 @@ def report(argv: Sequence[str] | None = None) -> int:
     options.add_tracking(ours)
     found = ours.parse_args(argv)
     project, dataset = options.dataset(ours, found)
-    config = Config(project=project, dataset=dataset, table_prefix=found.table_prefix, warehouse=found.warehouse)
+    config = Config(
+        project=found.project,
+        dataset_project=project,
+        dataset=dataset,
+        table_prefix=found.table_prefix,
+        warehouse=found.warehouse,
+    )
     return _exit_code(lambda: _report(config, found))
 
 
@@ -648,7 +660,8 @@ def _report(config: Config, found: argparse.Namespace) -> None:
             stack.enter_context(_warehouse(config.warehouse))
         if emulators.emulated():
             emulators.connect()
-        destination = _destination(config, config.project or bigquery.Client().project)
+        billing_project = config.project or config.dataset_project or bigquery.Client().project
+        destination = _destination(config, config.dataset_project or billing_project, billing_project)
         client = publication.make_client(destination)
         last = results.date_of(client, destination, found.later) if found.later else None
         told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)

@@ -16,7 +16,8 @@ from google.api_core.exceptions import GoogleAPICallError, PermissionDenied
 from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 from google.cloud.bigquery_storage_v1 import types as storage_types
 
-from beam_pipeline import emulators
+from beam_pipeline import credentials, emulators
+from beam_pipeline.bigquery.tables import split_name
 from beam_pipeline.comparison.measures import Rows
 from beam_pipeline.errors import BadVectorError, ConfigError
 
@@ -33,7 +34,7 @@ MOST_STREAMS = 1000
 def make_client() -> BigQueryReadClient:
     """Returns a client of the Storage Read API, or of the emulator's."""
     if not emulators.emulated():
-        return BigQueryReadClient()
+        return BigQueryReadClient(credentials=credentials.impersonated())
     import grpc
     from google.cloud.bigquery_storage_v1.services.big_query_read.transports import BigQueryReadGrpcTransport
 
@@ -47,6 +48,7 @@ def open_streams(
     fields: Sequence[str],
     restriction: str = "",
     most: int = MOST_STREAMS,
+    billing_project: str | None = None,
 ) -> list[str]:
     """Returns the names of streams that together hold the table's rows as of now.
 
@@ -56,11 +58,13 @@ def open_streams(
         fields: columns that are read.
         restriction: SQL condition on the rows.
         most: streams.
+        billing_project: which is billed, if it is not the table's.
 
     Raises:
         ConfigError: the permission is missing.
     """
-    project, dataset, name = table.split(".")
+    project, dataset, name = split_name(table)
+    billed = billing_project or project
     session = storage_types.ReadSession(
         table=f"projects/{project}/datasets/{dataset}/tables/{name}",
         data_format=storage_types.DataFormat.ARROW,
@@ -69,11 +73,11 @@ def open_streams(
         ),
     )
     try:
-        opened = client.create_read_session(parent=f"projects/{project}", read_session=session, max_stream_count=most)
+        opened = client.create_read_session(parent=f"projects/{billed}", read_session=session, max_stream_count=most)
     except PermissionDenied as error:
         raise ConfigError(
             f"this account may not read {table} through the Storage Read API ({error.message}); grant it "
-            f"roles/bigquery.readSessionUser on project {project} and roles/bigquery.dataViewer on the dataset"
+            f"roles/bigquery.readSessionUser on project {billed} and roles/bigquery.dataViewer on the dataset"
         ) from error
     except GoogleAPICallError as error:
         raise ConfigError(f"the Storage Read API does not answer for {table}: {error.message}") from error

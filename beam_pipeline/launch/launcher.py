@@ -13,13 +13,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import (
-    GoogleCloudOptions,
-    PipelineOptions,
-    SetupOptions,
-    StandardOptions,
-    WorkerOptions,
-)
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, StandardOptions
 from google.cloud import bigquery
 
 from beam_pipeline import __version__, command, credentials, emulators, errors, metrics, tag
@@ -32,7 +26,7 @@ from beam_pipeline.formats import open_artifact
 from beam_pipeline.launch import inspection, preflight, selection
 from beam_pipeline.launch.console import Terminal
 from beam_pipeline.launch.options import Config
-from beam_pipeline.pipeline import Job, build, build_nothing
+from beam_pipeline.pipeline import Job, build, submit_nothing
 from beam_pipeline.tracking import auth
 from beam_pipeline.training import Run
 
@@ -66,7 +60,7 @@ def run(config: Config) -> None:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
         emulators.connect_if_emulated()
-        project = _projects(config, cloud, terminal)
+        project = preflight.find_projects(cloud, config.dataset_project, terminal.billed)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
         destination = _find_destination(config, project, cloud.project)
@@ -87,7 +81,7 @@ def run(config: Config) -> None:
                 raise RunNotFoundError(f"none of {len(runs):,} runs of {config.experiment_name!r} has a model")
             terminal.nothing_to_do(len(found) - len(runs), len(runs))
             if cloud.template_location and not config.plan:
-                _submit_nothing(options, terminal, config.runner)
+                terminal.submitted(submit_nothing(options), config.runner)
             return
         what = Publication(
             destination=destination,
@@ -187,14 +181,6 @@ def _submit(pipeline: beam.Pipeline, name: str) -> Any:
         raise
 
 
-def _submit_nothing(options: PipelineOptions, terminal: Terminal, runner: str) -> None:
-    """Writes the job that a template's launcher has to write: without one, Dataflow reports the template as failed."""
-    options.view_as(WorkerOptions).num_workers = 1
-    pipeline = beam.Pipeline(options=options)
-    build_nothing(pipeline)
-    terminal.submitted(pipeline.run(), runner)
-
-
 def _run(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: Terminal, *, cancel: bool) -> None:
     """Runs the job and waits for it; cleans up after it if it fails.
 
@@ -254,24 +240,6 @@ def _beam_options(config: Config) -> PipelineOptions:
         if not os.path.isfile(setup.setup_file):
             raise ConfigError(f"--setup_file={setup.setup_file}: there is no such file; leave it out with an image")
     return options
-
-
-def _projects(config: Config, cloud: GoogleCloudOptions, terminal: Terminal) -> str:
-    """Returns the project of the tables; makes sure that Beam's options have one where jobs run and are billed.
-
-    One that was named is never changed: the tables may be in another, and a Flex Template must not change it.
-    """
-    if not cloud.project and config.dataset_project:
-        cloud.project = config.dataset_project
-        terminal.billed(cloud.project)
-    if not cloud.project and emulators.emulated():
-        cloud.project = emulators.PROJECT
-    if not cloud.project:
-        raise ConfigError(
-            "where to? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
-            "--temp_location=gs://BUCKET/FOLDER for BigQuery"
-        )
-    return config.dataset_project or str(cloud.project)
 
 
 _STEP = re.compile(r"(?: \[while running '[^']*'\])+$", re.MULTILINE)

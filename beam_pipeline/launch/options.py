@@ -150,6 +150,19 @@ def add_destination(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_beams(ours: argparse.ArgumentParser) -> None:
+    """Adds those of Beam's own flags that are checked here first; `beam_args` passes them on."""
+    ours.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
+    ours.add_argument("--project", help=argparse.SUPPRESS)
+    ours.add_argument("--impersonate_service_account", action="append", help=argparse.SUPPRESS)
+
+
+def beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: Sequence[str]) -> tuple[str, ...]:
+    """Returns the command line for Beam; exits 2 if accounts to impersonate are malformed."""
+    project = [f"--project={found.project}"] if found.project else []
+    return (*rest, *project, *_impersonation(ours, found.impersonate_service_account))
+
+
 def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
     """Returns the project that --dataset names, if it names any, and the dataset; exits 2 if they are malformed."""
     if found.project and not re.fullmatch(_PROJECT, found.project):
@@ -298,9 +311,7 @@ def parser() -> argparse.ArgumentParser:
         help="with PrismRunner, FlinkRunner or PortableRunner: the workers run on this machine, or mount its folders, "
         "so that they can read a model in a local folder",
     )
-    result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
-    result.add_argument("--project", help=argparse.SUPPRESS)
-    result.add_argument("--impersonate_service_account", action="append", help=argparse.SUPPRESS)
+    add_beams(result)
     return result
 
 
@@ -366,11 +377,7 @@ def parse(argv: Sequence[str]) -> Config:
         warehouse=found.warehouse,
         shared_files=found.shared_files,
         runner=found.runner,
-        beam_args=(
-            *rest,
-            *([f"--project={found.project}"] if found.project else []),
-            *_impersonation(ours, found.impersonate_service_account),
-        ),
+        beam_args=beam_args(ours, found, rest),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")

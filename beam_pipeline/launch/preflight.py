@@ -5,12 +5,13 @@ Checks do not stop at the first that fails: who is paged reads everything that i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
 from urllib.parse import quote
 
+from apache_beam.options.pipeline_options import GoogleCloudOptions
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery, storage
@@ -80,6 +81,32 @@ class Findings:
     def error(self) -> PipelineError | None:
         """The first of what keeps the job from going."""
         return next((line.error for line in self.lines if line.error), None)
+
+
+def find_projects(cloud: GoogleCloudOptions, dataset_project: str | None, billed: Callable[[str], None]) -> str:
+    """Returns the project of the tables; sees to it that Beam's options name one where jobs run and are billed.
+
+    One that was named is never changed: the tables may be in another, and a Flex Template must not change it.
+
+    Args:
+        cloud: Beam's options.
+        dataset_project: the project that --dataset names, if it names any.
+        billed: reports that this one is billed, where no other was named.
+
+    Raises:
+        ConfigError: none was named at all.
+    """
+    if not cloud.project and dataset_project:
+        cloud.project = dataset_project
+        billed(dataset_project)
+    if not cloud.project and emulators.emulated():
+        cloud.project = emulators.PROJECT
+    if not cloud.project:
+        raise ConfigError(
+            "where to? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
+            "--temp_location=gs://BUCKET/FOLDER for BigQuery"
+        )
+    return dataset_project or str(cloud.project)
 
 
 def find_destination(
@@ -163,8 +190,7 @@ def examine(
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
-    if destination.jobs_project != destination.project:
-        findings.ok("jobs", f"run in project {destination.jobs_project}, which is billed")
+    examine_billing(findings, destination)
     for run in (training.run for training in publication.trainings if training.run.status != "FINISHED"):
         findings.note("run", _unfinished(run))
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
@@ -188,6 +214,12 @@ def _unfinished(run: Run) -> str:
     if run.status in ("RUNNING", "SCHEDULED"):
         return f"{run.run_id} is {run.status}: start the job again if it logs its model again before it ends"
     return f"{run.run_id} is {run.status}: make sure that its model is the one to publish"
+
+
+def examine_billing(findings: Findings, destination: Destination) -> None:
+    """Adds where jobs run, if that is not where the tables are."""
+    if destination.jobs_project != destination.project:
+        findings.ok("jobs", f"run in project {destination.jobs_project}, which is billed")
 
 
 def _examine_table(
