@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import Store
 from job import MARCH_1
 from mlflow.tracking import MlflowClient
+from store import Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GCP = ROOT / "tests" / "gcp"
 TIMEOUTS = """
 import sys

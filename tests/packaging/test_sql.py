@@ -22,7 +22,7 @@ from beam_pipeline.launch.options import IF_TAKEN
 from beam_pipeline.reading.tally import Tally
 from beam_pipeline.training import Run, Training
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DESTINATION = Destination("p", "raw_prod", "EU", "two_tower")
 TOWERS = ("user", "item")
 RUN = Run("0123abcd", "it's; DROP `x` -- é", "7", "two tower's", date(2026, 3, 1), "gs://b/a")

@@ -1,6 +1,6 @@
 """Mutates real models and reads them as the job does: right rows or a named error, in bounded time and memory.
 
-    python tests/fuzz.py [--number=20000] [--seed=1] [--format=saved_model|keras] [--first=0] [--models DIR …]
+    python tests/support/fuzz.py [--number=20000] [--seed=1] [--format=saved_model|keras] [--first=0] [--models DIR …]
 
 runs that many mutations of each format in child processes, two at a time, and prints what came of them; exit 1 if one
 of them crashed, hung, took too much memory or gave wrong rows. A mutation is made from (seed, format, number) and the

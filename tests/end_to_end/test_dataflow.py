@@ -36,7 +36,7 @@ from beam_pipeline.launch.options import parse
 from beam_pipeline.reading import pieces
 from beam_pipeline.training import Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGE = "europe-docker.pkg.dev/my-project/images/beam_pipeline:1"
 # Made here: setuptools puts tests into the package that is staged, and what is written in them with it.
 SECRETS = [uuid.uuid4().hex for _ in range(3)]

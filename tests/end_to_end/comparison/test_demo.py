@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from beam_pipeline.launch.launcher import launch
 from beam_pipeline.launch.options import parse
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PLANTED = "item-jazz-007"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from job import MARCH_1, refused
 from mlflow.tracking import MlflowClient
+from models import SUPPORT
 
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.keras.reader import KerasFile
@@ -68,7 +69,7 @@ def test_on_cloud_storage(job, store, keras_files):
 
 def test_logged_by_mlflow_tensorflow_log_model(job, store, keras_files):
     folder = keras_files("functional").folder
-    script = Path(__file__).parent / "make_keras_files.py"
+    script = SUPPORT / "make_keras_files.py"
     command = [sys.executable, str(script), str(folder.parent), folder.name, store.uri, store.experiment_id]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,7 @@ from worlds import rotation, towers, turned
 from beam_pipeline.comparison.command import parser
 from beam_pipeline.comparison.tables import COMPARISON_SCHEMA
 
-TEXT = (Path(__file__).parents[2] / "docs/comparison.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[3] / "docs/comparison.md").read_text(encoding="utf-8")
 
 
 def test_recipes(history):

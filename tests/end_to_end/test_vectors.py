@@ -3,17 +3,15 @@
 import json
 
 import pytest
-from conftest import made_by
 from job import MARCH_1, MARCH_2, refused
+from models import made_by
 
 from beam_pipeline.launch.launcher import launch
 
 
 @pytest.fixture(scope="module")
-def tails(tmp_path_factory):
-    return made_by(
-        "make_tails.py", tmp_path_factory, "dense", "normalised", "concatenated", "mean_of_a_list", "same_ids"
-    )
+def tails():
+    return made_by("make_tails.py", "dense", "normalised", "concatenated", "mean_of_a_list", "same_ids")
 
 
 def report(capsys, check):

@@ -1,8 +1,8 @@
 """SavedModels whose calls alone say which lookup feeds which embedding: exported ones, and Functional ones of Keras 2."""
 
 import pytest
-from conftest import made_by
 from job import MARCH_1, refused
+from models import made_by
 
 from beam_pipeline.errors import TowerMissingError
 from beam_pipeline.files import open_file
@@ -11,8 +11,8 @@ from beam_pipeline.reading import pieces
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    return made_by("make_exported_models.py", tmp_path_factory)
+def exported():
+    return made_by("make_exported_models.py")
 
 
 def asked(user, item):

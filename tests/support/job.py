@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import threading
+import time
 from datetime import UTC, datetime
 
 from beam_pipeline.bigquery.tables import Destination
@@ -102,3 +104,44 @@ def refused(job, capsys, run_id, *flags):
     assert lines[-1].startswith("error: ")
     assert job.tables() == before
     return lines[-1]
+
+
+def error_of(done):
+    """Returns the one line that a failed job ends with."""
+    assert done.returncode == 1, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+class Reader:
+    """Asks for both towers in one query, again and again, and keeps every answer.
+
+    Attributes:
+        seen: {(users, items) of the run}, as numbers of rows.
+    """
+
+    def __init__(self, job, run_id):
+        self._job, self._run_id = job, run_id
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+        self.seen = set()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self._over.set()
+        self._thread.join()
+
+    def _read(self):
+        counts = ", ".join(
+            f"(SELECT COUNT(*) FROM {{{tower}}} WHERE mlflow_run_id = '{self._run_id}')" for tower in ("user", "item")
+        )
+        while not self._over.is_set():
+            try:
+                self.seen.update(self._job.query(f"SELECT {counts}"))
+            except Exception as error:
+                if not re.search("not found|does not exist", str(error), re.IGNORECASE):
+                    raise
+            time.sleep(0.05)

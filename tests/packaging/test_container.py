@@ -19,7 +19,7 @@ from job import MARCH_1
 
 from beam_pipeline.launch.options import parse, parser
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOCK = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 STANDS_IN = """#!/bin/sh
 printf '%s\\n' "$0" "$@"

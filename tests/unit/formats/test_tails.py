@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import made_by
+from models import SUPPORT, made_by
 
 from beam_pipeline.errors import NotAModelError, TowerMissingError
 from beam_pipeline.files import open_file
@@ -49,16 +49,15 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return made_by("make_tails.py", tmp_path_factory)("").folder
+def folder():
+    return made_by("make_tails.py")("").folder
 
 
 def names():
     """Names of the models, without the libraries that make them: CI's and a person's `-k` should see them."""
     import re
-    from pathlib import Path
 
-    script = (Path(__file__).parents[1] / "make_tails.py").read_text()
+    script = (SUPPORT / "make_tails.py").read_text()
     found = re.findall(r'^    "(\w+)": (?:after_both|of_module|functional|subclassed)\(', script, re.MULTILINE)
     found += re.findall(r"^@(?:model|refused)\ndef (\w+)", script, re.MULTILINE)
     return sorted([*found, *(f"exported_{name}" for name in found if name.startswith("functional"))])

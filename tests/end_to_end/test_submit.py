@@ -1,4 +1,4 @@
-"""The launch on Dataflow, up to the job's id, against a small Dataflow; what runs there is tests/test_job.py's."""
+"""The launch on Dataflow, up to the job's id, against a small Dataflow; what runs there is test_job.py's."""
 
 import os
 import subprocess

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Model
 from job import MARCH_1, refused
+from models import Model
 
 from beam_pipeline.errors import NotAModelError
 from beam_pipeline.files import open_file
