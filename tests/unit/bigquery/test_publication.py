@@ -1,4 +1,4 @@
-"""Publishing against the answers of a real BigQuery; what emulators can run is in test_job.py."""
+"""Publishing against the answers of a real BigQuery; what emulators can run is in tests/end_to_end."""
 
 import dataclasses
 import json
