@@ -6,11 +6,16 @@ import shutil
 import signal
 
 import pytest
+from hypothesis import settings
 from models import Model, made_by
 from store import Store
 
 # A shell starts what it runs in the background (`make test &`) deaf to Ctrl-C, and so would be all jobs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Parallel workers share processors with emulators and jobs: a slow example says nothing of the code.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

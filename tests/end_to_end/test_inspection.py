@@ -2,12 +2,10 @@
 
 import re
 
-import pytest
 from job import MARCH_1, refused
 
 from beam_pipeline.launch.launcher import launch
 from beam_pipeline.launch.options import parse
-from beam_pipeline.launch.selection import discover
 
 
 def test_inspect_prints_every_tower_and_needs_no_destination(store, models, capsys, monkeypatch):
@@ -54,22 +52,3 @@ def test_three_towers_are_listed_and_none_is_taken(job, store, models, capsys):
     assert re.search("layers that are towers: city_tower, item_tower, user_tower; choose with --tower", line)
     assert job.run(run, "--tower=user=user_tower", "--tower=item=item_tower") == 0
     assert job.rows("item") == {("2026-03-01", run): models("three").rows("item")}
-
-
-@pytest.mark.parametrize(
-    ("layers", "towers"),
-    [
-        (["item_layer", "user_layer"], {"user": "user_layer", "item": "item_layer"}),
-        (["city", "item_layer", "user_layer"], {"user": "user_layer", "item": "item_layer"}),
-        (["ItemTower", "UserTower"], {"user": "UserTower", "item": "ItemTower"}),
-        (["candidate", "query"], {"user": "query", "item": "candidate"}),
-        (["user_a", "user_b"], None),
-        (["user_item", "item"], None),
-        (["a", "b"], None),
-        (["user", "item", "city"], None),
-        (["user"], None),
-        ([], None),
-    ],
-)
-def test_what_is_taken_for_the_towers(layers, towers):
-    assert discover(layers) == towers

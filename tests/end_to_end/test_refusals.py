@@ -4,8 +4,8 @@ import json
 import shutil
 from datetime import UTC, datetime
 
-import numpy as np
 import pytest
+from damage import data_file, flip, overwrite_vector, rewrite_items
 from job import MARCH_1, refused
 
 from beam_pipeline.launch.launcher import launch
@@ -79,8 +79,37 @@ def test_a_tower_that_is_not_there(job, store, models, capsys):
     assert "item_layer, user_layer" in line
 
 
-def data_file(model):
-    return next((model.folder / "variables").glob("*.data-*"))
+# Every damaged byte, value and id is in tests/unit/reading/test_damages.py; a job for each kind.
+
+
+def test_weights_that_do_not_match_their_checksum(job, store, damaged, capsys, monkeypatch):
+    monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", 1000)
+    model = damaged("plain")
+    flip(model, 60_000)
+    line = refused(job, capsys, store.log(model, "flipped", MARCH_1))
+    assert "do not match the checkpoint's crc32c" in line
+
+
+def test_a_value_that_is_not_finite(job, store, damaged, capsys):
+    model = damaged("plain")
+    overwrite_vector(model, 8, float("nan"))
+    line = refused(job, capsys, store.log(model, "diverged", MARCH_1))
+    assert "tower 'item': the vector of id 'item 7' (row 8) holds NaN or infinity" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ids: [*ids[:9], b"", *ids[10:]], "the id of row 10 is empty"),
+        # BigQuery finds this one.
+        (lambda ids: [*ids[:9], ids[3], *ids[10:]], "id 'item 3' appears 2 times in the vocabulary"),
+    ],
+)
+def test_bad_ids(job, store, damaged, capsys, change, words):
+    model = damaged("plain")
+    rewrite_items(model, change)
+    line = refused(job, capsys, store.log(model, "bad ids", MARCH_1))
+    assert f"tower 'item': {words}" in line
 
 
 def test_truncated_weights(job, store, damaged, capsys):
@@ -117,56 +146,6 @@ def test_a_bad_index(job, store, damaged, capsys, what):
         index.write_bytes(index.read_bytes()[:-1] + b"\0")
     line = refused(job, capsys, store.log(model, what, MARCH_1))
     assert "variables.index " + ("does not exist" if what == "missing" else "is not a checkpoint index") in line
-
-
-@pytest.mark.parametrize("at", [0, 5_000, 60_000, 160_000])
-@pytest.mark.parametrize("piece_bytes", [16 << 20, 1000])
-def test_weights_that_do_not_match_their_checksum(job, store, damaged, capsys, monkeypatch, at, piece_bytes):
-    monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", piece_bytes)
-    model = damaged("plain")
-    data = bytearray(data_file(model).read_bytes())
-    data[at] ^= 1
-    data_file(model).write_bytes(data)
-    line = refused(job, capsys, store.log(model, "flipped", MARCH_1))
-    assert "do not match the checkpoint's crc32c" in line
-
-
-def overwrite_vector(model, row, value):
-    """Writes a value into the item matrix, the second of the file, checksum and all left as they are."""
-
-    data = bytearray(data_file(model).read_bytes())
-    start = 3016 * 8 * 4 + row * 8 * 4 + 12
-    data[start : start + 4] = np.float32(value).tobytes()
-    data_file(model).write_bytes(data)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite(job, store, damaged, capsys, value):
-    model = damaged("plain")
-    overwrite_vector(model, 8, value)
-    line = refused(job, capsys, store.log(model, "diverged", MARCH_1))
-    assert "tower 'item': the vector of id 'item 7' (row 8) holds NaN or infinity" in line
-
-
-def rewrite_items(model, change):
-    path = model.folder / "assets" / "items.txt"
-    path.write_bytes(b"\n".join(change(path.read_bytes().split(b"\n")[:-1])) + b"\n")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda ids: [*ids, b"one more"], "id 'one more' has row 2,015, but the matrix has only 2,015 rows"),
-        (lambda ids: [*ids[:9], b"", *ids[10:]], "the id of row 10 is empty"),
-        (lambda ids: [*ids[:9], ids[3], *ids[10:]], "id 'item 3' appears 2 times in the vocabulary"),
-        (lambda ids: [*ids[:9], b"\xff\xfe", *ids[10:]], "id '\\\\xff\\\\xfe' (row 10) is not UTF-8"),
-    ],
-)
-def test_bad_ids(job, store, damaged, capsys, change, words):
-    model = damaged("plain")
-    rewrite_items(model, change)
-    line = refused(job, capsys, store.log(model, "bad ids", MARCH_1))
-    assert f"tower 'item': {words}" in line
 
 
 def test_fewer_ids_than_rows_is_fine(job, store, damaged):

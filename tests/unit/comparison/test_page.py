@@ -4,20 +4,19 @@ import re
 import shutil
 import subprocess
 from datetime import date, timedelta
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import worlds
+from pages import NASTY, checked
 
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison import measures, page, results, values
+from beam_pipeline.comparison import measures, page, values
 from beam_pipeline.comparison.results import Result
 from beam_pipeline.comparison.tables import COMPARISON_SCHEMA, Pair, Trained
 from beam_pipeline.comparison.work import Comparison, Facts, Joined, Measured
 
 DESTINATION = Destination("my-project", "raw_prod", "EU", "two_tower")
-NASTY = "<script>alert('x')</script> $x_1$ \u202e&amp;"
 
 
 def rows(number, after, ids=("user-{}", "item-{}"), labels=None):
@@ -63,37 +62,6 @@ def history_of(count, **options):
             earlier[tower].append(row["score_change_p99"])
             farthest[tower].append(row["most_moved"][0]["score_change"])
     return found
-
-
-class Checker(HTMLParser):
-    """Collects what a page must not have: tags that were opened and not closed, and anything that asks the network."""
-
-    VOID = ("meta", "br", "link", "img", "use", "path", "rect", "circle")
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.attributes = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-
-def checked(html):
-    checker = Checker()
-    checker.feed(html)
-    assert checker.open == []
-    return checker
 
 
 def test_a_page_has_no_script_and_asks_nobody():
@@ -196,23 +164,3 @@ def test_a_browser_renders_it(tmp_path, browser):
     printed = tmp_path / "page.pdf"
     browser(path, f"--print-to-pdf={printed}")
     assert printed.read_bytes().startswith(b"%PDF")
-
-
-def test_from_the_tables_alone(history, tmp_path, capsys):
-    """What the job writes at its end, a command writes later."""
-    for number in range(3):
-        made = {t: v + 0.1 * number for t, v in worlds.towers(users=90, items=80).items()}
-        ids = {"item": [f"{NASTY} {n}" for n in range(80)]}
-        history.publish(f"2026-03-0{number + 1}", f"r{number}", made, ids=ids)
-    assert history.report(f"--output={tmp_path}/none.html") == 1
-    assert "there is no comparison up to" in capsys.readouterr().err
-    assert history.compare("--all", f"--report={tmp_path}/job.html") == 0
-    assert history.report(f"--output={tmp_path}/later.html") == 0
-    assert (tmp_path / "job.html").read_text() == (tmp_path / "later.html").read_text()
-    assert history.report("--to=r1", f"--output={tmp_path}/first.html") == 0
-    assert "runs <code>r0</code> → <code>r1</code> · 1 pair in" in (tmp_path / "first.html").read_text()
-    assert history.report("--to=r9", f"--output={tmp_path}/none.html") == 1
-    assert "--to=r9: there is no comparison of that run" in capsys.readouterr().err
-    checked((tmp_path / "job.html").read_text())
-    assert {path.name for path in tmp_path.iterdir()} == {"job.html", "later.html", "first.html"}
-    assert results.find_results(history.client, history.destination)[-1].values["mlflow_run_id"] == "r2"
