@@ -67,7 +67,7 @@ test: $(VENV)
 NUMBER ?= 20000
 SEED ?= 1
 fuzz: $(VENV)
-	$(BIN)/python tests/fuzz.py --number=$(NUMBER) --seed=$(SEED)
+	$(BIN)/python tests/support/fuzz.py --number=$(NUMBER) --seed=$(SEED)
 
 $(AIRFLOW_VENV): tests/airflow/constraints.txt
 	@echo 'Setting up .venv-airflow: two minutes, once.'
@@ -109,4 +109,4 @@ test-gcp: gcp-variables $(VENV)
 		$(BIN)/python -m pytest tests/gcp
 
 clean:
-	rm -rf .venv .venv-airflow .venv-lock demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-airflow .venv-lock .cache demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

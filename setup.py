@@ -81,6 +81,8 @@ setup(
             "pytest>=8",
             # A job that hangs (a client that retries for minutes) fails with a stack trace instead.
             "pytest-timeout>=2.3",
+            # Whole jobs wait for emulators and processes: two workers take little more than half of the time.
+            "pytest-xdist>=3.6",
             # Property tests of the format readers and the chunking.
             "hypothesis>=6",
             # Google's own parser and analyzer of BigQuery's SQL, for every statement of the job. Exact: somebody else's
