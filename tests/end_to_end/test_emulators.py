@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
-from job import DESTINATION_TABLES
+from job import DESTINATION_TABLES, MARCH_1
 
 from beam_pipeline import emulators
 from beam_pipeline.errors import WarehouseError
@@ -165,6 +165,33 @@ def test_nothing_is_active_without_it():
         "assert 'googleapis.com' in BigqueryV2.BASE_URL\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_beams_client_connects_its_process(warehouse):
+    code = (
+        "from beam_pipeline import emulators; client = emulators.beam_client()\n"
+        "import google.auth; print(client.url, type(google.auth.default()[0]).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"{warehouse.bigquery_url}/bigquery/v2/", "AnonymousCredentials"]
+
+
+def test_without_emulators_beam_has_its_own_client(monkeypatch):
+    monkeypatch.delenv("BIGQUERY_EMULATOR_HOST", raising=False)
+    assert emulators.beam_client() is None
+
+
+@pytest.mark.parametrize("writer", ["columnar", "rows"])
+def test_workers_in_other_processes(job, store, models, writer):
+    """They find the emulators by the environment alone."""
+    run = store.log(models("plain"), "plain", MARCH_1)
+    flags = ["--direct_running_mode=multi_processing", "--direct_num_workers=2", f"--writer={writer}"]
+    done = job.subprocess(run, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
+    assert "rows        " not in done.stdout  # This process sees nothing of them
+    assert "done        in " in done.stdout.splitlines()[-1]
+    assert "first vectors" not in done.stdout
 
 
 def test_the_job_in_a_folder_of_its_own(tmp_path, store, models):

@@ -167,6 +167,10 @@ def test_a_local_artifact_on_a_distributed_runner(job, store, models, capsys):
     run = store.log(models("longer"), "longer", MARCH_1)
     line = refused(job, capsys, run, "--runner=DataflowRunner", "--region=europe-west1")
     assert "DataflowRunner cannot read the local folder" in line
+    assert "--shared_files" not in line
+    line = refused(job, capsys, run, "--runner=FlinkRunner")
+    assert "FlinkRunner cannot read the local folder" in line
+    assert "--shared_files if the workers can read it, or --runner=DirectRunner" in line
 
 
 def test_no_destination(store, models, capsys, monkeypatch):

@@ -106,6 +106,12 @@ def twice(retrying):
 
 
 @pytest.fixture(scope="session")
+def elsewhere(pool):
+    """Whatever job service is running at BEAM_PIPELINE_JOB_ENDPOINT, such as that of a Flink cluster."""
+    return ["--runner=PortableRunner", f"--job_endpoint={os.environ['BEAM_PIPELINE_JOB_ENDPOINT']}", *pool]
+
+
+@pytest.fixture(scope="session")
 def multi_processing():
     """DirectRunner with two worker processes."""
     return ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]

@@ -36,7 +36,9 @@ def step(method, path, body):
             return "load"
         if '"copy"' in text:
             return "copy"
-        return "publish" if "BEGIN TRANSACTION" in text else "query"
+        if "BEGIN TRANSACTION" in text:
+            return "publish"
+        return "audit" if "_staging_" in text else "query"
     if re.search(r"^GET .*/jobs/beam_bq_job", kind):
         return "wait"
     if re.search(r"^GET .*/(jobs|queries)/publish_", kind):
@@ -131,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         found = step(self.command, self.path, body)
         pid = owner(self.client_address[1], traffic.workers()) if found else None
-        job = self._job_id(body) if found in ("load", "copy", "publish", "query") else None
+        job = self._job_id(body) if found in ("load", "copy", "publish", "audit", "query") else None
         with traffic.lock:
             traffic.steps.append(found)
             again = job is not None and job in traffic.used
@@ -156,8 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
                 traffic.loaded += re.findall(r"gs://[^\"]+", body.decode())
         traffic.after(found, pid)
         kept = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP}
-        if "Location" in kept:
-            kept["Location"] = kept["Location"].replace(target, self.headers["Host"])
+        # The emulators name themselves in links to uploads and downloads.
+        kept = {name: value.replace(target, self.headers["Host"]) for name, value in kept.items()}
+        if content.startswith(b"{"):
+            content = content.replace(target.encode(), self.headers["Host"].encode())
         self._send(answer.status, kept, content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer

@@ -48,7 +48,16 @@ def test_everything():
     assert dict(config.towers) == {"film": "films", "user": "a.b"}
     assert (config.project, config.dataset) == ("other-project", "my_data")
     assert not config.local
+    assert not config.waits
+    assert not config.reads_local_files
     assert {"--region", "--labels", "--temp_location", "--project=p1"} <= {*config.beam_args}
+
+
+@pytest.mark.parametrize("runner", ["PrismRunner", "FlinkRunner", "PortableRunner"])
+def test_the_launcher_waits_for_a_portable_runner(runner):
+    config = parse(["--run_id=1", f"--runner={runner}", "--job_endpoint=localhost:8099"])
+    assert (config.local, config.waits, config.reads_local_files) == (False, True, False)
+    assert parse(["--run_id=1", f"--runner={runner}", "--shared_files"]).reads_local_files
 
 
 @pytest.mark.parametrize(
@@ -66,6 +75,9 @@ def test_everything():
         (["--run_id=1", "extra"], "unknown flag extra"),
         (["--run_id=1", "--if_partition_taken=maybe"], "invalid choice: 'maybe'"),
         (["--run_id=1", "--env=live"], "invalid choice: 'live'"),
+        (["--run_id=1", "--shared_files"], "--shared_files is for PrismRunner, FlinkRunner, PortableRunner; leave it"),
+        (["--run_id=1", "--runner=DataflowRunner", "--shared_files"], "leave it out with DataflowRunner"),
+        (["--run_id=1", "--runner=PrismRunner", "--warehouse=w"], "--warehouse runs with DirectRunner only"),
         (["--run_id=1", "--tower=user"], "--tower='user': NAME=LAYER"),
         (["--run_id=1", "--tower=User=a"], "--tower='User=a': NAME=LAYER"),
         (["--run_id=1", "--tower=a=b", "--tower=a=c"], "tower 'a' is named twice"),
