@@ -274,7 +274,7 @@ def test_no_vectors_have_no_length(cloud):
 
 def bucket(cloud, what=WHAT):
     findings = Findings()
-    preflight._examine_bucket(findings, what)
+    preflight.examine_bucket(findings, what.bucket, what.destination, what.kms_key)
     return findings
 
 

@@ -33,4 +33,4 @@ def test_recipes(history):
 def test_flags_and_columns_that_are_named_exist():
     flags = {flag for action in parser()._actions for flag in action.option_strings}
     assert {*re.findall(r"`(--[a-z_]+)", TEXT)} <= flags
-    assert {"groups", "rotation"} <= {column.name for column in COMPARISON_SCHEMA}
+    assert {"by_group", "rotation"} <= {column.name for column in COMPARISON_SCHEMA}
