@@ -19,6 +19,7 @@ setup(
     description="Historizes the embeddings of a two-tower model in BigQuery.",
     packages=find_packages(include=["beam_pipeline", "beam_pipeline.*"]),
     package_data={"beam_pipeline": ["py.typed"], "beam_pipeline.comparison": ["page.html.jinja"]},
+    license="Apache-2.0",
     python_requires=">=3.11",
     install_requires=[
         # The pipeline itself; `gcp` brings the Dataflow runner, gs:// files and WriteToBigQuery. One minor version:

@@ -275,7 +275,7 @@ def test_five_million_ids_make_the_same_small_job(staged, job, store, damaged):
     }
 
 
-def test_the_readme_tells_how_many_pieces_there_are(tmp_path):
+def test_the_page_says_how_many_pieces_there_are(tmp_path):
     """Cut as on Dataflow; what a piece costs to send is what it weighs pickled."""
     count = 5_000_000
     (tmp_path / "ids").write_bytes(b"".join(b"user-%09d\n" % i for i in range(count)))
@@ -284,8 +284,8 @@ def test_the_readme_tells_how_many_pieces_there_are(tmp_path):
     found = [*pieces.cut(tower, open_file, pieces.PIECE_BYTES)]
     assert (len(found), found[0].rows) == (153, 32_768)
     assert max(len(pickle.dumps(piece)) for piece in found) < 300
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "8 MB of vectors, 32,768 rows of 64 floats: 5 million rows make 153 pieces, 100 million 3,052" in readme
+    page = (ROOT / "docs/dataflow.md").read_text(encoding="utf-8")
+    assert "8 MB of vectors, 32,768 rows of 64 floats: 5 million rows make 153 pieces, 100 million 3,052" in page
     assert -(-100_000_000 // 32_768) == 3_052
 
 

@@ -52,7 +52,7 @@ def peak(tmp_path, rows):
 
 
 def test_a_worker_holds_a_few_pieces(tmp_path):
-    """The bound in the README: 100 MB per thread above the imports, whatever the rows."""
+    """The bound in docs/scale.md: 100 MB per thread above the imports, whatever the rows."""
     small, large = peak(tmp_path, 1_000), peak(tmp_path, 1_000_000)
     assert large - small < 100
 

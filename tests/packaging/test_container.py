@@ -319,9 +319,9 @@ def test_a_parameters_regex_takes_what_the_command_line_takes(name, good, bad):
         assert not re.match(regex, value), value
 
 
-def test_the_readmes_template_has_these_parameters():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (given,) = re.findall(r"--parameters=(run_id=\S+)", readme)
+def test_the_template_on_the_page_has_these_parameters():
+    page = (ROOT / "docs/dataflow.md").read_text(encoding="utf-8")
+    (given,) = re.findall(r"--parameters=(run_id=\S+)", page)
     names = [pair.split("=")[0] for pair in given.split(",")]
     assert {*names} - {*PARAMETERS} == set()
     assert {*names} >= BEAMS
