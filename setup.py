@@ -19,6 +19,8 @@ setup(
     description="Historizes the embeddings of a two-tower model in BigQuery.",
     packages=find_packages(include=["beam_pipeline", "beam_pipeline.*"]),
     package_data={"beam_pipeline": ["py.typed"], "beam_pipeline.comparison": ["page.html.jinja"]},
+    # Beside `python -m beam_pipeline`, which needs no script on the path.
+    entry_points={"console_scripts": ["beam-pipeline = beam_pipeline.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         # The pipeline itself; `gcp` brings the Dataflow runner, gs:// files and WriteToBigQuery. One minor version:
