@@ -19,8 +19,6 @@ def test_everything():
             "two_tower",
             "--run_name",
             "weekly",
-            "--env",
-            "prod",
             "--dataset",
             "other-project.my_data",
             "--tower",
@@ -89,6 +87,12 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--partition_expiration_days=0"], "at least 1"),
         (["--run_id=1", "--warehouse=w", "--runner=DataflowRunner"], "--warehouse runs with DirectRunner only"),
         (["--run_id=1", "--warehouse=w", "--env=prod"], "--warehouse is for the laptop"),
+        (["--run_id=1", "--env=dev", "--dataset=d"], "--env=dev is dataset raw_dev and --dataset=d another"),
+        (["--run_id=1", "--plan", "--inspect"], "--inspect stops before anything that --plan shows"),
+        (
+            ["--run_id=1", "--tag_run", "--runner=DataflowRunner"],
+            "this process does not wait for DataflowRunner; leave it out and run python -m beam_pipeline.tag afterwards",
+        ),
     ],
 )
 def test_misuse_is_one_line_and_exit_2(capsys, flags, words):
@@ -98,6 +102,17 @@ def test_misuse_is_one_line_and_exit_2(capsys, flags, words):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+    assert error.endswith("; see python -m beam_pipeline --help\n")
+
+
+def test_env_names_the_dataset_and_no_other_flag_has_to():
+    assert (parse(["--run_id=1"]).env, parse(["--run_id=1"]).dataset) == ("dev", "raw_dev")
+    assert (parse(["--run_id=1", "--env=stg"]).env, parse(["--run_id=1", "--env=stg"]).dataset) == ("stg", "raw_stg")
+
+
+@pytest.mark.parametrize("runner", ["DirectRunner", "PrismRunner", "FlinkRunner"])
+def test_runs_are_tagged_where_this_process_waits(runner):
+    assert parse(["--run_id=1", "--tag_run", f"--runner={runner}"]).tag_run
 
 
 def test_beams_flags_in_any_form(capsys):
