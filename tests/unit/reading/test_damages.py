@@ -81,8 +81,9 @@ def test_bad_ids(damaged, change, words):
 @pytest.mark.parametrize("piece_bytes", PIECE_BYTES)
 def test_a_damaged_byte_of_a_keras_file(keras_files, tmp_path, where, piece_bytes):
     path = Path(shutil.copy(keras_files("functional").folder / "model.keras", tmp_path))
-    towers = {side: KerasFile(str(path), open_file).tower(side, f"{side}_embedding") for side in ("user", "item")}
+    artifact = KerasFile(str(path), open_file)
+    towers = {side: artifact.tower(side, f"{side}_embedding") for side in ("user", "item")}
     flip_keras(path, towers, where)
     checked = "their crc32" if where == "vocabulary" else "the checkpoint's crc32"
     with pytest.raises(PipelineError, match=f"do not match {checked}; the file was damaged"):
-        audit_towers([KerasFile(str(path), open_file).tower(side, f"{side}_embedding") for side in towers], piece_bytes)
+        audit_towers(pieces.cover([*towers.values()]), piece_bytes)
