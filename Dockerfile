@@ -40,5 +40,7 @@ ENV RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1 PYTHONUNBUFFERED=1 HOME=/tmp
 # No USER: on Dataflow both programs need root, boot for folders that are mounted as root's, the template launcher for
 # its log below /var/log. Where Dataflow is only called, nobody is enough: docker run --user=nobody --entrypoint=python.
 
-# Dataflow starts workers with the endpoints of its Fn API, and a Flex Template's launcher without.
-ENTRYPOINT ["/bin/sh", "-c", "case \"$*\" in *-control_endpoint*|*-worker_pool*) exec /opt/apache/beam/boot \"$@\";; *) exec /opt/google/dataflow/python_template_launcher \"$@\";; esac", "entrypoint"]
+# A worker is started with --id and --provision_endpoint, which are all that boot requires; its other modes are
+# --worker_pool and --setup_only (sdks/python/container/boot.go). A Flex Template's launcher gets none of these. Go takes
+# flags with one dash or two.
+ENTRYPOINT ["/bin/sh", "-c", "for word in \"$@\"; do case \"$word\" in -id|-id=*|--id|--id=*|-provision_endpoint*|--provision_endpoint*|-worker_pool*|--worker_pool*|-setup_only*|--setup_only*) exec /opt/apache/beam/boot \"$@\";; esac; done; exec /opt/google/dataflow/python_template_launcher \"$@\"", "entrypoint"]

@@ -83,6 +83,9 @@ setup(
             "pytest-timeout>=2.3",
             # Property tests of the format readers and the chunking.
             "hypothesis>=6",
+            # Google's own parser and analyzer of BigQuery's SQL, for every statement of the job. Exact: somebody else's
+            # build of it.
+            "zetasql==0.1.5",
             # What the rotation between two trainings is compared with.
             "scipy>=1.11",
         ],

@@ -2,10 +2,10 @@
 
 import sys
 
-from beam_pipeline.options import parse
+from beam_pipeline.launch.options import parse
 
 if __name__ == "__main__":
     config = parse(sys.argv[1:])
-    from beam_pipeline.launcher import launch  # Takes seconds: --help and misspelt flags are answered before.
+    from beam_pipeline.launch.launcher import launch  # Takes seconds: --help and misspelt flags are answered before.
 
     raise SystemExit(launch(config))

@@ -25,6 +25,10 @@ class ArtifactMissingError(PipelineError):
     """The run's artifact folder, or a file that belongs to it, does not exist."""
 
 
+class UnfinishedUploadError(ArtifactMissingError):
+    """MLflow knows the model, but not that all of its files were uploaded."""
+
+
 class NotAModelError(PipelineError):
     """The folder exists but does not hold a model in a format that can be read."""
 
@@ -43,6 +47,10 @@ class ChecksumError(CorruptFileError):
 
 class TowerMissingError(PipelineError):
     """The model has no such tower, or the layer holds no single lookup and embedding."""
+
+
+class VectorNotServedError(PipelineError):
+    """The rows of a tower's embedding are not the vectors that the model serves."""
 
 
 class BadIdError(PipelineError):

@@ -17,7 +17,7 @@ _first: dict[str, float] = {}
 
 
 def count(name: str, amount: int) -> None:
-    """Adds to a counter: `read-rows`, `read-bytes` or `write-rows-TOWER`."""
+    """Adds to a counter: `read-rows`, `read-bytes`, `write-rows-TOWER` or `not-deleted`."""
     Metrics.counter(NAMESPACE, name).inc(amount)
     with _lock:
         _here[name] += amount

@@ -12,11 +12,14 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.typehints.decorators import no_annotations
 
-from beam_pipeline import publication, transforms
-from beam_pipeline.publication import Publication, Tallies
-from beam_pipeline.runs import Training
-from beam_pipeline.transforms import ReadTower, Report, Tally
-from beam_pipeline.writing import WriteStaging
+from beam_pipeline import emulators
+from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery.publication import Publication, Tallies
+from beam_pipeline.bigquery.staging import WriteStaging
+from beam_pipeline.reading import transforms
+from beam_pipeline.reading.tally import Report, Tally, tally
+from beam_pipeline.reading.transforms import ReadTower
+from beam_pipeline.training import Training
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class _StepFn(beam.DoFn):
         }
 
     def setup(self) -> None:
+        emulators.connect_if_emulated()
         self._client = publication.make_client(self._publication.destination)
 
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
@@ -102,7 +106,7 @@ def _new_launch(token: str) -> str:
 
 
 def _check(_: None, trainings: Sequence[Training], reports: Iterable[Report]) -> dict[tuple[str, str], Tally]:
-    return transforms.tally(reports, trainings)
+    return tally(reports, trainings)
 
 
 def _audit(client: Any, what: Publication, launch: str, tallies: Tallies, *_waited_for: Any) -> None:

@@ -8,15 +8,19 @@ MLflow; there this command reads the log afterwards:
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import bigquery
 
-from beam_pipeline import emulators, identity, options, preflight, publication, runs, tables
-from beam_pipeline.errors import PipelineError, PublishError
-from beam_pipeline.tables import Destination
+from beam_pipeline import command, emulators
+from beam_pipeline.bigquery import publication, tables
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.errors import ConfigError, PublishError
+from beam_pipeline.launch import options, preflight
+from beam_pipeline.tracking import auth, runs
 
 
 def tag(client: bigquery.Client, destination: Destination, run_id: str, tracking_uri: str | None) -> dict[str, str]:
@@ -52,20 +56,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_destination(parser)
     parser.add_argument("--project", help="Google Cloud project")
     found = parser.parse_args(argv)
-    try:
-        identity.authorize(found.tracking_uri, found.tracking_audience)
-        if emulators.emulated():
-            emulators.connect()
-        project, dataset = options.dataset(parser, found)
-        project = project or bigquery.Client().project
-        destination = preflight.find_destination(project, dataset, found.table_prefix)
-        tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    project, dataset = options.dataset(parser, found)
+    return command.exit_code(lambda: _run(found, project, dataset))
+
+
+def _run(found: argparse.Namespace, project: str | None, dataset: str) -> None:
+    auth.authorize(found.tracking_uri, found.tracking_audience)
+    if emulators.emulated():
+        emulators.connect()
+    destination = preflight.find_destination(
+        project or _default_project(), dataset, found.table_prefix, suffix=found.table_suffix
+    )
+    tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
     for name, value in tags.items():
         print(f"{name:<24} {value}")
-    return 0
+
+
+def _default_project() -> str:
+    try:
+        return str(bigquery.Client().project)
+    except OSError as error:  # There are credentials, and they name no project.
+        raise ConfigError("which project? --project=PROJECT, or --dataset=PROJECT.DATASET") from error
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import time
 
 from beam_pipeline import STARTED
-from beam_pipeline.options import parse
+from beam_pipeline.launch.options import parse
 
 config = parse(sys.argv[1:])
 marks = []
@@ -33,7 +33,8 @@ def ends(owner, name, what):
     setattr(owner, name, timed)
 
 
-from beam_pipeline import launcher, preflight, publication  # noqa: E402 - the flags come first, as in __main__
+from beam_pipeline.bigquery import publication  # noqa: E402 - the flags come first, as in __main__
+from beam_pipeline.launch import launcher, preflight  # noqa: E402
 
 mark("import Beam and the Google clients")
 ends(launcher, "find_run", "import MLflow, find the run")

@@ -64,7 +64,7 @@ def script(model):
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import bigquery
 
-    from beam_pipeline import tables
+    from beam_pipeline.bigquery import tables
 
     class Client(bigquery.Client):
         def load_table_from_file(self, file_obj, destination, *, job_config, **_):
@@ -100,7 +100,8 @@ def naive(model):
     from apache_beam.io.gcp.bigquery import WriteToBigQuery
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    from beam_pipeline import emulators, tables
+    from beam_pipeline import emulators
+    from beam_pipeline.bigquery import tables
 
     emulators.connect()
     keras_model = tf.keras.models.load_model(model["folder"])
@@ -159,9 +160,9 @@ def encode(writer, rows, dimension):
     import pyarrow as pa
     from apache_beam.io.gcp import bigquery_tools
 
-    from beam_pipeline import columnar, tables
-    from beam_pipeline.formats.ids import PIECE_BYTES
-    from beam_pipeline.transforms import Batch, to_rows
+    from beam_pipeline.bigquery import avro, tables
+    from beam_pipeline.reading.pieces import PIECE_BYTES
+    from beam_pipeline.reading.rows import Batch, to_rows
 
     rows, dimension = int(rows), int(dimension)
     schema = {"fields": tables.schema("user")}
@@ -172,7 +173,7 @@ def encode(writer, rows, dimension):
     with path.open("wb") as file:
         sync = bytes(16)
         if writer == "columnar":
-            file.write(columnar.file_header(columnar.avro_schema(schema), sync))
+            file.write(avro.file_header(avro.avro_schema(schema), sync))
         else:
             stock = bigquery_tools.AvroRowWriter(file, bigquery_tools.parse_table_schema_from_json(json.dumps(schema)))
         step = max(PIECE_BYTES // (4 * dimension), 1)
@@ -182,7 +183,7 @@ def encode(writer, rows, dimension):
             batch = Batch("run", names, random.random((count, dimension), "f4"))
             if writer == "columnar":
                 started = time.process_time()
-                for block in columnar.blocks(batch, list(constants.values()), sync):
+                for block in avro.blocks(batch, list(constants.values()), sync):
                     file.writelines(block)
             else:
                 dicts = list(to_rows(batch, "user", {"run": constants}))

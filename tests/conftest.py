@@ -34,10 +34,10 @@ class Model:
         return dict(zip(self.ids(tower), self.vectors(tower).tolist(), strict=True))
 
 
-def made_by(script, tmp_path_factory):
+def made_by(script, tmp_path_factory, *names):
     """Runs a script that makes models; returns a function from a name in it to a Model, not to be written to."""
     folder = tmp_path_factory.mktemp(script.removesuffix(".py"))
-    command = [sys.executable, str(Path(__file__).parent / script), str(folder)]
+    command = [sys.executable, str(Path(__file__).parent / script), str(folder), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return lambda name: Model(folder / name)
@@ -118,7 +118,7 @@ class Store:
         """Logs a model as the trainer does, to a run that started then; returns the run's id."""
         experiment_id = self.experiment_id
         if experiment or bucket:
-            root = "gs://warehouse/mlflow" if bucket else f"file://{self._folder}/{experiment}"
+            root = f"{self._warehouse.temp_location}/mlflow" if bucket else f"file://{self._folder}/{experiment}"
             there = self._client.get_experiment_by_name(experiment or f"on a bucket {name}")
             experiment_id = (
                 there.experiment_id

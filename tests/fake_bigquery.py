@@ -1,6 +1,8 @@
 """A small BigQuery that answers as the real one does where emulators do not: 409, conflicts, lost answers.
 
 It keeps query jobs. What becomes of each submitted job is taken from a script: a list of outcomes, used up one by one.
+A job still runs when it is first looked at, and has ended at the next request about it: whoever waits with
+getQueryResults gets the failure of the job as a failed request, with the status that its reason has there.
 Bodies are as BigQuery sends them (https://cloud.google.com/bigquery/docs/error-messages; the texts of conflicts are
 from public reports of dlt-hub/dlt#2892, estuary/connectors#111 and confluentinc/kafka-connect-bigquery#279).
 """
@@ -39,8 +41,23 @@ BACKEND = {
     "reason": "jobBackendError",
     "message": "The job encountered an error during execution. Retrying the job may solve the problem.",
 }
+INTERNAL = {
+    "reason": "jobInternalError",
+    "message": "An internal error occurred and the request could not be completed. Error: 80324028",
+}
+RATE = {
+    "reason": "jobRateLimitExceeded",
+    "message": "Job exceeded rate limits: Your job exceeded the rate limit. Retrying the job may solve the problem.",
+}
+# These three may be of the request or of the job, so the client asks again for ten minutes, then raises RetryError.
+AMBIGUOUS_BACKEND = {"reason": "backendError", "message": "Error encountered during execution. Retrying may solve it."}
+AMBIGUOUS_INTERNAL = {"reason": "internalError", "message": "An internal error occurred during execution."}
+AMBIGUOUS_RATE = {"reason": "rateLimitExceeded", "message": "Exceeded rate limits: too many table update operations"}
 DONE = None
 LOST_ANSWER = "the job runs, and the connection breaks before the answer is there"
+
+# https://cloud.google.com/bigquery/docs/error-messages
+_STATUS = {"accessDenied": 403, "rateLimitExceeded": 403, "backendError": 503, "internalError": 500}
 
 
 class FakeBigQuery:
@@ -50,25 +67,37 @@ class FakeBigQuery:
         outcomes: what becomes of the next jobs: DONE, an error result, or LOST_ANSWER.
         jobs: job id → error result, of every job that was submitted.
         submitted: every request to submit a job, refused ones too.
+        hidden: how many more requests for a job are answered 404 although it is there, as for some seconds after it
+            was submitted (https://github.com/googleapis/python-bigquery/issues/2134).
+        down: whether every request is answered 503.
+        tables: names of tables that can be deleted, if `may_delete`.
     """
 
     def __init__(self, outcomes):
         self.outcomes = list(outcomes)
         self.jobs = {}
         self.submitted = []
+        self.hidden = 0
+        self.down = False
+        self.tables = set()
+        self.may_delete = True
+        self._running = set()
 
     def insert(self, job_id):
         """Returns (status, body), or None where the answer is lost."""
+        if self.down:
+            return _DOWN
         self.submitted.append(job_id)
         if job_id in self.jobs:
             return 409, error(409, "duplicate", f"Already Exists: Job my-project:EU.{job_id}", "ALREADY_EXISTS")
         outcome = self.outcomes.pop(0)
         self.jobs[job_id] = None if outcome == LOST_ANSWER else outcome
+        self._running.add(job_id)
         return None if outcome == LOST_ANSWER else (200, self.job(job_id))
 
     def job(self, job_id):
-        status = {"state": "DONE"}
-        if self.jobs[job_id]:
+        status = {"state": "RUNNING" if job_id in self._running else "DONE"}
+        if status["state"] == "DONE" and self.jobs[job_id]:
             status |= {"errorResult": self.jobs[job_id], "errors": [self.jobs[job_id]]}
         return {
             "kind": "bigquery#job",
@@ -79,20 +108,40 @@ class FakeBigQuery:
             "status": status,
         }
 
+    def delete(self, path):
+        table = path.rsplit("/", 1)[1]
+        if table not in self.tables:
+            return 404, error(404, "notFound", f"Not found: Table {table}", "NOT_FOUND")
+        if not self.may_delete:
+            denied = f"Access Denied: Table {table}: Permission bigquery.tables.delete denied"
+            return 403, error(403, "accessDenied", denied, "PERMISSION_DENIED")
+        self.tables.remove(table)
+        return 204, None
+
     def get(self, path):
+        if self.down:
+            return _DOWN
         kind, job_id = path.split("/")[-2:]
-        if job_id not in self.jobs:
+        hidden, self.hidden = self.hidden, max(0, self.hidden - 1)
+        if job_id not in self.jobs or hidden:
             return 404, error(404, "notFound", f"Not found: Job my-project:EU.{job_id}", "NOT_FOUND")
         if kind == "jobs":
-            return 200, self.job(job_id)
+            answer = 200, self.job(job_id)
+            self._running.discard(job_id)
+            return answer
+        self._running.discard(job_id)
         if failed := self.jobs[job_id]:
-            return 400, error(400, failed["reason"], failed["message"], "INVALID_ARGUMENT")
+            status = _STATUS.get(failed["reason"], 400)
+            return status, error(status, failed["reason"], failed["message"], "FAILED")
         return 200, {"jobReference": self.job(job_id)["jobReference"], "jobComplete": True, "totalRows": "0"}
 
 
 def error(code, reason, message, status):
     details = [{"message": message, "domain": "global", "reason": reason}]
     return {"error": {"code": code, "message": message, "errors": details, "status": status}}
+
+
+_DOWN = 503, error(503, "backendError", "Visibility check was unavailable. Please retry the request", "UNAVAILABLE")
 
 
 @contextmanager
@@ -107,6 +156,9 @@ def serve(*outcomes):
 
         def do_GET(self):
             self.answer(fake.get(urlparse(self.path).path))
+
+        def do_DELETE(self):
+            self.answer(fake.delete(urlparse(self.path).path))
 
         def answer(self, answer):
             if answer is None:

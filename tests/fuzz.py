@@ -44,11 +44,16 @@ from wire_format import varint
 
 from beam_pipeline import files
 from beam_pipeline.errors import PipelineError
-from beam_pipeline.formats import checkpoint, ids, open_artifact
-from beam_pipeline.formats.artifact import DEFAULT_TOWERS, cover, discover
-from beam_pipeline.formats.keras_file import KerasFile
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.transforms import read_piece, tally
+from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats.keras.reader import KerasFile
+from beam_pipeline.formats.saved_model import checkpoint
+from beam_pipeline.launch.options import DEFAULT_TOWERS
+from beam_pipeline.launch.selection import discover
+from beam_pipeline.reading import pieces, unordered
+from beam_pipeline.reading.pieces import cover
+from beam_pipeline.reading.rows import read_piece
+from beam_pipeline.reading.tally import tally
+from beam_pipeline.training import Run, Training
 
 SECONDS = 10
 """Of processor time that reading a mutated model may take."""
@@ -106,6 +111,7 @@ def read(folder, contents, layers, *, include_oov, piece_bytes):
     with closing(open_artifact(folder, open_file, layers.values())) as artifact:
         artifact.tower_layers()
         towers = cover([artifact.tower(name, layer, include_oov=include_oov) for name, layer in layers.items()])
+        artifact.tails(layers)
     found, reports = {}, []
     for tower in towers:
         names, vectors = [], []
@@ -133,18 +139,18 @@ def read(folder, contents, layers, *, include_oov, piece_bytes):
 def _pieces(tower, open_file, piece_bytes):
     """Yields what `read_piece` returns for all of a tower; ids in no order are sorted by row, as a shuffle does it."""
     if tower.vocabulary.in_row_order:
-        for piece in ids.cut(tower, open_file, piece_bytes):
+        for piece in pieces.cut(tower, open_file, piece_bytes):
             yield read_piece("run", piece, tower, open_file)
         return
     tokens = [token.encode() for token in tower.vocabulary.special_tokens]
     rows, names = [np.arange(len(tokens), dtype=np.int64)], [pa.array(tokens, pa.binary())]
-    for entries in ids.cut_entries(tower, open_file, piece_bytes // 16):
-        for found, more in zip((rows, names), ids.read_entries(entries, tower, open_file), strict=True):
+    for entries in unordered.cut_entries(tower, open_file, piece_bytes // 16):
+        for found, more in zip((rows, names), unordered.read_entries(entries, tower, open_file), strict=True):
             found.append(more)
     rows, names = np.concatenate(rows), pa.concat_arrays(names)
     step = max(1, piece_bytes // tower.matrix.row_bytes)
     for first in range(0, tower.matrix.rows, step):
-        piece = ids.Piece(tower.name, first, min(step, tower.matrix.rows - first), None)
+        piece = pieces.Piece(tower.name, first, min(step, tower.matrix.rows - first), None)
         own = np.flatnonzero((rows >= first) & (rows < first + step))
         yield read_piece("run", piece, tower, open_file, (rows[own], names.take(pa.array(own))))
 
@@ -634,7 +640,7 @@ def one(kind, seed, number, models):
     subject = rng.choice(models)
     mutated = {"saved_model": mutate_saved_model, "keras": mutate_keras}[kind]
     what, contents, allowed = mutated(subject, models, rng)
-    include_oov, piece_bytes = rng.random() < 0.4, rng.choice((1 << 10, 1 << 14, ids.PIECE_BYTES))
+    include_oov, piece_bytes = rng.random() < 0.4, rng.choice((1 << 10, 1 << 14, pieces.PIECE_BYTES))
     name = f"{Path(subject.folder).name}, {what}"
     # Memory is counted from here: writing 5 resets the peak (Documentation/filesystems/proc.rst).
     Path("/proc/self/clear_refs").write_text("5")

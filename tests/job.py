@@ -5,9 +5,9 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
-from beam_pipeline.tables import Destination
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
 
 MARCH_1 = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
 MARCH_2 = datetime(2026, 3, 2, 0, 30, tzinfo=UTC)
@@ -39,7 +39,8 @@ class Job:
         return parse([*self._flags, *([f"--run_id={run_id}"] if run_id else []), *flags])
 
     def command(self, run_id, *flags):
-        return [sys.executable, "-m", "beam_pipeline", *self._flags, f"--run_id={run_id}", *flags]
+        which = [f"--run_id={run_id}"] if run_id else []
+        return [sys.executable, "-m", "beam_pipeline", *self._flags, *which, *flags]
 
     def subprocess(self, run_id, *flags, **options):
         return subprocess.run(self.command(run_id, *flags), capture_output=True, text=True, check=False, **options)
@@ -49,8 +50,8 @@ class Job:
         script = tmp_path / "hooked.py"
         script.write_text(
             f"{hook}\nimport sys\n"
-            "from beam_pipeline.launcher import launch\n"
-            "from beam_pipeline.options import parse\n"
+            "from beam_pipeline.launch.launcher import launch\n"
+            "from beam_pipeline.launch.options import parse\n"
             "sys.exit(launch(parse(sys.argv[1:])))\n"
         )
         command = [sys.executable, str(script), *self.command(run_id, *flags)[3:]]
@@ -58,7 +59,9 @@ class Job:
 
     def query(self, sql):
         sql = sql.format(
-            user=f"{self.dataset}.two_tower_user_embedding", item=f"{self.dataset}.two_tower_item_embedding"
+            user=f"{self.dataset}.two_tower_user_embedding",
+            item=f"{self.dataset}.two_tower_item_embedding",
+            log=f"{self.dataset}.two_tower_embedding_log",
         )
         return [row.values() for row in self.client.query_and_wait(sql)]
 

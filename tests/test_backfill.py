@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from job import MARCH_1, refused
 
 from beam_pipeline.errors import PartitionTakenError
-from beam_pipeline.runs import Run, choose
+from beam_pipeline.tracking.runs import choose
+from beam_pipeline.training import Run
 
 
 def week(number):
@@ -104,11 +105,14 @@ def test_a_run_without_a_model_is_left_out_and_a_damaged_one_stops(job, store, m
 def test_a_date_older_than_the_partition_expiration(job, store, models, capsys):
     old = datetime.now(UTC) - timedelta(days=100)
     young = datetime.now(UTC) - timedelta(days=1)
-    for start in (old, young):
-        store.log(models("longer"), str(start.date()), start, experiment="ages")
+    runs = [store.log(models("longer"), str(start.date()), start, experiment="ages") for start in (old, young)]
     flags = ["--experiment_name=ages", "--all_runs", "--partition_expiration_days=30"]
     line = refused(job, capsys, None, *flags)
     assert f"keeps partitions for 30 days, and {old.date()} was 100 days ago" in line
+    assert line.endswith("lengthen that expiration, or leave the date out with --since")
+    # One run has no --since.
+    line = refused(job, capsys, runs[0], "--partition_expiration_days=30")
+    assert line.endswith("BigQuery would delete its rows at once; lengthen that expiration")
     assert job.run(None, *flags, f"--since={young.date()}") == 0
     assert [day for day, _ in job.published()] == [str(young.date())]
 

@@ -14,19 +14,17 @@ from apache_beam.io.gcp.bigquery_tools import AvroRowWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_pipeline import columnar, tables
-from beam_pipeline.runs import Run
-from beam_pipeline.transforms import Batch, to_rows
+from beam_pipeline.bigquery import avro, tables
+from beam_pipeline.reading.rows import Batch, to_rows
+from beam_pipeline.training import Run
 
 RUN = Run("0123abcd", "a run é", "7", "two_tower", date(2026, 3, 1), "gs://b/a")
 SYNC = bytes(range(16))
 
 
 def columnar_file(batch, constants):
-    schema = columnar.avro_schema({"fields": tables.schema("user")})
-    return columnar.file_header(schema, SYNC) + b"".join(
-        b"".join(block) for block in columnar.blocks(batch, constants, SYNC)
-    )
+    schema = avro.avro_schema({"fields": tables.schema("user")})
+    return avro.file_header(schema, SYNC) + b"".join(b"".join(block) for block in avro.blocks(batch, constants, SYNC))
 
 
 def stock_file(batch, constants):
@@ -69,8 +67,8 @@ def test_the_file_is_what_the_stock_sink_writes(names, dimension, data, block, l
     batch = Batch("run", pa.array(names, pa.string()), vectors)
     constants = {**tables.run_values(RUN), "train_date": day}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columnar, "BLOCK_BYTES", block)
-        patch.setattr(columnar, "_LARGEST_BLOCK", largest)
+        patch.setattr(avro, "BLOCK_BYTES", block)
+        patch.setattr(avro, "_LARGEST_BLOCK", largest)
         assert read(columnar_file(batch, [*constants.values()])) == read(stock_file(batch, constants))
 
 
@@ -85,7 +83,7 @@ def test_slices_and_other_layouts():
 @pytest.mark.parametrize(("rows", "length"), [(10_000, 10), (200, 100_000), (10, 3_000_000)])
 def test_blocks_keep_to_their_size(rows, length):
     batch = Batch("run", pa.array([f"{i}".rjust(length, "x") for i in range(rows)]), np.zeros((rows, 64), "<f4"))
-    bodies = [len(body) for _, body, _ in columnar.blocks(batch, [*tables.run_values(RUN).values()], SYNC)]
+    bodies = [len(body) for _, body, _ in avro.blocks(batch, [*tables.run_values(RUN).values()], SYNC)]
     assert max(bodies) < 9 << 20 < 16 << 20
     assert sum(bodies) > rows * (length + 512)
 
@@ -96,7 +94,7 @@ def test_beam_still_has_what_is_overridden():
     assert [*inspect.signature(loads._write_files).parameters] == ["self", "destination_data_kv_pc", "file_prefix_pcv"]
     assert "self._write_files(" in inspect.getsource(loads.expand)
     assert "self.dynamic_destinations" in inspect.getsource(loads.expand)
-    ours = inspect.signature(columnar._BatchFileLoads.__init__).parameters
+    ours = inspect.signature(avro._BatchFileLoads.__init__).parameters
     assert {"constants", "options"} <= {*ours}
     options = {*inspect.signature(loads.__init__).parameters}
     assert {
@@ -135,4 +133,4 @@ def test_the_schema_is_the_stock_sinks():
 def test_longs(number):
     out = io.BytesIO()
     fastavro.schemaless_writer(out, "long", number)
-    assert columnar._long(number) == out.getvalue()
+    assert avro._long(number) == out.getvalue()

@@ -17,7 +17,7 @@ from google.cloud import storage
 from google.cloud.dataflow_v1beta3.types import TemplateMetadata
 from job import MARCH_1
 
-from beam_pipeline.options import parse, parser
+from beam_pipeline.launch.options import parse, parser
 
 ROOT = Path(__file__).parent.parent
 LOCK = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
@@ -170,9 +170,14 @@ def test_the_image_holds_bytecode(image):
             ["--id=1-1", "--logging_endpoint=localhost:1", "--control_endpoint=localhost:2", "--semi_persist_dir=/a b"],
             "/opt/apache/beam/boot",
         ),
+        (["--id=1-1", "--provision_endpoint=localhost:1"], "/opt/apache/beam/boot"),  # the other endpoints come from it
+        (["--provision_endpoint=localhost:1"], "/opt/apache/beam/boot"),  # which says that there is no id
+        (["-id", "1-1", "-provision_endpoint", "localhost:1"], "/opt/apache/beam/boot"),
         (["--worker_pool"], "/opt/apache/beam/boot"),
+        (["--setup_only", "--artifacts", "/a"], "/opt/apache/beam/boot"),
         ([], "/opt/google/dataflow/python_template_launcher"),
         (["--run_id=it's a run"], "/opt/google/dataflow/python_template_launcher"),
+        (["--run_id=1", "--note=see --id=1 and --worker_pool"], "/opt/google/dataflow/python_template_launcher"),
     ],
 )
 def test_the_entry_point_starts_a_worker_or_a_template(image, arguments, program):
@@ -230,6 +235,8 @@ NOT_IN_A_TEMPLATE = {
     "runner": "Beam's; the template launcher sets it",
     "project": "Beam's; the template launcher sets it",
 }
+BEAMS = {"sdk_container_image"}
+"""Parameters that are options of Beam's: a template refuses what its metadata do not declare."""
 WHICH = {
     **{key: [] for key in ("run_id", "experiment_name", "model_uri")},
     "all_runs": ["--experiment_name=e"],
@@ -260,7 +267,7 @@ def described(action):
 def test_every_option_is_a_parameter_and_the_other_way_round():
     missing = [described(OPTIONS[name]) for name in OPTIONS if name not in PARAMETERS]
     assert not missing, f"add to metadata.json, with label and regexes: {json.dumps(missing, ensure_ascii=False)}"
-    assert {*PARAMETERS} - {*OPTIONS} == set(), "remove from metadata.json, there are no such options"
+    assert {*PARAMETERS} - {*OPTIONS} == BEAMS, "remove from metadata.json, there are no such options"
     assert {*NOT_IN_A_TEMPLATE} - {action.dest for action in parser()._actions} == set(), "there are no such options"
 
 
@@ -298,6 +305,7 @@ def test_a_parameter_says_what_its_option_says(name):
         ("env", ["prod"], ["", "live", "prod "]),
         ("dataset", ["raw", "my-project.raw", "example.com:my-project.raw"], ["", "a.b.c`", "a-b", "p."]),
         ("table_prefix", ["two_tower", "_a1"], ["", "1a", "a-b", "x" * 129]),
+        ("table_suffix", ["", "_history", "2"], ["-a", "a b", "x" * 129]),
         ("partition_expiration_days", ["1", "365"], ["", "0", "-1", "1.5", "a"]),
     ],
 )
@@ -314,7 +322,17 @@ def test_the_readmes_template_has_these_parameters():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (given,) = re.findall(r"--parameters=(run_id=\S+)", readme)
     names = [pair.split("=")[0] for pair in given.split(",")]
-    assert {*names} - {*PARAMETERS} == {"sdk_container_image"}  # Beam's own
+    assert {*names} - {*PARAMETERS} == set()
+    assert {*names} >= BEAMS
+
+
+def test_a_template_takes_the_image_of_its_workers():
+    (regex,) = PARAMETERS["sdk_container_image"]["regexes"]
+    for image in ("europe-docker.pkg.dev/p/images/beam_pipeline:1", "gcr.io/p/beam@sha256:0123abcd", "registry:5000/a"):
+        assert re.match(regex, image)
+        parse(["--run_id=1", f"--sdk_container_image={image}"])
+    assert not re.match(regex, "two words/a")
+    assert PARAMETERS["sdk_container_image"]["isOptional"]  # An environment can name it instead.
 
 
 @pytest.mark.parametrize(("value", "is_set"), [("", True), ("=true", True), ("=True", True), ("=false", False)])

@@ -27,13 +27,14 @@ from google.cloud import bigquery, storage
 from job import MARCH_1, Job
 from wire_format import blown_up
 
-from beam_pipeline import __version__, launcher
+from beam_pipeline import __version__
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
-from beam_pipeline.options import parse
-from beam_pipeline.runs import Run
+from beam_pipeline.formats.model import Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.launch import launcher
+from beam_pipeline.launch.options import parse
+from beam_pipeline.reading import pieces
+from beam_pipeline.training import Run
 
 ROOT = Path(__file__).parent.parent
 IMAGE = "europe-docker.pkg.dev/my-project/images/beam_pipeline:1"
@@ -264,7 +265,7 @@ def test_five_million_ids_make_the_same_small_job(staged, job, store, damaged):
     path = model.folder / "saved_model.pb"
     path.write_bytes(blown_up(path.read_bytes(), len(model.ids("user")), count))
     (model.folder / "assets" / "items.txt").write_bytes(b"".join(b"item-%09d\n" % i for i in range(count)))
-    large = Staged(job, store.log(model, "five million", MARCH_1, bucket=True), "--setup_file=./setup.py")
+    large = Staged(job, store.log(model, "five million", MARCH_1, bucket=True), "--setup_file=setup.py")
     names = ("job.json", "pipeline.pb")
     small_bytes, large_bytes = (sum(len(it.objects[name]) for name in names) for it in (staged, large))
     assert large_bytes < 1_000_000  # Dataflow takes 10 MB, of the request alone
@@ -280,9 +281,9 @@ def test_the_readme_tells_how_many_pieces_there_are(tmp_path):
     (tmp_path / "ids").write_bytes(b"".join(b"user-%09d\n" % i for i in range(count)))
     vocabulary = Vocabulary(f"{tmp_path}/ids", Span(0, 15 * count), Encoding.LINES, 0)
     tower = Tower("user", "user_layer", Matrix("weights", 0, count, 64, "float32", 0), vocabulary)
-    pieces = [*ids.cut(tower, open_file, ids.PIECE_BYTES)]
-    assert (len(pieces), pieces[0].rows) == (153, 32_768)
-    assert max(len(pickle.dumps(piece)) for piece in pieces) < 300
+    found = [*pieces.cut(tower, open_file, pieces.PIECE_BYTES)]
+    assert (len(found), found[0].rows) == (153, 32_768)
+    assert max(len(pickle.dumps(piece)) for piece in found) < 300
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "8 MB of vectors, 32,768 rows of 64 floats: 5 million rows make 153 pieces, 100 million 3,052" in readme
     assert -(-100_000_000 // 32_768) == 3_052

@@ -159,7 +159,7 @@ def test_one_emulator_without_the_other():
 def test_nothing_is_active_without_it():
     code = (
         "import google.auth; before = google.auth.default\n"
-        "import beam_pipeline.launcher\n"
+        "import beam_pipeline.launch.launcher\n"
         "from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2\n"
         "assert google.auth.default is before\n"
         "assert 'googleapis.com' in BigqueryV2.BASE_URL\n"

@@ -6,8 +6,8 @@ from job import MARCH_1, refused
 
 from beam_pipeline.errors import TowerMissingError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids
-from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.formats.saved_model.reader import SavedModel
+from beam_pipeline.reading import pieces
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,14 @@ BY_NAME = asked("user_embedding", "item_embedding")
         ("keras2_saved", ()),
         ("keras3_named", ()),
         ("keras2_named", asked("user_layer", "item_layer")),
-        ("one_lookup", ()),
+        # Both towers have the same ids, so they have to be named.
+        ("one_lookup", BY_NAME),
         # Beside the ids' embedding that of another feature, in one layer.
         ("features", ()),
     ],
 )
 def test_every_row_is_what_the_artifact_answers(job, store, exported, monkeypatch, name, flags):
-    monkeypatch.setattr(ids, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 5000)
     run = store.log(exported(name), name, MARCH_1)
     assert job.run(run, *flags) == 0
     for tower in ("user", "item"):

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError, PipelineError
 from beam_pipeline.files import ByteFile
-from beam_pipeline.formats import checkpoint, ids, keras_container, keras_file, wire
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
-from beam_pipeline.formats.wire import Span
+from beam_pipeline.formats import encodings, protobuf
+from beam_pipeline.formats.keras import container, reader
+from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.formats.saved_model import checkpoint
+from beam_pipeline.reading import pieces
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
@@ -68,10 +71,10 @@ wires = st.binary(max_size=200) | st.lists(fields, max_size=20).map(b"".join)
 def test_any_bytes_as_protobuf(data):
     file, whole = file_of(data), Span(0, len(data))
     for read in (
-        lambda: [value for _, value in wire.scan(file, whole)],
-        lambda: wire.integers(file, whole, 1),
+        lambda: [value for _, value in protobuf.scan(file, whole)],
+        lambda: protobuf.integers(file, whole, 1),
         lambda: checkpoint.read_shape(file, whole),
-        lambda: wire.packed(file, whole),
+        lambda: protobuf.packed(file, whole),
     ):
         try:
             found = read()
@@ -129,13 +132,13 @@ def test_any_bytes_as_ids(encoding, data, piece_rows, padding, count):
 
     try:
         if unordered:
-            for entries in ids.cut_entries(tower, open_file, piece_rows):
-                ids.read_entries(entries, tower, open_file)
+            for entries in unordered.cut_entries(tower, open_file, piece_rows):
+                unordered.read_entries(entries, tower, open_file)
             return
         rows = 0
-        for piece in ids.cut(tower, open_file, 4 * piece_rows):
+        for piece in pieces.cut(tower, open_file, 4 * piece_rows):
             rows += piece.rows
-            found = ids.read(piece, tower, open_file)
+            found = pieces.read(piece, tower, open_file)
             assert len(found) in (0, piece.rows)
         assert rows == 1000
     except PipelineError as error:
@@ -145,7 +148,7 @@ def test_any_bytes_as_ids(encoding, data, piece_rows, padding, count):
 @given(st.sampled_from([one for one in Encoding if one is not Encoding.STRING_TENSOR]), any_ids, st.integers(0, 50))
 def test_any_bytes_as_the_ids_of_a_piece(encoding, data, count):
     try:
-        assert len(ids.decode(encoding, data, count)) == count
+        assert len(encodings.decode(encoding, data, count)) == count
     except (CorruptFileError, NotAModelError, BadIdError) as error:
         assert str(error).isprintable()  # noqa: PT017 - nearly all of it
 
@@ -170,7 +173,7 @@ def test_any_zip(members, config, weights, changes):
     for at, value in changes:
         data[at % len(data)] = value
     try:
-        keras_file.KerasFile("x.keras", lambda path: file_of(bytes(data), path)).tower("user", "user_layer")
+        reader.KerasFile("x.keras", lambda path: file_of(bytes(data), path)).tower("user", "user_layer")
     except PipelineError as error:
         assert str(error).isprintable()  # noqa: PT017 - all of it
 
@@ -183,7 +186,7 @@ def test_any_zip(members, config, weights, changes):
 )
 def test_a_window_shows_its_part_alone_and_gives_up(data, start, end, moves):
     start, end = sorted((min(start, len(data)), min(end, len(data))))
-    window = keras_container._Window(file_of(data), Span(start, end), 1000, "part")
+    window = container._Window(file_of(data), Span(start, end), 1000, "part")
     part, read = io.BytesIO(data[start:end]), 0
     for offset, whence, length in moves:
         if offset + {0: 0, 1: part.tell(), 2: end - start}[whence] < 0:

@@ -73,18 +73,20 @@ READ = """
 import json, sys
 from contextlib import closing
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids, open_artifact
-from beam_pipeline.formats.artifact import cover
-from beam_pipeline.transforms import read_piece
+from beam_pipeline.reading import pieces
+from beam_pipeline.formats import open_artifact
+from beam_pipeline.reading.pieces import cover
+from beam_pipeline.reading.rows import read_piece
 
 def read(folder, layer):
     layers = {side: layer.format(side) for side in ("user", "item")}
     with closing(open_artifact(folder, open_file, layers.values())) as artifact:
         artifact.tower_layers()
         towers = cover([artifact.tower(*tower, include_oov=True) for tower in layers.items()])
+        artifact.tails(layers)
     rows = []
     for tower in towers:
-        for piece in ids.cut(tower, open_file, 1000):
+        for piece in pieces.cut(tower, open_file, 1000):
             batch, _ = read_piece("run", piece, tower, open_file)
             if batch is not None:
                 rows += zip(batch.ids.to_pylist(), batch.vectors.tolist())

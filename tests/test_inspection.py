@@ -5,9 +5,9 @@ import re
 import pytest
 from job import MARCH_1, refused
 
-from beam_pipeline.formats.artifact import discover
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
+from beam_pipeline.launch.selection import discover
 
 
 def test_inspect_prints_every_tower_and_needs_no_destination(store, models, capsys, monkeypatch):
@@ -25,11 +25,13 @@ def test_inspect_prints_every_tower_and_needs_no_destination(store, models, caps
         "  ids       100, 689 bytes in assets/few.txt",
         "  such as   'few 0', 'few 1', 'few 2', …",
         "  no ids    37 rows, 2 of them before the first id",
+        "  then      ends at the embedding",
         "layer       user_layer",
         "  embedding 150 rows × 4 float32, 2,400 bytes in variables/variables.data-00000-of-00001",
         "  ids       100, 790 bytes in saved_model.pb",
         "  such as   'few 0', 'few 1', 'few 2', …",
         "  no ids    50 rows, 4 of them before the first id",
+        "  then      ends at the embedding",
     ]
 
 

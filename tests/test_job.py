@@ -1,5 +1,7 @@
 """The whole job against emulators: models by real tf-keras, a real MLflow store, compared with Keras row by row."""
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -12,14 +14,17 @@ from datetime import UTC, datetime, timedelta
 import apache_beam as beam
 import numpy as np
 import pytest
-from apache_beam.io.gcp.bigquery_tools import BigQueryWrapper
+from apache_beam.io.gcp.gcsio import GcsIO
+from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
 from apache_beam.metrics.metric import Lineage
 from google.cloud import bigquery
 from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 
-from beam_pipeline import __version__, publication, runs, tables, writing
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
+from beam_pipeline import __version__, tag
+from beam_pipeline.bigquery import publication, staging, tables
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
+from beam_pipeline.tracking import runs
 
 # What is published.
 
@@ -100,13 +105,13 @@ def test_artifacts_on_cloud_storage(job, store, models):
 def test_the_multi_load_path(job, store, models, monkeypatch):
     """Above 15 TB or 10,000 files Beam loads temporary tables and copies them; here above a few kilobytes."""
     run = store.log(models("plain"), "plain", MARCH_1)
-    options = writing.WriteStaging._sink_options
+    options = staging.WriteStaging._sink_options
     for writer in ("columnar", "rows"):
-        monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
+        monkeypatch.setattr(staging, "MAX_FILE_BYTES", 20_000)
         monkeypatch.setattr(
-            writing.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 100_000}
+            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 100_000}
         )
-        monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", 10_000)
+        monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", 10_000)
         assert job.run(run, f"--writer={writer}") == 0
         assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
         assert job.tables() == DESTINATION_TABLES
@@ -194,20 +199,36 @@ def test_a_publication_that_fails_is_not_in_the_log(job, store, models):
     assert job.query(f"SELECT DISTINCT mlflow_run_id FROM {job.dataset}.two_tower_embedding_log") == [(first,)]
 
 
-def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch):
-    """Emulators keep no key: what is asked for is looked at on its way."""
-    made, loads = [], []
+@pytest.mark.parametrize(("writer", "partition_bytes"), [("columnar", None), ("columnar", 100_000), ("rows", None)])
+def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch, writer, partition_bytes):
+    """Emulators keep no key: what is asked for is looked at on its way.
+
+    Beam copies from temporary tables where one load job does not suffice, and for the stock writer always.
+    """
+    made, jobs = [], []
     create = bigquery.Client.create_table
     monkeypatch.setattr(bigquery.Client, "create_table", lambda self, t, **o: made.append(t) or create(self, t, **o))
-    insert = BigQueryWrapper._insert_load_job
-    monkeypatch.setattr(
-        BigQueryWrapper, "_insert_load_job", lambda self, *a, **o: loads.append((a, o)) or insert(self, *a, **o)
-    )
-    key = "projects/p/locations/eu/keyRings/r/cryptoKeys/k"
+    insert = BigqueryV2.JobsService.Insert
+
+    @functools.wraps(insert)
+    def insert_and_note(self, request, *args, **options):
+        jobs.append(request.job.configuration)
+        return insert(self, request, *args, **options)
+
+    monkeypatch.setattr(BigqueryV2.JobsService, "Insert", insert_and_note)
+    if partition_bytes:
+        options = staging.WriteStaging._sink_options
+        monkeypatch.setattr(staging, "MAX_FILE_BYTES", 20_000)
+        monkeypatch.setattr(
+            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": partition_bytes}
+        )
+        monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", 10_000)
+    key = "projects/p/locations/us/keyRings/r/cryptoKeys/k"
     scratch = f"{job.dataset}_scratch"
     job.client.create_dataset(scratch)
     run = store.log(models("plain"), "plain", MARCH_1)
-    assert job.run(run, f"--staging_dataset={scratch}", f"--kms_key={key}", "--require_partition_filter") == 0
+    flags = [f"--staging_dataset={scratch}", f"--kms_key={key}", "--require_partition_filter", f"--writer={writer}"]
+    assert job.run(run, *flags) == 0
     assert job.rows("user") == {("2026-03-01", run): models("plain").rows("user")}
     assert len(made) == 6
     for table in made:
@@ -215,8 +236,11 @@ def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch):
         assert table.labels == {"managed_by": "beam_pipeline"}
         assert (table.dataset_id == scratch) == ("_staging_" in table.table_id)
         assert bool(table.require_partition_filter) == table.table_id.endswith(("user_embedding", "item_embedding"))
-    assert len(loads) == 2
-    assert all(key in str(load) for load in loads)
+    loads = [configuration.load for configuration in jobs if configuration.load]
+    copies = [configuration.copy for configuration in jobs if configuration.copy]
+    assert len(loads) == 2 if not copies else len(loads) == len(copies)
+    assert bool(copies) == (writer == "rows" or partition_bytes is not None)
+    assert {each.destinationEncryptionConfiguration.kmsKeyName for each in (*loads, *copies)} == {key}
     assert [*job.client.list_tables(scratch)] == []
 
 
@@ -307,7 +331,7 @@ def test_a_partition_taken_while_the_job_runs(job, store, models, tmp_path):
     second = store.log(models("retrained"), "second", MARCH_1)
     hook = f"""
 import subprocess
-from beam_pipeline import publication
+from beam_pipeline.bigquery import publication
 original = publication.shape
 def shape(*args):
     original(*args)
@@ -349,6 +373,17 @@ def test_load_files_of_dead_launches_are_swept(job, store, models, monkeypatch):
     assert store.load_files(job.dataset) == [f"{folder}/other"]
 
 
+def test_a_bucket_that_deletes_nothing_fails_no_job(job, store, models, monkeypatch, caplog):
+    """As with retention or holds: a failed job would be started again, and publish, for ever."""
+    monkeypatch.setattr(GcsIO, "delete_batch", lambda self, paths: [(path, 403) for path in paths])
+    run = store.log(models("longer"), "held", MARCH_1)
+    assert job.run(run) == 0
+    assert job.published() == {("2026-03-01", run): (50, 50)}
+    assert job.tables() == DESTINATION_TABLES
+    assert len(store.load_files(job.dataset)) == 2
+    assert "not all is deleted: gs://warehouse/tmp/" in caplog.text
+
+
 # Tables that exist already.
 
 
@@ -370,6 +405,7 @@ def first_version(job, tower, **changes):
 def test_a_table_of_the_first_version_is_extended(job, store, models):
     for tower in ("user", "item"):
         job.client.create_table(first_version(job, tower))
+    job.client.create_table(bigquery.Table(job.destination.log, schema=tables.LOG_SCHEMA[:5]))  # an early log
     job.query("INSERT INTO {user} VALUES (DATE '2026-02-01', 'old', 'two_tower', 'n', 'u1', [1.0,2,3,4,5,6,7,8])")
     run = store.log(models("plain"), "plain", MARCH_1)
     assert job.run(run) == 0
@@ -380,6 +416,26 @@ def test_a_table_of_the_first_version_is_extended(job, store, models):
     ]
     ((old,),) = job.query("SELECT user_embedding FROM {user} WHERE mlflow_run_id = 'old'")
     assert old == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    log = f"SELECT tower, row_count, pipeline_version FROM {job.dataset}.two_tower_embedding_log ORDER BY tower"
+    assert job.query(log) == [("item", 2014, __version__), ("user", 3015, __version__)]
+
+
+def test_a_history_with_names_of_its_own_goes_on(job, store, models, capsys):
+    """The job that this one replaces wrote tables whose names end in `_history`; --table_suffix continues them."""
+    flags = ["--table_suffix=_history"]
+    job.destination = dataclasses.replace(job.destination, suffix="_history")
+    for tower in ("user", "item"):
+        job.client.create_table(first_version(job, tower))
+    run = store.log(models("longer"), "longer", MARCH_1)
+    assert job.run(run, *flags) == 0
+    assert job.tables() == {
+        *(f"two_tower_{tower}_embedding_history" for tower in ("user", "item")),
+        *(f"two_tower_embedding_history_{which}" for which in ("lock", "log")),
+    }
+    tagged = [f"--tracking_uri={store.uri}", f"--dataset={job.dataset}", f"--project={job.client.project}"]
+    capsys.readouterr()
+    assert tag.main([f"--run_id={run}", *tagged, *flags]) == 0
+    assert f"{job.dataset}.two_tower_user_embedding_history" in capsys.readouterr().out
 
 
 def test_an_incompatible_table_is_refused(job, store, models, capsys):
@@ -415,6 +471,22 @@ def test_unknown_runs(job, store, capsys):
 def test_an_experiment_without_a_finished_run(job, store, models, capsys):
     store.log(models("longer"), "running", MARCH_1, experiment="unfinished", status="RUNNING")
     assert "has no FINISHED run;" in refused(job, capsys, None, "--experiment_name=unfinished")
+
+
+@pytest.mark.parametrize(
+    ("status", "note"),
+    [
+        ("FINISHED", []),
+        ("RUNNING", ["{run} is RUNNING: start the job again if it logs its model again before it ends"]),
+        ("FAILED", ["{run} is FAILED: make sure that its model is the one to publish"]),
+    ],
+)
+def test_a_named_run_that_has_not_finished_is_noted(job, store, models, capsys, status, note):
+    run = store.log(models("longer"), "named", MARCH_1, status=status)
+    assert job.run(run, "--plan=json") == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    notes = [(line["status"], line["text"]) for line in findings if line["check"] == "run"]
+    assert notes == [("note", text.format(run=run)) for text in note]
 
 
 def test_a_tracking_server_that_is_not_there(job, capsys):
@@ -469,7 +541,7 @@ def test_truncated_weights(job, store, damaged, capsys):
 def test_weights_cut_while_the_job_runs(job, store, models, tmp_path):
     run = store.log(models("plain"), "cut", MARCH_1)
     hook = """
-from beam_pipeline import transforms
+from beam_pipeline.reading import transforms
 original = transforms.read_piece
 def read_piece(run_id, piece, tower, open_file, *rest):
     open(tower.matrix.path, "r+b").truncate(1000)
@@ -498,7 +570,7 @@ def test_a_bad_index(job, store, damaged, capsys, what):
 @pytest.mark.parametrize("at", [0, 5_000, 60_000, 160_000])
 @pytest.mark.parametrize("piece_bytes", [16 << 20, 1000])
 def test_weights_that_do_not_match_their_checksum(job, store, damaged, capsys, monkeypatch, at, piece_bytes):
-    monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", piece_bytes)
     model = damaged("plain")
     data = bytearray(data_file(model).read_bytes())
     data[at] ^= 1
@@ -615,7 +687,7 @@ def test_that_reader_notices_a_publication_in_two_jobs(job, store, models, tmp_p
     second = store.log(models("plain"), "second", MARCH_2)
     hook = """
 import dataclasses, time
-from beam_pipeline import publication, tables
+from beam_pipeline.bigquery import publication, tables
 def publish(client, what, launch, tallies):
     (training,) = what.trainings
     for tower in training.towers:
@@ -644,8 +716,8 @@ def test_a_killed_job_leaves_nothing_half_and_runs_again(job, store, models, tmp
     second = store.log(models("plain"), "second", MARCH_2)
     hook = f"""
 import time
-from beam_pipeline import columnar, publication
-owner, name = (columnar, "encode") if {step!r} == "write" else (publication, {step!r})
+from beam_pipeline.bigquery import avro, publication
+owner, name = (avro, "encode") if {step!r} == "write" else (publication, {step!r})
 original = getattr(owner, name)
 def stopped(*args, **options):
     if {when!r} == "after":
@@ -670,7 +742,7 @@ def test_an_interrupted_job_cleans_up(job, store, models, tmp_path, number):
     run = store.log(models("plain"), "plain", MARCH_1)
     hook = """
 import time
-from beam_pipeline import publication
+from beam_pipeline.bigquery import publication
 publication.audit = lambda *args: (print("HERE", flush=True), time.sleep(60))
 """
     process = job.hooked(tmp_path, hook, run)

@@ -11,7 +11,7 @@ from job import MARCH_1, refused
 from mlflow.tracking import MlflowClient
 
 from beam_pipeline.files import open_file
-from beam_pipeline.formats.keras_file import KerasFile
+from beam_pipeline.formats.keras.reader import KerasFile
 
 BY_NAME = ("--tower=user=user_embedding", "--tower=item=item_embedding")
 
@@ -46,7 +46,7 @@ def check(job, run, model):
 )
 @pytest.mark.parametrize("piece_bytes", [8 << 20, 1000])
 def test_every_row_is_what_keras_says(job, store, keras_files, monkeypatch, name, flags, piece_bytes):
-    monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", piece_bytes)
     run = log_file(store, keras_files(name).folder / "model.keras")
     assert job.run(run, *flags) == 0
     check(job, run, keras_files(name))
@@ -106,7 +106,7 @@ def test_special_rows_on_request(job, store, keras_files):
 @pytest.mark.parametrize("where", ["user", "item", "beside", "vocabulary"])
 @pytest.mark.parametrize("piece_bytes", [8 << 20, 1000])
 def test_a_damaged_byte(job, store, keras_files, tmp_path, capsys, monkeypatch, where, piece_bytes):
-    monkeypatch.setattr("beam_pipeline.formats.ids.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", piece_bytes)
     path = Path(shutil.copy(keras_files("functional").folder / "model.keras", tmp_path))
     model = KerasFile(str(path), open_file)
     towers = {side: model.tower(side, f"{side}_embedding") for side in ("user", "item")}

@@ -9,13 +9,14 @@ from job import MARCH_1, refused
 
 from beam_pipeline.errors import NotAModelError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids, open_artifact
+from beam_pipeline.formats import open_artifact
+from beam_pipeline.reading import pieces, unordered
 
 
 @pytest.mark.parametrize("name", ["integers", "learnt", "learnt_integers", "static", "mutable", "sharded", "bfloat"])
 def test_every_row_is_what_tensorflow_says(job, store, tables, monkeypatch, name):
-    monkeypatch.setattr(ids, "PIECE_BYTES", 3000)
-    monkeypatch.setattr(ids, "PIECE_ENTRIES", 170)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(unordered, "PIECE_ENTRIES", 170)
     run = store.log(tables(name), name, MARCH_1)
     assert job.run(run) == 0
     for tower in ("user", "item"):

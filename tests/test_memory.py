@@ -15,11 +15,11 @@ import os, re, sys
 from datetime import date
 import apache_beam as beam
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from beam_pipeline import columnar, tables
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
-from beam_pipeline.runs import Run
-from beam_pipeline.transforms import ReadTower
+from beam_pipeline.bigquery import avro, tables
+from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.training import Run
+from beam_pipeline.reading.transforms import ReadTower
 
 folder, rows = sys.argv[1], int(sys.argv[2])
 with open(f"{folder}/ids", "w") as file:
@@ -36,7 +36,7 @@ constants = {"r": [*tables.run_values(Run("r", "n", "1", "e", date(2026, 3, 1), 
 with beam.Pipeline(runner=FnApiRunner()) as pipeline:
     batches = (pipeline | ReadTower({"r": tower}))["batches"]
     keyed = batches | beam.Map(lambda batch: ("p:d.t", batch))
-    write = columnar._WriteFilesFn({"fields": tables.schema("user")}, constants, 1 << 30)
+    write = avro._WriteFilesFn({"fields": tables.schema("user")}, constants, 1 << 30)
     _ = keyed | beam.ParDo(write, f"{folder}/out")
 written = sum(os.path.getsize(os.path.join(f, name)) for f, _, names in os.walk(f"{folder}/out") for name in names)
 assert written > rows * 800, written
@@ -66,7 +66,7 @@ def test_workers_import_neither_mlflow_nor_tensorflow():
 LAUNCHER = """
 import re, sys
 from beam_pipeline.files import open_file
-from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.formats.saved_model.reader import SavedModel
 tower = SavedModel(sys.argv[1], open_file).tower("user", "user_layer")
 assert tower.vocabulary.count == int(sys.argv[2]), tower.vocabulary
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)

@@ -1,6 +1,6 @@
 import pytest
 
-from beam_pipeline.options import parse
+from beam_pipeline.launch.options import parse
 
 
 def test_defaults():
@@ -73,6 +73,7 @@ def test_everything():
         (["--run_id=1", "--dataset=a.b.c"], "--dataset='a.b.c'"),
         (["--run_id=1", "--project=p`x"], "--project='p`x' is no project id"),
         (["--run_id=1", "--table_prefix=x;y"], "--table_prefix='x;y'"),
+        (["--run_id=1", "--table_suffix=_x`"], "--table_suffix='_x`'"),
         (["--run_id=1", "--partition_expiration_days=0"], "at least 1"),
         (["--run_id=1", "--warehouse=w", "--runner=DataflowRunner"], "--warehouse runs with DirectRunner only"),
         (["--run_id=1", "--warehouse=w", "--env=prod"], "--warehouse is for the laptop"),

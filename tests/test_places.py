@@ -21,8 +21,10 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.tracking import MlflowClient
 from tracking import gate, service_account_key, tokens, tracking_server
 
-from beam_pipeline import identity, publication, runs, tag
+from beam_pipeline import tag
+from beam_pipeline.bigquery import publication
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, RunNotFoundError
+from beam_pipeline.tracking import auth, runs
 
 AUDIENCE = "1234-abc.apps.googleusercontent.com"
 
@@ -86,7 +88,7 @@ def served(server, models):
 @pytest.fixture(autouse=True)
 def _no_credentials(monkeypatch):
     yield
-    identity.authorize(None, None)
+    auth.authorize(None, None)
 
 
 def is_file(path, name):
@@ -217,6 +219,35 @@ def test_what_log_model_logs_is_found(server):
     assert {"MLmodel", "data"} <= {file.path for file in logged}
 
 
+def test_the_latest_run_that_has_the_model_takes_few_requests(job, server, models, capsys):
+    """Runs that evaluate or try something are named on stdout; each takes two requests, and one more for a folder."""
+    experiment = server.client.create_experiment("searched")
+
+    def run(minute):
+        start = int((MARCH_1 + timedelta(minutes=minute)).timestamp() * 1000)
+        run_id = server.client.create_run(experiment, start_time=start, run_name=f"run {minute}").info.run_id
+        server.client.update_run(run_id, "FINISHED")
+        return run_id
+
+    trained = run(0)
+    server.folder(trained, models("longer"))
+    without = [run(minute) for minute in range(1, 5)]
+    server.client.log_text(without[3], "1", "plots/recall.txt")
+    asked = []
+    with gate(server.url, lambda headers: True) as guarded:
+        guarded.before = asked.append
+        assert runs.find_run(experiment_name="searched", tracking_uri=guarded.url).run_id == trained
+    # The experiment and its runs, each run without a model, the folder, and the artifacts and the model of the last.
+    assert len(asked) == 2 + 2 * len(without) + 1 + 2
+    assert job.run(None, "--experiment_name=searched", f"--tracking_uri={server.url}", "--inspect") == 0
+    out = capsys.readouterr().out.splitlines()
+    left_out = [
+        f"left out    2026-03-01 run {4 - number} ({run_id}): no model" for number, run_id in enumerate(without[::-1])
+    ]
+    assert [line for line in out if line.startswith("left out")] == left_out
+    assert f"run         run 0 ({trained}), trained 2026-03-01 UTC" in out
+
+
 def test_models_of_a_local_store(job, store, models, monkeypatch):
     """No server: the job reads the folder that MLflow 3 has put beside the run, of the version that an alias names."""
     client = MlflowClient(store.uri)
@@ -314,6 +345,13 @@ def test_artifacts_that_may_not_be_read(job, server, served, store, capsys):
     assert store.load_files(job.dataset) == []
 
 
+def test_a_folder_whose_name_holds_an_escape(job, server, models):
+    run = server.run()
+    server.folder(run, models("longer"), "a%20b/c d")
+    assert job.run(run, f"--tracking_uri={server.url}", "--artifact_path=a%20b/c d") == 0
+    assert job.rows("item") == {("2026-03-01", run): models("longer").rows("item")}
+
+
 def test_a_failing_job_leaves_no_copy(job, server, store, damaged, capsys):
     model = damaged("plain")
     data = next((model.folder / "variables").glob("*.data-*"))
@@ -328,7 +366,7 @@ def test_a_failing_job_leaves_no_copy(job, server, store, damaged, capsys):
 def test_an_interrupted_job_leaves_no_copy(job, server, served, store, tmp_path, when):
     hook = """
 import time
-from beam_pipeline import publication
+from beam_pipeline.bigquery import publication
 publication.audit = lambda *args: (print("HERE", flush=True), time.sleep(60))
 """
     with gate(server.url, lambda headers: True) as slow:
@@ -459,7 +497,7 @@ def test_a_token_is_not_in_a_debug_log(server, served, tmp_path, monkeypatch, ca
     monkeypatch.setattr(logging.getLogger("google"), "propagate", True)
     with tokens() as google, gate(server.url, holder(google.issued)) as guarded:
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", service_account_key(tmp_path / "key.json", google.url))
-        identity.authorize(guarded.url, AUDIENCE)
+        auth.authorize(guarded.url, AUDIENCE)
         assert runs.find_run(run_id=served.run, tracking_uri=guarded.url).run_id == served.run
         (token,) = google.issued
     assert {"urllib3", "google"} <= {record.name.split(".")[0] for record in caplog.records}
@@ -475,7 +513,7 @@ def test_beside_the_servers_own_password_the_token_takes_another_header(server, 
         for header in ("Proxy-Authorization", "X-Serverless-Authorization"):
             both = holder(google.issued, header=header)
             with gate(server.url, lambda headers, both=both: both(headers) and password(headers)) as guarded:
-                identity.authorize(guarded.url, AUDIENCE)
+                auth.authorize(guarded.url, AUDIENCE)
                 assert runs.find_run(run_id=served.run, tracking_uri=guarded.url).run_id == served.run
 
 
@@ -491,7 +529,7 @@ def test_a_token_goes_nowhere_else(server, served, tmp_path, monkeypatch, own_pa
         gate(server.url, lambda headers: True) as elsewhere,
     ):
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", service_account_key(tmp_path / "key.json", google.url))
-        identity.authorize(guarded.url, AUDIENCE)
+        auth.authorize(guarded.url, AUDIENCE)
         # Another host by name, the same machine.
         other = elsewhere.url.replace("127.0.0.1", "localhost")
         guarded.before = lambda path: (307, {"Location": other + path}, b"") if "runs/get" in path else None

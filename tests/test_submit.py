@@ -74,3 +74,19 @@ def test_a_job_is_submitted_once(submit, dataflow):
         dataflow.answer("GET", f"/v1b3/projects/local/locations/europe-west1/jobs/{job_id}", {})
     assert submit().returncode == 0
     assert [other["name"] for other in dataflow.jobs.values()] == [job["name"]] * 2
+
+
+def test_a_key_for_bigquery_and_one_for_dataflow(submit, dataflow):
+    """BigQuery's is where the dataset is, a multi-region here, and Dataflow's in the job's region."""
+    keys = {place: f"projects/p/locations/{place}/keyRings/r/cryptoKeys/k" for place in ("us", "europe-west1")}
+    done = submit(f"--kms_key={keys['us']}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: --kms_key is in us, and Dataflow in europe-west1 takes keys of that region alone: name one with "
+        "--dataflow_kms_key, and leave --kms_key to BigQuery"
+    )
+    assert dataflow.jobs == {}
+    done = submit(f"--kms_key={keys['us']}", f"--dataflow_kms_key={keys['europe-west1']}")
+    assert done.returncode == 0, done.stderr
+    (job,) = dataflow.jobs.values()
+    assert job["environment"]["serviceKmsKeyName"] == keys["europe-west1"]

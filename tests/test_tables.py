@@ -1,3 +1,4 @@
+import dataclasses
 from datetime import date
 
 import pytest
@@ -6,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from towers import described
 
-from beam_pipeline import tables
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.tables import Destination
-from beam_pipeline.transforms import Tally
+from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.reading.tally import Tally
+from beam_pipeline.training import Run, Training
 
 DESTINATION = Destination("p", "raw_dev", "EU", "two_tower")
 RUN = Run("0123abcd", "it's; DROP", "7", "two_tower", date(2026, 3, 1), "gs://b/a")
@@ -42,6 +43,21 @@ def table(schema, type_="DAY", field="train_date"):
 def test_names():
     assert DESTINATION.table("user") == "p.raw_dev.two_tower_user_embedding"
     assert DESTINATION.staging("item", "abc") == "p.raw_dev.two_tower_item_embedding_staging_abc"
+
+
+def test_when_a_publication_is_said_to_be():
+    """CURRENT_TIMESTAMP is that of the transaction's start."""
+    (published,) = (field for field in tables.LOG_SCHEMA if field.name == "published_at")
+    assert published.description == "When the transaction of the publication began"
+
+
+def test_names_with_a_suffix():
+    history = dataclasses.replace(DESTINATION, suffix="_history")
+    assert history.table("user") == "p.raw_dev.two_tower_user_embedding_history"
+    assert history.staging("item", "abc") == "p.raw_dev.two_tower_item_embedding_history_staging_abc"
+    # A run of one history is not to be looked up in the log of another.
+    assert history.log == "p.raw_dev.two_tower_embedding_history_log"
+    assert history.lock == "p.raw_dev.two_tower_embedding_history_lock"
 
 
 def test_schema():
@@ -97,6 +113,12 @@ def test_the_tables_may_require_a_partition_filter():
     assert "WHERE train_date" in tables.dimension_sql("p.d.t", "user")
 
 
+def test_the_latest_partition_is_that_of_a_named_table():
+    sql = tables.latest_partition_sql("example.com:p.d.t_user")
+    assert " FROM `example.com:p.d`.INFORMATION_SCHEMA.PARTITIONS WHERE table_name = 't_user' AND " in sql
+    assert "@" not in sql
+
+
 def test_staging_in_a_dataset_of_its_own():
     elsewhere = Destination("p", "raw_dev", "EU", "two_tower", "q.scratch")
     assert elsewhere.table("user") == "p.raw_dev.two_tower_user_embedding"
@@ -146,10 +168,16 @@ def test_the_first_version_can_be_used():
     assert tables.differences(table(FIRST_VERSION), "user") == []
     missing = tables.missing_columns(table(FIRST_VERSION), tables.schema_fields("user"))
     assert [c.name for c in missing] == ["mlflow_experiment_id"]
+
+
+def test_missing_columns_are_added_by_one_statement():
+    """Each is a change of the table's metadata, and BigQuery takes five in ten seconds."""
     assert tables.add_columns_sql("p.d.t", table(FIRST_VERSION[:5]), tables.schema_fields("user")) == [
-        "ALTER TABLE `p.d.t` ADD COLUMN IF NOT EXISTS mlflow_experiment_id STRING",
-        "ALTER TABLE `p.d.t` ADD COLUMN IF NOT EXISTS user_embedding ARRAY<FLOAT64>",
+        "ALTER TABLE `p.d.t` ADD COLUMN IF NOT EXISTS mlflow_experiment_id STRING, "
+        "ADD COLUMN IF NOT EXISTS user_embedding ARRAY<FLOAT64>"
     ]
+    assert len(tables.add_columns_sql("p.d.log", table([]), tables.LOG_SCHEMA)) == 1
+    assert tables.add_columns_sql("p.d.t", table(tables.schema_fields("user")), tables.schema_fields("user")) == []
 
 
 def test_our_own_table_can_be_used():

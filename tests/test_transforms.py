@@ -12,15 +12,17 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from beam_pipeline import metrics, transforms
+from beam_pipeline import metrics
 from beam_pipeline.errors import AuditError, BadIdError, BadVectorError, ChecksumError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.saved_model import SavedModel
-from beam_pipeline.formats.wire import Span
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.transforms import REPORTS, ReadTower, Report, read_piece, tally, to_rows
+from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.formats.saved_model.reader import SavedModel
+from beam_pipeline.reading import pieces, rows
+from beam_pipeline.reading.rows import read_piece, to_rows
+from beam_pipeline.reading.tally import Report, tally
+from beam_pipeline.reading.transforms import REPORTS, ReadTower
+from beam_pipeline.training import Run, Training
 
 
 def tower_of(model, name):
@@ -33,7 +35,7 @@ def training(*towers):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(ids, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
 
 
 @pytest.mark.parametrize("name", ["plain", "special", "one"])
@@ -51,7 +53,7 @@ def test_read_tower_emits_every_row(models, small_pieces, name, tower):
 
 def test_a_batch_is_pickled_as_its_source(models):
     tower = tower_of(models("plain"), "user")
-    piece = list(ids.cut(tower, open_file, 8 << 20))[1]
+    piece = list(pieces.cut(tower, open_file, 8 << 20))[1]
     batch, _ = read_piece("run", piece, tower, open_file)
     pickled = pickle.dumps(batch)
     assert len(pickled) < 2000
@@ -68,7 +70,7 @@ def test_counters(models, small_pieces):
 
 
 def reports_of(tower, piece_bytes=500):
-    return [read_piece("run", piece, tower, open_file)[1] for piece in ids.cut(tower, open_file, piece_bytes)]
+    return [read_piece("run", piece, tower, open_file)[1] for piece in pieces.cut(tower, open_file, piece_bytes)]
 
 
 def test_all_reports_together_give_the_number_of_ids(models):
@@ -98,11 +100,11 @@ def test_norms_at_the_edges():
     )
     names = pa.array([b"a", b"b", b"c", b"d"])
     vectors = np.array([[0, -0.0], [3, 4], [1e200, 0], [1.7e308, 1.7e308]])
-    norms = transforms._checked_norms(vectors, names, range(4), tower)
+    norms = rows._checked_norms(vectors, names, range(4), tower)
     assert (norms.smallest, norms.largest, norms.zeros) == (0.0, np.finfo(np.float64).max, 1)
     vectors[2, 1] = np.nan
     with pytest.raises(BadVectorError, match=r"id 'c' \(row 2\) holds NaN"):
-        transforms._checked_norms(vectors, names, range(4), tower)
+        rows._checked_norms(vectors, names, range(4), tower)
 
 
 @pytest.mark.parametrize("change", [lambda r: r[1:], lambda r: r[:-1], lambda r: r[:2] + r[3:], lambda r: [*r, r[2]]])

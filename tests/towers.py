@@ -1,9 +1,9 @@
 """Towers for tests: described ones, whose files do not exist, and what a real one holds."""
 
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
+from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.reading import pieces
 
 
 def described(name, folder="gs://bucket", *, rows=11, dimension=8, ids_bytes=100):
@@ -16,12 +16,12 @@ def described(name, folder="gs://bucket", *, rows=11, dimension=8, ids_bytes=100
 def read_tower(tower, piece_bytes=1 << 20):
     """Reads a tower piece by piece: id → vector; asserts that the pieces cover every row once, in order."""
     found, row = {}, 0
-    for piece in ids.cut(tower, open_file, piece_bytes):
+    for piece in pieces.cut(tower, open_file, piece_bytes):
         if piece.rest:
             continue
         assert piece.first_row == row
         row += piece.rows
-        names = ids.read(piece, tower, open_file)
+        names = pieces.read(piece, tower, open_file)
         with open_file(tower.matrix.path) as file:
             start = tower.matrix.offset + piece.first_row * tower.matrix.row_bytes
             vectors = tower.matrix.decode(file.read(start, piece.rows * tower.matrix.row_bytes))

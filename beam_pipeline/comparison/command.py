@@ -16,17 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beam_pipeline import __version__, options
+from beam_pipeline import __version__
 from beam_pipeline.errors import ConfigError, LabelsError, PipelineError, UnusualError
+from beam_pipeline.launch import options
 
 if TYPE_CHECKING:
     from google.cloud import bigquery
 
+    from beam_pipeline.bigquery.tables import Destination
     from beam_pipeline.comparison.pairs import Towers
     from beam_pipeline.comparison.results import Result
     from beam_pipeline.comparison.tables import Pair
     from beam_pipeline.comparison.work import Comparison
-    from beam_pipeline.tables import Destination
 
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _LABELS = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
@@ -276,16 +277,19 @@ def run(config: Config) -> None:
     """
     from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
-    from beam_pipeline import emulators, identity, preflight, publication
+    from beam_pipeline import emulators
+    from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
+    from beam_pipeline.launch import preflight
+    from beam_pipeline.tracking import auth
 
     terminal = ComparisonTerminal()
     if config.report:
         require_writable(config.report)
     if config.report or config.log_run:
         page.require()
-    identity.authorize(config.tracking_uri, config.tracking_audience)
+    auth.authorize(config.tracking_uri, config.tracking_audience)
     with ExitStack() as stack:
         beam_options = PipelineOptions(list(config.beam_args))
         # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
@@ -371,7 +375,7 @@ def run(config: Config) -> None:
 
 
 def _destination(config: Config, project: str) -> Destination:
-    from beam_pipeline import preflight
+    from beam_pipeline.launch import preflight
 
     staging = config.staging_dataset
     return preflight.find_destination(
@@ -562,7 +566,7 @@ LOGGED = (
 
 def log_run(found: Sequence[Result], html: str, tracking_uri: str | None) -> None:
     """Logs the numbers of a pair to its later run, and the page."""
-    from beam_pipeline import runs
+    from beam_pipeline.tracking import runs
 
     values = {
         f"embedding.{result.values['tower']}.{name}": float(result.values[name])
@@ -631,12 +635,14 @@ def report(argv: Sequence[str] | None = None) -> int:
 def _report(config: Config, found: argparse.Namespace) -> None:
     from google.cloud import bigquery
 
-    from beam_pipeline import emulators, identity, publication
+    from beam_pipeline import emulators
+    from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, results
+    from beam_pipeline.tracking import auth
 
     require_writable(found.output)
     page.require()
-    identity.authorize(found.tracking_uri, found.tracking_audience)
+    auth.authorize(found.tracking_uri, found.tracking_audience)
     with ExitStack() as stack:
         if config.warehouse:
             stack.enter_context(_warehouse(config.warehouse))

@@ -15,7 +15,9 @@ from apache_beam.pvalue import TaggedOutput
 from google.cloud import bigquery
 from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 
-from beam_pipeline import metrics, publication
+from beam_pipeline import metrics
+from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery.publication import LABELS, STAGING_LIFE
 from beam_pipeline.comparison import measures, reading, tables
 from beam_pipeline.comparison.files import ChangeWriter, fit_arrays, fit_of, load_arrays, save_arrays
 from beam_pipeline.comparison.measures import Fit, Nearest, Rows, Totals
@@ -33,7 +35,6 @@ from beam_pipeline.comparison.work import (
     query,
 )
 from beam_pipeline.errors import AuditError, BadVectorError
-from beam_pipeline.publication import LABELS, STAGING_LIFE
 
 SAMPLE_IDS = 100_000
 """Ids of a tower on which rotation and moments are fitted, at most."""

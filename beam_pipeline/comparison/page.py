@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from beam_pipeline import __version__
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import measures, tables
 from beam_pipeline.comparison.results import Result
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.tables import Destination
 
 if TYPE_CHECKING:
     from markupsafe import Markup

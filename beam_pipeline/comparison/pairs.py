@@ -12,10 +12,10 @@ from typing import Any
 from google.api_core.exceptions import NotFound
 from google.cloud import bigquery
 
+from beam_pipeline.bigquery.tables import PARTITION_COLUMN, Destination
 from beam_pipeline.comparison import tables
 from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.errors import ConfigError, IncompatibleTableError, TrainingMissingError
-from beam_pipeline.tables import PARTITION_COLUMN, Destination
 
 _NAMED = 10  # trainings in a message
 

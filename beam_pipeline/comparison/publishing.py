@@ -17,13 +17,13 @@ from apache_beam.metrics.metric import Lineage
 from google.api_core.exceptions import NotFound
 from google.cloud import bigquery
 
-from beam_pipeline import publication
+from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery.publication import LABELS, STAGING_LIFE
+from beam_pipeline.bigquery.tables import PARTITION_COLUMN
 from beam_pipeline.comparison import tables
 from beam_pipeline.comparison.results import Percentile, percentiles, previous, require_usual
 from beam_pipeline.comparison.work import Comparison, Finished, query
 from beam_pipeline.errors import AuditError, IncompatibleTableError
-from beam_pipeline.publication import LABELS, STAGING_LIFE
-from beam_pipeline.tables import PARTITION_COLUMN
 
 _MOST_FILES = 10_000  # of one load job
 

@@ -10,11 +10,11 @@ from typing import Any
 from google.api_core.exceptions import NotFound
 from google.cloud import bigquery
 
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import measures, tables
 from beam_pipeline.comparison.measures import Usual
 from beam_pipeline.comparison.tables import Pair
 from beam_pipeline.errors import TrainingMissingError, UnusualError
-from beam_pipeline.tables import Destination
 
 _NAMED = 3  # ids in a verdict
 

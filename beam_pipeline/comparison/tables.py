@@ -11,7 +11,7 @@ from datetime import date, datetime
 
 from google.cloud import bigquery
 
-from beam_pipeline.tables import PARTITION_COLUMN, Destination, literal, text
+from beam_pipeline.bigquery.tables import PARTITION_COLUMN, Destination, literal, text
 
 
 @dataclass(frozen=True)

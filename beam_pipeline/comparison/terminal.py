@@ -10,8 +10,8 @@ from beam_pipeline import metrics
 from beam_pipeline.comparison import tables, work
 from beam_pipeline.comparison.results import Result
 from beam_pipeline.comparison.work import Comparison
-from beam_pipeline.preflight import Findings
-from beam_pipeline.terminal import Terminal
+from beam_pipeline.launch.console import Terminal
+from beam_pipeline.launch.preflight import Findings
 
 SHOWN_MOVERS = 5
 """Ids that moved farthest at the terminal; the page has them all."""

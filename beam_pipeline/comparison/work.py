@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from google.cloud import bigquery
 
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison.measures import Distribution, Nearest, Totals
 from beam_pipeline.comparison.tables import Pair
-from beam_pipeline.tables import Destination
 
 JOB_NAME = "compare"
 """First part of the name of a job that was not given one."""

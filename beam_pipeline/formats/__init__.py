@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 from beam_pipeline.errors import ArtifactMissingError, NotAModelError
 from beam_pipeline.files import OpenFile, join
-from beam_pipeline.formats.artifact import Artifact
-from beam_pipeline.formats.keras_file import KerasFile
-from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.formats.keras.reader import KerasFile
+from beam_pipeline.formats.model import Artifact
+from beam_pipeline.formats.saved_model.reader import SavedModel
 
 _PLACES = ("saved_model.pb", "data/model.keras", "data/model/saved_model.pb", "model.keras")
 """Where a model lies in a folder: as the trainer logs it, as `mlflow.tensorflow.log_model` does, as a single file."""
+
+
+_HDF5 = (".h5", ".hdf5")
+# Where Keras or MLflow put one instead.
+_HDF5_PLACES = ("data/model.h5", "model.h5", "model.weights.h5")
+
+
+def is_hdf5(path: str) -> bool:
+    """Returns whether a file is Keras' own kind of HDF5 file, by its name."""
+    return path.endswith(_HDF5)
+
+
+def refuse_hdf5(path: str) -> NotAModelError:
+    """Returns the error for an HDF5 file, of a model or of weights alone."""
+    return NotAModelError(
+        f"{path} is an HDF5 file, which cannot be read: save the model as .keras (model.save('model.keras')) or as a "
+        "SavedModel (model.export('model')), and log it again"
+    )
 
 
 def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) -> Artifact:
@@ -31,6 +50,8 @@ def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) 
             return KerasFile(folder, open_file, layers)
         except ArtifactMissingError as error:
             raise NotAModelError(f"no model: {error}; name its folder or file with --artifact_path") from error
+    if is_hdf5(folder):
+        raise refuse_hdf5(folder)
     reasons = []
     for place in _PLACES:
         path = join(folder, place)
@@ -42,6 +63,10 @@ def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) 
         if path.endswith(".keras"):
             return KerasFile(path, open_file, layers)
         return SavedModel(path.removesuffix("/saved_model.pb"), open_file)
+    for place in _HDF5_PLACES:
+        with contextlib.suppress(ArtifactMissingError):
+            open_file(join(folder, place)).close()
+            raise refuse_hdf5(join(folder, place))
     raise NotAModelError(
         f"{folder} does not hold a model (none of {', '.join(_PLACES)}): {reasons[0]}; name its folder, or its .keras "
         "file, inside the run with --artifact_path"

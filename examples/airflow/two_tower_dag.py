@@ -57,7 +57,7 @@ def two_tower():
 
         from mlflow.tracking import MlflowClient
 
-        from beam_pipeline.runs import find_run
+        from beam_pipeline.tracking.runs import find_run
 
         run_id = mlflow_run_id or find_run(experiment_name=experiment_name).run_id
         if metric:

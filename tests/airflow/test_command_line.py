@@ -15,7 +15,7 @@ PARSE = """
 import dataclasses, json, sys
 from pathlib import Path
 from apache_beam.options.pipeline_options import PipelineOptions
-from beam_pipeline.options import parse
+from beam_pipeline.launch.options import parse
 config = parse(sys.argv[2:])
 Path(sys.argv[1]).write_text(json.dumps({
     **dataclasses.asdict(config), "argv": sys.argv[2:], "beam": PipelineOptions(list(config.beam_args)).get_all_options(),

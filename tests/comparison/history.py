@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from google.cloud import bigquery, storage
 
-from beam_pipeline import tables
+from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import command
 from beam_pipeline.comparison import tables as result_tables
-from beam_pipeline.tables import Destination
 
 RESULT_TABLES = {"two_tower_embedding_comparison", "two_tower_item_embedding_change", "two_tower_embedding_lock"}
 

@@ -9,8 +9,8 @@ import pytest
 from history import History
 from mlflow.tracking import MlflowClient
 
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
 
 ROOT = Path(__file__).parents[2]
 PLANTED = "item-jazz-007"

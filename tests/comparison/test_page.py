@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import worlds
 
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import measures, page, results, values
 from beam_pipeline.comparison.results import Result
 from beam_pipeline.comparison.tables import COMPARISON_SCHEMA, Pair, Trained
 from beam_pipeline.comparison.work import Comparison, Facts, Joined, Measured
-from beam_pipeline.tables import Destination
 
 DESTINATION = Destination("my-project", "raw_prod", "EU", "two_tower")
 NASTY = "<script>alert('x')</script> $x_1$ \u202e&amp;"

@@ -99,7 +99,7 @@ from apache_beam.pvalue import TaggedOutput
 from beam_pipeline.comparison import measuring
 from beam_pipeline.comparison.measures import Totals
 from beam_pipeline.comparison.work import Comparison, Joined
-from beam_pipeline.tables import Destination
+from beam_pipeline.bigquery.tables import Destination
 
 folder, rows, dimension = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 comparison = Comparison(Destination("p", "d", "US", "t"), (), "user", "item", folder, "token", ids=("item",))

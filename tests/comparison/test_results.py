@@ -5,12 +5,12 @@ from datetime import date, timedelta
 
 import pytest
 
+from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import measures, publishing, tables
 from beam_pipeline.comparison.results import Percentile, Result, earlier_values, previous, require_usual
 from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.comparison.work import Comparison
 from beam_pipeline.errors import UnusualError
-from beam_pipeline.tables import Destination
 
 
 def day(number):

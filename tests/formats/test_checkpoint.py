@@ -11,8 +11,8 @@ from wire_format import field, varint
 
 from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError, PipelineError
 from beam_pipeline.files import ByteFile
-from beam_pipeline.formats import checkpoint
-from beam_pipeline.formats.checkpoint import Entry
+from beam_pipeline.formats.saved_model import checkpoint
+from beam_pipeline.formats.saved_model.checkpoint import Entry
 
 # tf.train.Checkpoint(v=tf.Variable([[1., 2.], [3., 4.], [5., 6.]])).write("golden"), TensorFlow 2.21.
 GOLDEN_INDEX = base64.b64decode(

@@ -7,9 +7,10 @@ from wire_format import field
 
 from beam_pipeline.errors import CorruptFileError
 from beam_pipeline.files import ByteFile
-from beam_pipeline.formats import gathers
-from beam_pipeline.formats.gathers import Gather
-from beam_pipeline.formats.wire import Span
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.formats.saved_model import gathers
+from beam_pipeline.formats.saved_model.functions import FunctionLibrary
+from beam_pipeline.formats.saved_model.gathers import Gather
 
 FIND = ("tower/lookup/find", "LookupTableFindV2", "table", "ids", "default")
 READ = ("tower/embedding/read", "ReadVariableOp", "matrix")
@@ -29,8 +30,8 @@ def library(*nodes, arguments=("ids", "table", "matrix", "other_table", "other_m
 def find(*nodes, captured=(10, 20, 11, 21), **options):
     data = library(*nodes, **options)
     file = ByteFile("saved_model.pb", io.BytesIO(data), len(data))
-    functions = gathers.definitions(file, Span(0, len(data)))
-    return gathers.find(file, functions, {"call": captured}, {10, 11}, {20, 21})
+    functions = FunctionLibrary(file, Span(0, len(data)))
+    return gathers.find(file.path, functions, {"call": captured}, {10, 11}, {20, 21})
 
 
 def pairs(*nodes, **options):
@@ -129,6 +130,6 @@ def test_a_function_in_which_each_node_depends_on_all_objects():
     nodes = [("all", "AddN", *arguments), *((f"node {number}", "AddN", "all") for number in range(5000))]
     data = library(*nodes, arguments=arguments)
     file = ByteFile("graph", io.BytesIO(data), len(data))
-    functions = gathers.definitions(file, Span(0, len(data)))
+    functions = FunctionLibrary(file, Span(0, len(data)))
     with pytest.raises(CorruptFileError, match="its functions depend on each other too often"):
-        gathers.find(file, functions, {"call": range(1000)}, {*range(500)}, {*range(500, 1000)})
+        gathers.find(file.path, functions, {"call": range(1000)}, {*range(500)}, {*range(500, 1000)})

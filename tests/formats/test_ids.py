@@ -14,9 +14,11 @@ from wire_format import field, varint
 
 from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
 from beam_pipeline.files import ByteFile
-from beam_pipeline.formats import ids
-from beam_pipeline.formats.artifact import Checksum, Encoding, Matrix, Tower, Vocabulary
-from beam_pipeline.formats.wire import Span
+from beam_pipeline.formats import encodings
+from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.reading import pieces
+from beam_pipeline.reading import unordered as entries_module
 
 
 def make(encoding, names, *, rows=None, first_row=1, count=None, last_newline=True, padding=b"\0\1\2", numbers=None):
@@ -44,11 +46,11 @@ def make(encoding, names, *, rows=None, first_row=1, count=None, last_newline=Tr
 
 def read_all(tower, open_file, piece_rows):
     found, row = [], 0
-    for piece in ids.cut(tower, open_file, piece_rows * 4):
+    for piece in pieces.cut(tower, open_file, piece_rows * 4):
         assert piece.first_row == row
         assert 0 < piece.rows <= piece_rows
         row += piece.rows
-        found += ids.read(piece, tower, open_file).to_pylist()
+        found += pieces.read(piece, tower, open_file).to_pylist()
     assert row == tower.matrix.rows
     return found
 
@@ -65,7 +67,7 @@ def read_all(tower, open_file, piece_rows):
 def test_every_id_once_in_order(encoding, names, piece_rows, first_row, spare, block):
     tower, open_file = make(encoding, names, first_row=first_row, rows=len(names) + first_row + spare)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ids, "_BLOCK", block)
+        patch.setattr(encodings, "_BLOCK", block)
         assert read_all(tower, open_file, piece_rows) == names
 
 
@@ -81,20 +83,20 @@ def test_every_id_of_a_json_array(names, piece_rows, block, ascii_only):
     vocabulary = Vocabulary("ids", Span(0, len(data)), Encoding.JSON, 1)
     tower = dataclasses.replace(make(Encoding.LINES, [b""] * len(names))[0], vocabulary=vocabulary)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ids, "_BLOCK", block)
+        patch.setattr(encodings, "_BLOCK", block)
         found = read_all(tower, lambda path: ByteFile(path, io.BytesIO(data), len(data)), piece_rows)
     assert found == [name.encode() for name in names]
 
 
 def test_integers_and_what_is_no_id_in_a_json_array():
-    assert ids.decode(Encoding.JSON, b"5, -7", 2).to_pylist() == [b"5", b"-7"]
-    assert ids.decode(Encoding.JSON, b'"\\ud800"', 1).to_pylist() == [b"\xed\xa0\x80"]
+    assert encodings.decode(Encoding.JSON, b"5, -7", 2).to_pylist() == [b"5", b"-7"]
+    assert encodings.decode(Encoding.JSON, b'"\\ud800"', 1).to_pylist() == [b"\xed\xa0\x80"]
     for element in (b"true", b"null", b"1.5", b'{"class_name": "__bytes__"}'):
         with pytest.raises(NotAModelError, match="an id that is neither string nor integer"):
-            ids.decode(Encoding.JSON, element, 1)
+            encodings.decode(Encoding.JSON, element, 1)
     for text in (b'"a" "b"', b'"a', b"]["):
         with pytest.raises(CorruptFileError, match="no list of ids in JSON"):
-            ids.decode(Encoding.JSON, text, 1)
+            encodings.decode(Encoding.JSON, text, 1)
 
 
 @pytest.mark.parametrize("at", [0, 7, 8])
@@ -110,7 +112,7 @@ def test_ids_that_do_not_match_their_checksum(at):
     assert read_all(tower, open_file, 1) == [b"a", b"b"]
     content[at] ^= 1
     with pytest.raises(ChecksumError, match="do not match their crc32; the file was damaged"):
-        list(ids.cut(tower, open_file, 4))
+        list(pieces.cut(tower, open_file, 4))
 
 
 @pytest.mark.parametrize("encoding", [Encoding.LINES, Encoding.PROTOBUF, Encoding.JSON])
@@ -153,7 +155,7 @@ def test_bytes_that_are_no_ids():
 
 
 def test_a_file_that_is_no_vocabulary(monkeypatch):
-    monkeypatch.setattr(ids, "_MAX_IDS_BYTES", 1000)
+    monkeypatch.setattr(pieces, "MAX_IDS_BYTES", 1000)
     with pytest.raises(CorruptFileError, match="1 ids of tower 'user' take 2,001 bytes"):
         read_all(*make(Encoding.LINES, [b"x" * 2000]), 5)
 
@@ -208,11 +210,11 @@ def unordered(encoding, names, rows, matrix_rows, padding=b"\5\6\7"):
 
 def read_entries(tower, open_file, entries):
     found, first = [], 0
-    for piece in ids.cut_entries(tower, open_file, entries):
+    for piece in entries_module.cut_entries(tower, open_file, entries):
         assert piece.first == first
         assert 0 < piece.count <= entries
         first += piece.count
-        rows, names = ids.read_entries(piece, tower, open_file)
+        rows, names = entries_module.read_entries(piece, tower, open_file)
         found += zip(names.to_pylist(), rows.tolist(), strict=True)
     return found
 
@@ -235,8 +237,8 @@ def test_every_entry_once_with_its_row(encoding_and_names, random, entries, bloc
     rows = [random.randrange(100) for _ in names]
     tower, _, open_file = unordered(encoding, names, rows, 100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ids, "_BLOCK", block)
-        patch.setattr(ids, "_VARINT_BLOCK", block)
+        patch.setattr(encodings, "_BLOCK", block)
+        patch.setattr(entries_module, "_VARINT_BLOCK", block)
         assert read_entries(tower, open_file, entries) == list(zip(names, rows, strict=True))
 
 
@@ -246,7 +248,7 @@ def test_a_damaged_string_tensor_is_refused(names, data):
     span = tower.vocabulary.span
     content[data.draw(st.integers(span.start, span.end - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises((ChecksumError, CorruptFileError)):
-        list(ids.cut_entries(tower, open_file, 7))
+        list(entries_module.cut_entries(tower, open_file, 7))
 
 
 def test_damaged_integers_are_refused():
@@ -274,13 +276,13 @@ def test_every_integer_of_a_packed_field(numbers, piece_rows):
 
 def test_integers_of_a_file_are_written_as_such():
     lines = b"5\n-7\r\n007\n 9223372036854775807 \n"
-    assert ids.decode(Encoding.INTEGER_LINES, lines, 4).to_pylist() == [b"5", b"-7", b"7", b"9223372036854775807"]
+    assert encodings.decode(Encoding.INTEGER_LINES, lines, 4).to_pylist() == [b"5", b"-7", b"7", b"9223372036854775807"]
     for line in (b"five\n", b"\n", b"5.0\n", b"9223372036854775808\n", b"\xff\n"):
         with pytest.raises(BadIdError, match="a vocabulary of integers has a line that is none"):
-            ids.decode(Encoding.INTEGER_LINES, line, 1)
+            encodings.decode(Encoding.INTEGER_LINES, line, 1)
 
 
 @pytest.mark.parametrize("data", [b"\x80", b"\x05\x80", b"\x80" * 10 + b"\x01"])
 def test_broken_integers(data):
     with pytest.raises(CorruptFileError, match="a list of integers"):
-        ids.decode(Encoding.VARINTS, data, 1)
+        encodings.decode(Encoding.VARINTS, data, 1)

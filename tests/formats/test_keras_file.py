@@ -23,12 +23,15 @@ from beam_pipeline.errors import (
     TowerMissingError,
 )
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids, keras_container, keras_file, open_artifact
-from beam_pipeline.formats.artifact import cover
-from beam_pipeline.formats.keras_file import KerasFile
-from beam_pipeline.formats.saved_model import SavedModel
-from beam_pipeline.runs import Run, Training
-from beam_pipeline.transforms import read_piece, tally
+from beam_pipeline.formats import encodings, open_artifact
+from beam_pipeline.formats.keras import container, reader
+from beam_pipeline.formats.keras.reader import KerasFile
+from beam_pipeline.formats.saved_model.reader import SavedModel
+from beam_pipeline.reading import pieces
+from beam_pipeline.reading.pieces import cover
+from beam_pipeline.reading.rows import read_piece
+from beam_pipeline.reading.tally import tally
+from beam_pipeline.training import Run, Training
 
 BY_NAME = {"user": "user_embedding", "item": "item_embedding"}
 BY_LAYER = {"user": "user_layer", "item": "item_layer"}
@@ -90,7 +93,7 @@ def test_every_byte_of_the_weights_is_read_and_adds_up(keras_files, name, piece_
     model = keras_files(name)
     towers = cover(towers_of(model, TOWERS[name]))
     reports = [
-        read_piece("run", piece, t, open_file)[1] for t in towers for piece in ids.cut(t, open_file, piece_bytes)
+        read_piece("run", piece, t, open_file)[1] for t in towers for piece in pieces.cut(t, open_file, piece_bytes)
     ]
     expected = {tower.name: len(model.ids(tower.name)) for tower in towers}
     assert counted(reports, towers) == expected
@@ -102,7 +105,7 @@ def test_one_tower_alone_and_two_on_the_same_matrix(keras_files):
     model = keras_files("special")
     for layers in ({"user": "user_embedding"}, {"one": "user_embedding", "two": "user_embedding"}):
         towers = cover(towers_of(model, layers))
-        reports = [read_piece("run", piece, t, open_file)[1] for t in towers for piece in ids.cut(t, open_file, 100)]
+        reports = [read_piece("run", piece, t, open_file)[1] for t in towers for piece in pieces.cut(t, open_file, 100)]
         assert counted(reports, towers) == dict.fromkeys(layers, 100)
 
 
@@ -206,6 +209,18 @@ def test_no_model(tmp_path):
         KerasFile(str(tmp_path / "my.keras"), open_file)
 
 
+@pytest.mark.parametrize("place", ["my.h5", "my.hdf5", "model.h5", "data/model.h5", "model.weights.h5"])
+def test_an_hdf5_file_in_place_of_a_model(tmp_path, place):
+    """As Keras 2 saves one when it is told to; named itself, or where Keras and MLflow put it in a folder."""
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_bytes(b"\x89HDF")
+    named = tmp_path / place if place.startswith("my") else tmp_path
+    with pytest.raises(
+        NotAModelError, match=rf"/{place} is an HDF5 file, .*as \.keras .* or as a SavedModel .*log it again"
+    ):
+        open_artifact(str(named), open_file)
+
+
 # Files that are damaged, or made to harm.
 
 
@@ -297,7 +312,7 @@ def test_a_damaged_vocabulary(keras_files, tmp_path):
     flip(path, "assets/layers/string_lookup_1/vocabulary.txt", -3)
     tower = KerasFile(path, open_file).tower("item", "item_embedding")
     with pytest.raises(ChecksumError, match="do not match their crc32"):
-        list(ids.cut(tower, open_file, 1000))
+        list(pieces.cut(tower, open_file, 1000))
 
 
 @pytest.mark.parametrize("part", ["matrix", "beside"])
@@ -307,7 +322,7 @@ def test_damaged_weights(keras_files, tmp_path, part):
     at = file.tower("item", "item_embedding").matrix.offset - file._members["model.weights.h5"].span.start
     flip(path, "model.weights.h5", at + 9 if part == "matrix" else -1)
     towers = cover([file.tower(side, layer) for side, layer in BY_NAME.items()])
-    reports = [read_piece("run", piece, t, open_file)[1] for t in towers for piece in ids.cut(t, open_file, 1000)]
+    reports = [read_piece("run", piece, t, open_file)[1] for t in towers for piece in pieces.cut(t, open_file, 1000)]
     with pytest.raises(ChecksumError, match="tower 'user', 'item' do not match the checkpoint's crc32;"):
         counted(reports, towers)
 
@@ -318,7 +333,7 @@ def test_ids_and_their_number_in_the_config(keras_files, tmp_path):
 
     path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_config(more))
     with pytest.raises(CorruptFileError, match=r"has 3 ids, its graph says 4"):
-        list(ids.cut(KerasFile(path, open_file).tower("user", "table"), open_file, 1000))
+        list(pieces.cut(KerasFile(path, open_file).tower("user", "table"), open_file, 1000))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +377,7 @@ def test_a_config_of_another_model(keras_files, tmp_path):
 
 
 def test_a_config_that_is_too_large(keras_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(keras_file, "_MAX_CONFIG", 5000)
+    monkeypatch.setattr(reader, "_MAX_CONFIG", 5000)
     assert KerasFile(path_of(keras_files("sequential")), open_file)
 
     def change(layers):
@@ -393,24 +408,24 @@ def test_lists_are_found_wherever_blocks_end(keras_files, tmp_path, monkeypatch,
         entry_of(layers, "Embedding")["vocabulary"] = []
 
     path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_config(change))
-    monkeypatch.setattr(keras_file, "_BLOCK", block)
-    monkeypatch.setattr(keras_file, "_SLICE", max(3, block // 3))
+    monkeypatch.setattr(reader, "_BLOCK", block)
+    monkeypatch.setattr(reader, "_SLICE", max(3, block // 3))
     with open_file(path) as file:
         vocabulary = KerasFile(path, open_file).tower("user", "table").vocabulary
-        assert ids.first(file, vocabulary, 10_000)[0] == names
+        assert encodings.first(file, vocabulary, 10_000)[0] == names
 
 
 def test_a_directory_that_is_too_large(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "x.keras", "w") as archive:
         for i in range(2000):
             archive.writestr(f"{i}", b"")
-    monkeypatch.setattr(keras_container, "_MAX_DIRECTORY", 50_000)
+    monkeypatch.setattr(container, "_MAX_DIRECTORY", 50_000)
     with pytest.raises(CorruptFileError, match="its directory is too large to be true"):
         KerasFile(str(tmp_path / "x.keras"), open_file)
 
 
 def test_metadata_that_are_too_large(keras_files, monkeypatch):
-    monkeypatch.setattr(keras_container, "_MAX_METADATA", 2000)
+    monkeypatch.setattr(container, "_MAX_METADATA", 2000)
     with pytest.raises(CorruptFileError, match=r"its model.weights.h5 is too large to be true"):
         KerasFile(path_of(keras_files("functional")), open_file)
 
@@ -498,7 +513,7 @@ def test_any_damage_ends_in_an_error_of_ours(keras_files, tmp_path, seed):
             file.tower_layers()
             towers = [file.tower(side, layer) for side, layer in TOWERS[model.folder.name].items()]
             for tower in cover(towers):
-                list(ids.cut(tower, open_file, 1 << 20))
+                list(pieces.cut(tower, open_file, 1 << 20))
 
 
 @pytest.mark.parametrize("seed", range(4))

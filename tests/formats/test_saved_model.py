@@ -17,8 +17,8 @@ from beam_pipeline.errors import (
     TruncatedFileError,
 )
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import ids
-from beam_pipeline.formats.saved_model import SavedModel
+from beam_pipeline.formats.saved_model.reader import SavedModel
+from beam_pipeline.reading import pieces
 
 
 def read_tower(folder, name, piece_bytes=1 << 10, **options):
@@ -134,7 +134,7 @@ def test_more_ids_than_rows(damaged):
     path.write_bytes(path.read_bytes() + b"one more\nand another\n")
     tower = SavedModel(str(model.folder), open_file).tower("item", "item_layer")
     with pytest.raises(BadIdError, match=r"id 'one more' has row 2,015, but the matrix has only 2,015 rows"):
-        list(ids.cut(tower, open_file, 1000))
+        list(pieces.cut(tower, open_file, 1000))
 
 
 def test_reading_takes_little_memory_and_no_weights(models):

@@ -1,0 +1,1 @@
+"""Beam out: load files, staging tables, and the transaction that publishes them."""

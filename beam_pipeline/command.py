@@ -1,0 +1,57 @@
+"""The boundary of every command: whatever stops it becomes one line on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+from beam_pipeline.errors import PipelineError
+
+INTERRUPTED = 130
+"""The exit code that a shell gives to a process that Ctrl-C ended."""
+
+
+def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command; returns its exit code.
+
+    Args:
+        command: everything that it does after its flags were parsed.
+        interrupted: what is reported after Ctrl-C or SIGTERM.
+
+    Returns:
+        0; 1 if an error stopped it; `INTERRUPTED`.
+    """
+    # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        command()
+    except PipelineError as error:
+        return _stopped(str(error), 1)
+    except KeyboardInterrupt:
+        return _stopped(interrupted, INTERRUPTED)
+    except Exception as error:
+        logging.getLogger(__name__).info("stopped by", exc_info=error)
+        return _stopped(_reason(error), 1)
+    return 0
+
+
+def _stopped(message: str, code: int) -> int:
+    # As an error of ours, so that any message is bounded and holds nothing that a terminal would obey.
+    print("error:", " ".join(str(PipelineError(message)).split()), file=sys.stderr)
+    return code
+
+
+def _reason(error: Exception) -> str:
+    from google.auth.exceptions import GoogleAuthError
+
+    if isinstance(error, GoogleAuthError):
+        # Raised by any Google client, when it is created or at its first request. Further arguments can be a server's
+        # answer, with a token in it.
+        reason = str(error.args[0] if error.args else type(error).__name__).rstrip(".")
+        return (
+            f"no credentials for Google Cloud: {reason}; run gcloud auth application-default login, or point "
+            "GOOGLE_APPLICATION_CREDENTIALS to a service account's key"
+        )
+    return f"{type(error).__name__}: {error}"

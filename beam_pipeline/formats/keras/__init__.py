@@ -1,0 +1,1 @@
+"""`.keras` files of Keras 3 and 2."""

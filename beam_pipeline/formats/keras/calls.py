@@ -1,0 +1,245 @@
+"""The calls in the config of a Keras model, as functions that a trace follows: layers as TensorFlow's operations.
+
+A Functional model's config names for each layer its calls and where their inputs come from (`inbound_nodes`), a
+Sequential one has its layers in order. Layers that change nothing when a model serves (dropout) pass rows on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from beam_pipeline.formats.tails import SCALING, UNKNOWN, Function, Operation, Shape, State, Use, Value
+
+Config = Mapping[str, Any]
+
+_PASSING = frozenset(
+    {
+        "ActivityRegularization", "AlphaDropout", "BroadcastTo", "Cast", "Dropout", "ExpandDims", "Flatten",
+        "GaussianDropout", "GaussianNoise", "GetItem", "Identity", "Masking", "Permute", "RepeatVector",
+        "SlicingOpLambda", "SpatialDropout1D", "Squeeze", "StopGradient", "Transpose",
+    }
+)  # fmt: skip
+"""Layers and operations that leave the values of a row as they are when a model serves."""
+_NAMES = {
+    "Absolute": "Abs", "Add": "AddV2", "Concatenate": "ConcatV2", "Divide": "RealDiv", "Matmul": "MatMul", "Max": "Max",
+    "Multiply": "Mul", "Norm": "EuclideanNorm", "Power": "Pow", "Reciprocal": "Reciprocal", "Stack": "Pack",
+    "Subtract": "Sub", "TrueDivide": "RealDiv", "Where": "SelectV2", "Tensordot": "MatMul", "Vdot": "MatMul",
+    "Inner": "MatMul",
+    # TFOpLambda of Keras 2, by its function.
+    "__operators__.add": "AddV2", "add": "AddV2", "abs": "Abs", "concat": "ConcatV2", "divide": "RealDiv",
+    "einsum": "Einsum", "matmul": "MatMul", "maximum": "Maximum", "multiply": "Mul", "norm": "EuclideanNorm",
+    "reduce_mean": "Mean", "reduce_sum": "Sum", "rsqrt": "Rsqrt", "sqrt": "Sqrt", "square": "Square", "stack": "Pack",
+    "subtract": "Sub", "truediv": "RealDiv", "squared_difference": "SquaredDifference", "pow": "Pow",
+}  # fmt: skip
+"""Names of Keras's layers and operations, and what TensorFlow calls them."""
+_PASSING_FUNCTIONS = frozenset(
+    {"cast", "expand_dims", "getitem", "identity", "reshape", "squeeze", "stop_gradient", "transpose"}
+)
+_LOOKUPS = ("StringLookup", "IntegerLookup")
+_LAST = (-1, 1, [-1], [1], None)
+"""Axes of the values of a row: vectors are [rows, values], as a rule."""
+
+
+class Calls:
+    """The functions of a model's config.
+
+    Args of the constructor:
+        embedding: returns the number by which an embedding's config is followed.
+        table: the same of a lookup's.
+    """
+
+    def __init__(self, embedding: Callable[[Config], int], table: Callable[[Config], int]) -> None:
+        self._embedding = embedding
+        self._table = table
+        self._models: dict[str, Config] = {}
+        self._functions: dict[str, Function] = {}
+
+    def add(self, model: Config) -> str:
+        """Returns the name of the function that a Functional or Sequential model's call is."""
+        name = str(id(model))
+        self._models[name] = model
+        return name
+
+    def function(self, name: str) -> Function | None:
+        """Returns a function that was added, or a model inside of one."""
+        if name not in self._functions and name in self._models:
+            settings = _settings(self._models[name])
+            build = self._functional if "input_layers" in settings else self._sequential
+            self._functions[name] = build(settings)
+        return self._functions.get(name)
+
+    def _sequential(self, settings: Config) -> Function:
+        operations: dict[str, Operation] = {}
+        at = ("input", 0)
+        for number, entry in enumerate(_layers(settings)):
+            if entry.get("class_name") == "InputLayer":
+                continue
+            for operation in self._operations(entry, f"{_name(entry)}/{number}", [at], {}):
+                operations[operation.name] = operation
+                at = operation.name, 0
+        return Function(("input",), operations, (at,))
+
+    def _functional(self, settings: Config) -> Function:
+        operations: dict[str, Operation] = {}
+        arguments = tuple(f"{name}/0" for name, _, _ in _references(settings.get("input_layers")))
+        for entry in _layers(settings):
+            nodes = entry.get("inbound_nodes")
+            for number, node in enumerate(nodes if isinstance(nodes, list) else []):
+                name = f"{_name(entry)}/{number}"
+                inputs = [(f"{source}/{call}", output) for source, call, output in _references(node)]
+                inputs = self._by_name(entry, node, inputs)
+                numbers = list(_numbers(node))
+                for operation in self._operations(entry, name, inputs, _keywords(node), numbers):
+                    operations[operation.name] = operation
+        outputs = tuple((f"{name}/{call}", output) for name, call, output in _references(settings.get("output_layers")))
+        return Function(arguments, operations, outputs)
+
+    def _by_name(self, entry: Config, node: Any, inputs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Returns the inputs of a call in the order of the called model's, where both are dicts."""
+        wanted = _settings(entry).get("input_layers")
+        given = node.get("args") if isinstance(node, dict) else None
+        given = given[0] if isinstance(given, list) and len(given) == 1 else None
+        if not isinstance(wanted, dict) or not isinstance(given, dict) or not wanted.keys() <= given.keys():
+            return inputs
+        return [(f"{name}/{call}", output) for key in wanted for name, call, output in _references(given[key])]
+
+    def _operations(
+        self,
+        entry: Config,
+        name: str,
+        inputs: Sequence[tuple[str, int]],
+        keywords: Config,
+        numbers: Sequence[float] = (),
+    ) -> Iterator[Operation]:
+        """Yields the operations of a layer's call, the last of which has the layer's outputs."""
+        kind, settings = str(entry.get("class_name")), _settings(entry)
+        constants = [Operation(f"{name}/number-{i}", "Const", value=Value(numbers=(n,))) for i, n in enumerate(numbers)]
+        yield from constants
+        sources = (*inputs, *((constant.name, 0) for constant in constants))
+        if isinstance(settings.get("layers"), list):
+            yield Operation(name, "PartitionedCall", tuple(inputs), bodies=(self.add(entry),))
+        elif kind == "Embedding":
+            rows = ((Use(self._embedding(entry), ""), State(Shape.ROW)),)
+            yield Operation(f"{name}/matrix", "Const", value=Value(rows=rows))
+            yield Operation(name, "GatherV2", ((f"{name}/matrix", 0), *inputs))
+        elif kind in _LOOKUPS or kind == "TextVectorization":
+            yield Operation(f"{name}/table", "Const", value=Value(table=self._table(entry)))
+            found = f"{name}/found" if settings.get("output_mode", "int") != "int" else name
+            words = ((f"{name}/words", 0),) if kind == "TextVectorization" else tuple(inputs)
+            if kind == "TextVectorization":
+                yield Operation(f"{name}/words", "StringSplitV2", tuple(inputs))
+            yield Operation(found, "LookupTableFindV2", ((f"{name}/table", 0), *words))
+            if found != name:
+                yield Operation(name, "OneHot", ((found, 0),))
+        else:
+            yield from self._simple(entry, name, sources, keywords)
+
+    def _simple(
+        self, entry: Config, name: str, sources: tuple[tuple[str, int], ...], keywords: Config
+    ) -> Iterator[Operation]:
+        settings = _settings(entry)
+        kind = str(entry.get("class_name"))
+        function = str(settings.get("function")) if kind == "TFOpLambda" else ""
+        last = function.rpartition(".")[2]
+        kind = (function and (_NAMES.get(function) or _NAMES.get(last) or last)) or _NAMES.get(kind, kind)
+        axis = keywords.get("axis", settings.get("axis", -1))
+        if last in _PASSING_FUNCTIONS or kind in _PASSING or (kind == "Activation" and _is_linear(settings)):
+            if kind == "Flatten" and _is_list(entry):
+                yield Operation(name, "Flatten of a list", sources)
+            else:
+                yield Operation(name, "Identity", sources[:1])
+        elif kind in ("UnitNormalization", "Normalize", "l2_normalize"):
+            scales = axis in _LAST and settings.get("order", 2) == 2
+            yield Operation(name, SCALING if scales else kind, sources[:1])
+        elif kind == "Rescaling" and settings.get("offset", 0) == 0 and _is_number(settings.get("scale")):
+            yield Operation(f"{name}/scale", "Const", value=Value(numbers=(float(settings["scale"]),)))
+            yield Operation(name, "Mul", (*sources, (f"{name}/scale", 0)))
+        elif kind == "Reshape":
+            shape = settings.get("target_shape", settings.get("newshape"))
+            whole = isinstance(shape, list) and shape and all(map(_is_number, shape))
+            yield Operation(
+                f"{name}/shape", "Const", value=Value(numbers=tuple(map(float, shape))) if whole else UNKNOWN
+            )
+            yield Operation(name, "Reshape", (*sources[:1], (f"{name}/shape", 0)))
+        elif kind in ("ConcatV2", "EuclideanNorm", "Max", "Mean", "Sum"):
+            axes = axis if isinstance(axis, list) else [axis]
+            value = Value(numbers=tuple(float(n) for n in axes)) if all(map(_is_number, axes)) else UNKNOWN
+            yield Operation(f"{name}/axis", "Const", value=value)
+            yield Operation(name, kind, (*sources, (f"{name}/axis", 0)))
+        else:
+            yield Operation(name, kind, sources, is_transposed=keywords.get("transpose_b") is True)
+
+
+def _settings(entry: Config) -> Config:
+    settings = entry.get("config")
+    return settings if isinstance(settings, dict) else {}
+
+
+def _name(entry: Config) -> str:
+    return str(entry.get("name", _settings(entry).get("name"))).replace("/", "_")
+
+
+def _layers(settings: Config) -> Iterator[Config]:
+    layers = settings.get("layers")
+    yield from (entry for entry in (layers if isinstance(layers, list) else []) if isinstance(entry, dict))
+
+
+def _is_linear(settings: Config) -> bool:
+    return settings.get("activation") in ("linear", None)
+
+
+def _is_list(entry: Config) -> bool:
+    """Whether what a layer flattens is more than one vector, by the shape that Keras noted when it was built."""
+    build = entry.get("build_config")
+    shape = build.get("input_shape") if isinstance(build, dict) else None
+    return isinstance(shape, list) and len(shape) > 2 and any(size != 1 for size in shape[1:-1])
+
+
+def _is_reference(one: Any) -> bool:
+    """Whether a list is Keras 2's way to name a tensor: layer, number of its call, number of the output."""
+    return isinstance(one, list) and len(one) > 2 and isinstance(one[0], str) and type(one[1]) is type(one[2]) is int
+
+
+def _walk(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors (as layer, call, output) and numbers of a call, in the order of its arguments."""
+    stack = [node]
+    while stack:
+        one = stack.pop()
+        if _is_reference(one):
+            yield "tensor", (one[0].replace("/", "_"), one[1], one[2])
+            stack += reversed(one[3:])
+        elif isinstance(one, list):
+            stack += reversed(one)
+        elif isinstance(one, dict):
+            config = one.get("config")
+            history = config.get("keras_history") if isinstance(config, dict) else None
+            if isinstance(history, list) and _is_reference(history):
+                yield "tensor", (history[0].replace("/", "_"), history[1], history[2])
+            else:
+                stack += [value for key, value in reversed(one.items()) if key not in ("axis", "name", "slice_spec")]
+        elif _is_number(one):
+            yield "number", float(one)
+
+
+def _is_number(one: Any) -> bool:
+    return type(one) is float or (type(one) is int and abs(one) < 1 << 53)
+
+
+def _references(node: Any) -> list[tuple[str, int, int]]:
+    return [value for kind, value in _walk(node) if kind == "tensor"]
+
+
+def _numbers(node: Any) -> list[float]:
+    return [value for kind, value in _walk(node) if kind == "number"]
+
+
+def _keywords(node: Any) -> Config:
+    """Returns the keyword arguments of a call."""
+    if isinstance(node, dict):
+        keywords = node.get("kwargs")
+    else:
+        keywords = node[-1] if isinstance(node, list) and node else None
+        if isinstance(keywords, list) and keywords:
+            keywords = keywords[-1]
+    return keywords if isinstance(keywords, dict) else {}

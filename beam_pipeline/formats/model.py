@@ -1,0 +1,262 @@
+"""What a format reader finds: towers, each an embedding matrix and the ids of its rows, as byte ranges.
+
+Every reader is an `Artifact`; what comes after it knows towers alone, not formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+
+from beam_pipeline.errors import CorruptFileError
+from beam_pipeline.formats.protobuf import Span
+
+_MAX_OOV = 100_000
+_LONGEST_TOKEN = 300
+
+
+class Encoding(Enum):
+    """How ids lie in a file, one after the other."""
+
+    LINES = "lines"
+    """One id per line, as TensorFlow's vocabulary files have them."""
+    PROTOBUF = "protobuf"
+    """Entries of `TensorProto.string_val`: the wire format's field 8, one after the other."""
+    JSON = "json"
+    """Elements of a JSON array, strings or integers, one after the other with their commas."""
+    STRING_TENSOR = "string tensor"
+    """A string tensor of a checkpoint: all lengths (varints), their masked crc32c, then the bytes of all ids."""
+    INTEGER_LINES = "integer lines"
+    """One integer per line; an id is its decimal digits, as with all integers."""
+    INT64 = "int64"
+    """Integers of eight bytes, little-endian."""
+    VARINTS = "varints"
+    """Integers as a packed protobuf field, negative ones in ten bytes."""
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What the artifact says of some of a file's bytes.
+
+    Attributes:
+        algorithm: "crc32c" or "crc32".
+        value: the checksum.
+        span: the bytes that it covers.
+    """
+
+    algorithm: str
+    value: int
+    span: Span
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An embedding matrix, its rows contiguous and little-endian.
+
+    Attributes:
+        path: the file that holds it.
+        offset: first byte of row 0.
+        rows: number of rows.
+        dimension: values in a row.
+        dtype: "float32", "float64", "float16" or "bfloat16".
+        checksum: covers all its bytes, and perhaps others of the same file.
+    """
+
+    path: str
+    offset: int
+    rows: int
+    dimension: int
+    dtype: str
+    checksum: Checksum
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.dimension * {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return self.rows * self.row_bytes
+
+    @property
+    def span(self) -> Span:
+        """Its bytes in the file."""
+        return Span(self.offset, self.offset + self.size)
+
+    def rows_in(self, size: int) -> int:
+        """Returns how many rows so many bytes hold, but at least one."""
+        return max(1, size // self.row_bytes)
+
+    def decode(self, raw: bytes) -> np.ndarray:
+        """Returns whole rows [rows, dimension] as the floats that they are, without a copy; bfloat16 as float32."""
+        if self.dtype == "bfloat16":  # The upper half of a float32, which NumPy has no name for.
+            flat = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            flat = np.frombuffer(raw, np.dtype(self.dtype).newbyteorder("<"))
+        return flat.reshape(-1, self.dimension)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a tower, as a rule in row order: the id at position i belongs to row `first_row + i`.
+
+    Attributes:
+        path: the file that holds the ids.
+        span: where in it.
+        encoding: how they lie there.
+        first_row: the lowest row of an id; the rows before it stand for out-of-vocabulary ids or the mask.
+        count: number of ids, if the artifact says it without reading them.
+        row_numbers: where the artifact itself lists the row of each id (int64, little-endian), if it does.
+        special_tokens: names for the rows before `first_row`, if these are to be written too.
+        checksum: covers the ids, if the artifact has one; it may begin before `span` and ends with it.
+        in_row_order: False if the row of the id at position i is the i-th of `row_numbers`, whatever that is.
+        row_numbers_path: the file of `row_numbers`, if it is not `path`.
+    """
+
+    path: str
+    span: Span
+    encoding: Encoding
+    first_row: int
+    count: int | None = None
+    row_numbers: Span | None = None
+    special_tokens: tuple[str, ...] = ()
+    checksum: Checksum | None = None
+    in_row_order: bool = True
+    row_numbers_path: str | None = None
+
+
+class Ending(Enum):
+    """How a tower goes on after its embedding."""
+
+    EMBEDDING = "ends at the embedding"
+    SCALED = "scales only"
+    GOES_ON = "goes on"
+    UNKNOWN = "cannot be told"
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a tower does with the rows of its embedding before they are compared with the other tower, or returned.
+
+    Attributes:
+        ending: whether the row is the vector that the model serves.
+        operations: what is done, each as (layer, operation); empty where the tower ends at the embedding.
+        meeting: the operation in which the towers meet, where that is neither a dot product nor a cosine.
+        is_biased: whether the model adds something of each id to the dot product.
+        reason: why it cannot be told, or what else is to be known.
+    """
+
+    ending: Ending
+    operations: tuple[tuple[str, str], ...] = ()
+    meeting: str = ""
+    is_biased: bool = False
+    reason: str = ""
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the row is what the model serves, or at least points where that does."""
+        return self.ending in (Ending.EMBEDDING, Ending.SCALED)
+
+    @property
+    def steps(self) -> str:
+        """The operations by layer, as `dense (MatMul, BiasAdd, Relu), dense_1 (MatMul, BiasAdd)`."""
+        layers: dict[str, list[str]] = {}
+        for layer, operation in self.operations:
+            layers.setdefault(layer, []).append(operation)
+        return ", ".join(
+            f"{layer} ({', '.join(names)})" if layer else ", ".join(names) for layer, names in layers.items()
+        )
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One tower of a model.
+
+    Attributes:
+        name: "user", "item" or as given with `--tower`.
+        layer: path of the layer in the model.
+        matrix: its embeddings.
+        vocabulary: its ids.
+        rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
+        tail: what the model does with the rows.
+    """
+
+    name: str
+    layer: str
+    matrix: Matrix
+    vocabulary: Vocabulary
+    rest: tuple[Span, ...] = ()
+    tail: Tail = Tail(Ending.UNKNOWN)
+
+    @property
+    def vector_source(self) -> str:
+        """What the published vectors are: what the model serves, or rows after which its tower goes on."""
+        return "embedding_rows" if self.tail.ending == Ending.GOES_ON else "embedding"
+
+
+class Artifact(Protocol):
+    """A model, as a reader of its format shows it."""
+
+    def tower(self, name: str, layer: str, *, include_oov: bool = False) -> Tower:
+        """Returns the tower that the layer `layer` holds.
+
+        Raises:
+            TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
+            NotAModelError: it holds them in a form that cannot be read.
+            CorruptFileError: the files contradict each other.
+        """
+        ...
+
+    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+
+        Args:
+            layers: of all towers that are published together: name → layer.
+
+        Raises:
+            TowerMissingError: a layer is no tower, or holds other embeddings that its tower needs.
+        """
+        ...
+
+    def tower_layers(self) -> list[str]:
+        """Returns what could be given as `layer`: all layers that are towers."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files."""
+        ...
+
+
+def special_names(where: str, mask: Any, oov: Any, buckets: Any) -> list[str]:
+    """Returns names for the rows before the first id: the mask token, then one row per out-of-vocabulary bucket.
+
+    Args:
+        where: the lookup, for a message.
+        mask: `mask_token` of its config, whatever JSON holds there, as with the others.
+        oov: `oov_token`.
+        buckets: `num_oov_indices`.
+
+    Raises:
+        CorruptFileError: they are not what Keras writes.
+    """
+    if type(buckets) is not int or not 0 <= buckets <= _MAX_OOV:
+        number = f"{buckets:,}" if type(buckets) is int and abs(buckets) < 1 << 64 else "no sensible number of"
+        raise CorruptFileError(f"{where} has {number} out-of-vocabulary rows; log the model again")
+    for token in (mask, oov):
+        try:
+            sensible = type(token) in (str, int, type(None)) and len(str(token).encode()) <= _LONGEST_TOKEN
+        except ValueError:  # half a surrogate pair, or an integer of thousands of digits
+            sensible = False
+        if not sensible:
+            raise CorruptFileError(
+                f"{where} has a mask or out-of-vocabulary token that is no text of up to {_LONGEST_TOKEN} bytes; "
+                "log the model again"
+            )
+    # Rows are told apart: ids are unique. An empty mask token is Keras's old default, and no id.
+    names = [] if mask is None else [str(mask) or "[MASK]"]
+    return names + [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]

@@ -1,0 +1,1 @@
+"""SavedModels of Keras and of `tf.saved_model.save`."""

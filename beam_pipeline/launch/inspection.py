@@ -1,0 +1,77 @@
+"""Shows what is in a model, for a person who has to choose its towers; runs nothing and needs no cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from beam_pipeline.errors import PipelineError
+from beam_pipeline.files import OpenFile
+from beam_pipeline.formats import encodings
+from beam_pipeline.formats.model import Artifact, Tower
+from beam_pipeline.launch import vectors
+from beam_pipeline.launch.selection import discover
+from beam_pipeline.reading import pieces, unordered
+
+_EXAMPLES = 3
+_LONGEST_EXAMPLE = 40
+
+
+def describe(artifact: Artifact, folder: str, open_file: OpenFile, towers: Mapping[str, str]) -> Iterator[str]:
+    """Yields lines about every tower of a model: layer, embedding, ids with examples, rows before the ids, bytes.
+
+    The vocabularies are scanned to count their ids, the embeddings are not read.
+
+    Args:
+        artifact: the model.
+        folder: files are named as below it.
+        open_file: opens them.
+        towers: tower → layer, as they were named; how a tower goes on depends on which the others are.
+    """
+    layers = artifact.tower_layers()
+    chosen = towers if {*towers.values()} <= {*layers} else discover(layers) or {}
+    if not layers:
+        yield "no layer holds one lookup and one embedding"
+    for layer in layers:
+        yield f"layer       {layer}"
+        try:
+            yield from _describe(artifact.tower("tower", layer), folder, open_file)
+            others = {name: other for name, other in chosen.items() if other != layer}
+            tail = artifact.tails({**others, "tower": layer})["tower"]
+            yield f"  then      {vectors.describe(tail)}"
+        except PipelineError as error:
+            yield f"  refused   {error}"
+
+
+def _describe(tower: Tower, folder: str, open_file: OpenFile) -> Iterator[str]:
+    matrix, vocabulary = tower.matrix, tower.vocabulary
+    size = vocabulary.span.end - vocabulary.span.start
+    shape = f"{matrix.rows:,} rows × {matrix.dimension} {matrix.dtype}"
+    yield f"  embedding {shape}, {matrix.size:,} bytes in {matrix.path.removeprefix(f'{folder}/')}"
+    count, examples = (_in_order if vocabulary.in_row_order else _in_no_order)(tower, open_file)
+    yield f"  ids       {count:,}, {size:,} bytes in {vocabulary.path.removeprefix(f'{folder}/')}"
+    if examples:
+        yield f"  such as   {examples}"
+    if vocabulary.in_row_order:  # Elsewhere several ids may have one row.
+        yield f"  no ids    {matrix.rows - count:,} rows, {vocabulary.first_row:,} of them before the first id"
+
+
+def _in_order(tower: Tower, open_file: OpenFile) -> tuple[int, str]:
+    """Returns the number of ids, and some of them."""
+    found = [piece for piece in pieces.cut(tower, open_file, pieces.PIECE_BYTES) if piece.ids]
+    count = sum(piece.rows for piece in found)
+    first = pieces.read(found[0], tower, open_file)[:_EXAMPLES].to_pylist() if found else []
+    examples = ", ".join(encodings.shown(name[:_LONGEST_EXAMPLE]) for name in first)
+    return count, f"{examples}{', …' if count > len(first) else ''}"
+
+
+def _in_no_order(tower: Tower, open_file: OpenFile) -> tuple[int, str]:
+    """Returns the number of ids, and some of them with their rows."""
+    entries = list(unordered.cut_entries(tower, open_file, unordered.PIECE_ENTRIES))
+    if not entries:
+        return 0, ""
+    rows, names = unordered.read_entries(entries[0], tower, open_file)
+    examples = ", ".join(
+        f"{encodings.shown(name[:_LONGEST_EXAMPLE])} (row {row:,})"
+        for name, row in zip(names[:_EXAMPLES].to_pylist(), rows, strict=False)
+    )
+    return sum(each.count for each in entries), f"{examples}, in the order of the table, not of the rows"

@@ -1,0 +1,417 @@
+"""The command line: our flags and Beam's, checked once; everything after works on a frozen `Config`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import NoReturn
+
+from beam_pipeline import __version__
+
+DEFAULT_TOWERS = {"user": "user_layer", "item": "item_layer"}
+
+IF_TAKEN = ("fail", "replace", "keep")
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
+_TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
+_DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
+_KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
+_LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
+_PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
+
+    `discover` says that no tower was named: `towers` are the default ones, and a model may show others.
+    """
+
+    run_id: str | None = None
+    experiment_name: str | None = None
+    run_name: str | None = None
+    model_uri: str | None = None
+    all_runs: bool = False
+    since: date | None = None
+    until: date | None = None
+    tracking_uri: str | None = None
+    tracking_audience: str | None = None
+    artifact_path: str | None = None
+    towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
+    discover: bool = False
+    env: str = "dev"
+    project: str | None = None
+    dataset: str = "raw_dev"
+    table_prefix: str = "two_tower"
+    table_suffix: str = ""
+    if_partition_taken: str = "fail"
+    partition_expiration_days: int | None = None
+    allow_dimension_change: bool = False
+    include_oov: bool = False
+    embedding_rows: bool = False
+    writer: str = "columnar"
+    staging_dataset: str | None = None
+    require_partition_filter: bool = False
+    kms_key: str | None = None
+    tag_run: bool = False
+    inspect: bool = False
+    plan: str | None = None
+    warehouse: str | None = None
+    shared_files: bool = False
+    runner: str = "DirectRunner"
+    beam_args: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        """Whether the job runs in this process."""
+        return self.runner in _LOCAL_RUNNERS
+
+    @property
+    def waits(self) -> bool:
+        """Whether this process stays until the job has ended; Dataflow's goes on without it."""
+        return self.local or self.runner in _PORTABLE_RUNNERS
+
+    @property
+    def reads_local_files(self) -> bool:
+        """Whether a local folder of this machine is the same folder where the job runs."""
+        return self.local or self.shared_files
+
+
+_EPILOG = """\
+All options of Apache Beam work too, among them --runner, --project, --region, --temp_location, --job_name and
+--setup_file. DirectRunner, the default, always means Beam's in-process FnApiRunner. DataflowRunner, PrismRunner,
+FlinkRunner and PortableRunner run the job elsewhere.
+
+examples:
+  on a laptop, with no cloud at all:
+    python -m beam_pipeline --experiment_name=two_tower --warehouse=./warehouse
+    python -m beam_pipeline.emulators ./warehouse        # then query it
+  on Dataflow:
+    python -m beam_pipeline --run_id=4e6f… --env=prod --if_partition_taken=replace \\
+      --runner=DataflowRunner --project=my-project --region=europe-west1 \\
+      --temp_location=gs://my-bucket/tmp --setup_file=./setup.py
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Prints one line, not the whole usage: it is read in a log at night. Exits 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def base_parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Returns a parser whose errors are one line, and which takes no abbreviated flags."""
+    return _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_tracking(group: argparse._ActionsContainer) -> None:
+    """Adds the flags that say where MLflow is."""
+    group.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
+    group.add_argument(
+        "--tracking_audience",
+        metavar="AUDIENCE",
+        help="the tracking server is behind Google IAP (AUDIENCE is its client id) or on Cloud Run (its URL): send it "
+        "an identity token",
+    )
+
+
+def add_destination(group: argparse._ActionsContainer) -> None:
+    """Adds the flags that say where the tables are."""
+    group.add_argument("--env", default="dev", choices=("dev", "stg", "prod"), help="dataset raw_ENV (default: dev)")
+    group.add_argument("--dataset", help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used")
+    group.add_argument(
+        "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embeddingSUFFIX (default: %(default)s)"
+    )
+    group.add_argument(
+        "--table_suffix",
+        default="",
+        metavar="SUFFIX",
+        help="end of the tables' names, for a history that has such names already: _history for "
+        "two_tower_user_embedding_history (default: none)",
+    )
+
+
+def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
+    """Returns project and dataset that the flags name; exits 2 if they are malformed."""
+    if found.project and not re.fullmatch(_PROJECT, found.project):
+        ours.error(f"--project={found.project!r} is no project id")
+    if not _NAME.fullmatch(found.table_prefix):
+        ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
+    if not _SUFFIX.fullmatch(found.table_suffix):
+        ours.error(f"--table_suffix={found.table_suffix!r}: only letters, digits and _")
+    if not found.dataset:
+        return found.project, f"raw_{found.env}"
+    match = _DATASET.fullmatch(found.dataset)
+    if not match:
+        ours.error(f"--dataset={found.dataset!r}: DATASET or PROJECT.DATASET, of letters, digits and _")
+    return match[1] or found.project, match[2]
+
+
+def check_places(ours: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    """Exits 2 if --staging_dataset or --kms_key is malformed."""
+    if found.staging_dataset and not _DATASET.fullmatch(found.staging_dataset):
+        ours.error(f"--staging_dataset={found.staging_dataset!r}: DATASET or PROJECT.DATASET")
+    if found.kms_key and not _KMS_KEY.fullmatch(found.kms_key):
+        ours.error(f"--kms_key={found.kms_key!r}: projects/P/locations/L/keyRings/R/cryptoKeys/K")
+
+
+def is_tower(name: str) -> bool:
+    """Returns whether a tower can have that name."""
+    return _TOWER.fullmatch(name) is not None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of our own flags."""
+    result = base_parser(
+        "python -m beam_pipeline",
+        "Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
+        "both at once and never twice, as one partition of two BigQuery tables. A vector is the one that the model "
+        "serves for the id; where a tower goes on after its embedding (Dense, concatenation, ...), nothing is "
+        "published unless --embedding_rows asks for the embedding's rows.",
+        _EPILOG,
+    )
+    result.add_argument("--version", action="version", version=__version__)
+    model = result.add_argument_group("which model (one of the three)")
+    model.add_argument("--run_id", help="MLflow run")
+    model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run that has the model")
+    model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
+    model.add_argument(
+        "--model_uri", help="MLflow model: runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID"
+    )
+    model.add_argument(
+        "--all_runs",
+        action="store_true",
+        help="with --experiment_name: every FINISHED run (of --run_name), each into its own partition, in one job; "
+        "runs that are published already are left out",
+    )
+    model.add_argument("--since", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or later")
+    model.add_argument("--until", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or earlier")
+    add_tracking(model)
+    model.add_argument(
+        "--artifact_path",
+        help="the model's folder inside the run's artifacts, or the name it was logged by (default: model, or the "
+        "run's only model)",
+    )
+    model.add_argument(
+        "--tower",
+        action="append",
+        metavar="NAME=LAYER",
+        help="a tower and the attribute path of the layer that holds its lookup and its embedding, or of an embedding "
+        "that a lookup feeds; repeat for each, or separate them by commas "
+        f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
+    )
+    model.add_argument(
+        "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
+    )
+    model.add_argument(
+        "--embedding_rows",
+        action="store_true",
+        help="publish the rows of an embedding even where the tower goes on after it, so that they are not the vectors "
+        "that the model serves; the log's column vector_source says so",
+    )
+    target = result.add_argument_group("where to")
+    add_destination(target)
+    target.add_argument(
+        "--if_partition_taken",
+        default="fail",
+        choices=IF_TAKEN,
+        help="the run's date already holds rows of another run: fail before anything is written, replace them, or "
+        "keep both (default: fail)",
+    )
+    target.add_argument(
+        "--partition_expiration_days",
+        type=int,
+        metavar="DAYS",
+        help="set when a table is made (default: kept forever, whatever the dataset's default)",
+    )
+    target.add_argument(
+        "--allow_dimension_change",
+        action="store_true",
+        help="publish vectors of another length than the table's latest partition (VECTOR_SEARCH needs one length)",
+    )
+    target.add_argument(
+        "--writer",
+        default="columnar",
+        choices=("columnar", "rows"),
+        help="columnar: batches straight to Avro blocks; rows: Beam's stock WriteToBigQuery, ten times slower, same "
+        "tables (default: columnar)",
+    )
+    target.add_argument(
+        "--warehouse",
+        metavar="DIR",
+        help="instead of Google Cloud: BigQuery and Cloud Storage emulators that run with the job and keep their data "
+        "in DIR",
+    )
+    target.add_argument("--staging_dataset", help="DATASET or PROJECT.DATASET for staging tables, in the same location")
+    target.add_argument(
+        "--require_partition_filter",
+        action="store_true",
+        help="set when a table is made: queries must name a train_date",
+    )
+    target.add_argument(
+        "--kms_key",
+        metavar="KEY",
+        help="Cloud KMS key, projects/P/locations/L/keyRings/R/cryptoKeys/K, of every table, load and copy job, in the "
+        "dataset's location, and of the Dataflow job, unless --dataflow_kms_key names one in its region, as it has to "
+        "where the dataset is in a multi-region; files in the bucket have the bucket's own default key",
+    )
+    target.add_argument(
+        "--tag_run",
+        action="store_true",
+        help="tag the MLflow run with table, partition and rows, where this process waits for the job; elsewhere "
+        "python -m beam_pipeline.tag does it afterwards",
+    )
+    result.add_argument(
+        "--inspect",
+        action="store_true",
+        help="print the towers of the model, with examples of their ids, and stop; needs no destination",
+    )
+    result.add_argument(
+        "--plan",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job would go",
+    )
+    result.add_argument(
+        "--shared_files",
+        action="store_true",
+        help="with PrismRunner, FlinkRunner or PortableRunner: the workers run on this machine, or mount its folders, "
+        "so that they can read a model in a local folder",
+    )
+    result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
+    result.add_argument("--project", help=argparse.SUPPRESS)
+    return result
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Returns the checked configuration.
+
+    Raises:
+        SystemExit: with code 2 and one line on stderr, for unknown, malformed or contradicting flags; 0 after --help.
+    """
+    ours = parser()
+    found, rest = ours.parse_known_args(list(bare_switches(ours, argv)))
+    refuse_unknown(ours, rest)
+    if not found.run_id and not found.experiment_name and not found.model_uri:
+        ours.error(
+            "name the model: --run_id=ID, --experiment_name=NAME for its latest FINISHED run, or --model_uri=URI"
+        )
+    if found.model_uri and (found.run_id or found.experiment_name or found.run_name or found.artifact_path is not None):
+        ours.error("--model_uri names one model; leave out --run_id, --experiment_name, --run_name and --artifact_path")
+    if found.run_id and (found.experiment_name or found.run_name):
+        ours.error("--run_id names one run; leave out --experiment_name and --run_name")
+    if found.all_runs and not found.experiment_name:
+        ours.error("--all_runs is of an experiment: name it with --experiment_name")
+    if (found.since or found.until) and not found.all_runs:
+        ours.error("--since and --until choose among --all_runs")
+    if found.since and found.until and found.since > found.until:
+        ours.error(f"--since={found.since} is after --until={found.until}")
+    towers = _towers(ours, found.tower)
+    if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
+        ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
+    project, dataset_name = dataset(ours, found)
+    check_places(ours, found)
+    config = Config(
+        run_id=found.run_id,
+        experiment_name=found.experiment_name,
+        run_name=found.run_name,
+        model_uri=found.model_uri,
+        all_runs=found.all_runs,
+        since=found.since,
+        until=found.until,
+        tracking_uri=found.tracking_uri,
+        tracking_audience=found.tracking_audience,
+        artifact_path=found.artifact_path and found.artifact_path.strip("/"),
+        towers=towers,
+        discover=not found.tower,
+        env=found.env,
+        project=project,
+        dataset=dataset_name,
+        table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
+        if_partition_taken=found.if_partition_taken,
+        partition_expiration_days=found.partition_expiration_days,
+        allow_dimension_change=found.allow_dimension_change,
+        include_oov=found.include_oov,
+        embedding_rows=found.embedding_rows,
+        writer=found.writer,
+        staging_dataset=found.staging_dataset,
+        require_partition_filter=found.require_partition_filter,
+        kms_key=found.kms_key,
+        tag_run=found.tag_run,
+        inspect=found.inspect,
+        plan=found.plan,
+        warehouse=found.warehouse,
+        shared_files=found.shared_files,
+        runner=found.runner,
+        beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
+    )
+    if config.warehouse and not config.local:
+        ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
+    if config.shared_files and config.runner not in _PORTABLE_RUNNERS:
+        ours.error(f"--shared_files is for {', '.join(_PORTABLE_RUNNERS)}; leave it out with {config.runner}")
+    if config.warehouse and config.env != "dev":
+        ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
+    return config
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
+
+
+def bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterator[str]:
+    """Yields `--switch=true` as `--switch` and leaves `--switch=false` out: a template has values only."""
+    switches = {flag for action in ours._actions if action.nargs == 0 for flag in action.option_strings}
+    for text in argv:
+        flag, _, value = text.partition("=")
+        if flag not in switches or value.lower() not in ("true", "false"):
+            yield text
+        elif value.lower() == "true":
+            yield flag
+
+
+def _towers(ours: argparse.ArgumentParser, given: list[str] | None) -> dict[str, str]:
+    if not given:
+        return dict(DEFAULT_TOWERS)
+    towers: dict[str, str] = {}
+    for text in ",".join(given).split(","):  # A template takes a parameter once.
+        name, _, layer = text.partition("=")
+        if not layer or not _TOWER.fullmatch(name):
+            ours.error(f"--tower={text!r}: NAME=LAYER, with a NAME of lower-case letters, digits and _")
+        if name in towers:
+            ours.error(f"--tower={text!r}: tower {name!r} is named twice")
+        towers[name] = layer
+    return towers
+
+
+def refuse_unknown(ours: argparse.ArgumentParser, rest: list[str]) -> None:
+    """Exits 2 if Beam does not know a flag either: Beam itself would only warn, and run without it."""
+    if not rest:
+        return
+    # Beam has no public way to ask which flags it knows; this is how PipelineOptions.get_all_options does it.
+    from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+
+    beam = _BeamArgumentParser(allow_abbrev=False)
+    for options in {str(cls): cls for cls in PipelineOptions.__subclasses__()}.values():
+        options._add_argparse_args(beam)
+    _, unknown = beam.parse_known_args(rest)
+    if unknown:
+        flags = [flag for action in [*ours._actions, *beam._actions] for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        ours.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))

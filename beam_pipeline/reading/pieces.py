@@ -1,0 +1,192 @@
+"""Cuts a vocabulary into pieces without reading it whole, and reads the ids of one piece.
+
+A piece is a description: rows of the matrix and the byte range of their ids. It costs the same to send for ten
+ids as for a hundred thousand; ids and vectors are read where the piece lands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+
+from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
+from beam_pipeline.files import ByteFile, OpenFile
+from beam_pipeline.formats.encodings import cuts, decode, shown
+from beam_pipeline.formats.model import Tower
+from beam_pipeline.formats.protobuf import Span
+
+PIECE_BYTES = 8 << 20
+"""Vectors of a piece, about: small enough for any worker's memory, large enough for a range request to pay."""
+
+
+MAX_IDS_BYTES = 1 << 28
+"""Bytes of ids that a worker reads at once."""
+_MAX_DIMENSION = 1 << 20
+"""BigQuery takes blocks of 16 MB of Avro, and a row lies in one."""
+_BLOCK = 4 << 20
+_SMALL = 4 << 20
+"""Bytes of a vocabulary that is compared with another as a set."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of a tower's matrix.
+
+    Attributes:
+        tower: name of the tower.
+        first_row: first row of the matrix.
+        rows: number of rows.
+        ids: where the ids of these rows are, one for each; None for rows that belong to no id.
+        rest: instead of rows, other bytes of the matrix's file, which count for the checksum alone.
+    """
+
+    tower: str
+    first_row: int
+    rows: int
+    ids: Span | None
+    rest: Span | None = None
+
+
+def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
+    """Yields pieces that cover every row of the matrix exactly once, in row order, then the rest of the tower.
+
+    Raises:
+        BadIdError: an id has a row beyond the matrix; named, with its row.
+        CorruptFileError: the vocabulary is not where the artifact says, or no vocabulary, or damaged.
+    """
+    matrix, vocabulary = tower.matrix, tower.vocabulary
+    rows = matrix.rows_in(piece_bytes)
+    yield from _gap(tower.name, 0, min(vocabulary.first_row, matrix.rows), rows)
+    row, start, count = vocabulary.first_row, vocabulary.span.start, 0
+    with open_file(vocabulary.path) as file:
+        for ids, end in cuts(file, vocabulary, rows):
+            check_size(tower, ids, end - start)
+            if row + ids > matrix.rows:
+                first_beyond = max(0, matrix.rows - row)
+                name = decode(vocabulary.encoding, file.read(start, end - start), ids)[first_beyond].as_py()
+                raise BadIdError(
+                    f"tower {tower.name!r}: id {shown(name)} has row {row + first_beyond:,}, but the matrix has only "
+                    f"{matrix.rows:,} rows: vocabulary and weights are of two trainings; log the model again"
+                )
+            yield Piece(tower.name, row, ids, Span(start, end))
+            row, start, count = row + ids, end, count + ids
+    check_count(tower, count)
+    yield from _gap(tower.name, row, matrix.rows, rows)
+    for rest in tower.rest:
+        for at in range(rest.start, rest.end, piece_bytes):
+            yield Piece(tower.name, matrix.rows, 0, None, Span(at, min(at + piece_bytes, rest.end)))
+
+
+def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
+    """Returns the ids of a piece as an Arrow binary array, one for each row (none for rows without ids).
+
+    Raises:
+        CorruptFileError: the bytes are not that many ids, or the artifact gives an id another row than its position
+            does.
+    """
+    vocabulary = tower.vocabulary
+    if piece.ids is None:
+        names = vocabulary.special_tokens[piece.first_row : piece.first_row + piece.rows]
+        return pa.array([name.encode() for name in names], pa.binary())
+    with open_file(vocabulary.path) as file:
+        ids = decode(vocabulary.encoding, file.read(piece.ids.start, piece.ids.end - piece.ids.start), piece.rows)
+        if vocabulary.row_numbers is not None:
+            at = vocabulary.row_numbers.start + 8 * (piece.first_row - vocabulary.first_row)
+            numbers = np.frombuffer(file.read(at, 8 * piece.rows), "<i8")
+            wrong = np.flatnonzero(numbers != np.arange(piece.first_row, piece.first_row + piece.rows))
+            if wrong.size:
+                raise CorruptFileError(
+                    f"tower {tower.name!r}: id {shown(ids[int(wrong[0])].as_py())} has row {numbers[wrong[0]]:,} "
+                    f"instead of {piece.first_row + int(wrong[0]):,}: {vocabulary.path} changed since the job started"
+                )
+    return ids
+
+
+def are_same(one: Tower, other: Tower, open_file: OpenFile) -> bool:
+    """Whether two towers have the same ids; of large vocabularies, the same ids in the same order."""
+    first, second = one.vocabulary, other.vocabulary
+    if (first.path, first.span) == (second.path, second.span):
+        return True
+    sizes = [vocabulary.span.end - vocabulary.span.start for vocabulary in (first, second)]
+    if max(sizes) <= _SMALL and first.in_row_order and second.in_row_order:
+        names = [
+            {name for piece in cut(tower, open_file, PIECE_BYTES) for name in read(piece, tower, open_file).to_pylist()}
+            for tower in (one, other)
+        ]
+        return names[0] == names[1]
+    if sizes[0] != sizes[1] or first.encoding != second.encoding:
+        return False
+    with open_file(first.path) as ours, open_file(second.path) as theirs:
+        blocks = zip(ours.blocks(*first.span, _BLOCK), theirs.blocks(*second.span, _BLOCK), strict=True)
+        return all(a == b for (_, a), (_, b) in blocks)
+
+
+def check_size(tower: Tower, ids: int, size: int) -> None:
+    """Raises CorruptFileError if so many ids take more bytes than a worker reads at once."""
+    if size > MAX_IDS_BYTES:
+        raise CorruptFileError(
+            f"{tower.vocabulary.path}: {ids:,} ids of tower {tower.name!r} take {size:,} bytes, more than a "
+            f"worker reads at once ({MAX_IDS_BYTES:,}): is that a vocabulary?"
+        )
+
+
+def check_count(tower: Tower, count: int) -> None:
+    """Raises CorruptFileError if the artifact says that there are more or fewer ids."""
+    vocabulary = tower.vocabulary
+    if vocabulary.count is not None and count != vocabulary.count:
+        raise CorruptFileError(
+            f"{vocabulary.path}: tower {tower.name!r} has {count:,} ids, its graph says {vocabulary.count:,}"
+        )
+
+
+def check_sum(file: ByteFile, tower: Tower, crc: int, start: int) -> None:
+    """Compares the ids with their checksum, of which `crc` covers what belongs before `start`."""
+    if tower.vocabulary.checksum is None:
+        return
+    for _, block in file.blocks(start, tower.vocabulary.span.end, _BLOCK):
+        crc = google_crc32c.extend(crc, block)
+    if crc != tower.vocabulary.checksum.value:
+        raise ChecksumError(
+            f"{file.path}: the ids of tower {tower.name!r} do not match the checkpoint's crc32c; "
+            "the file was damaged after the training: log the model again"
+        )
+
+
+def _gap(tower: str, start: int, end: int, rows: int) -> Iterator[Piece]:
+    """Yields pieces for rows that belong to no id: they count for the checksum alone."""
+    for row in range(start, end, rows):
+        yield Piece(tower, row, min(rows, end - row), None)
+
+
+def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
+    """Returns the towers such that together they read every byte that their matrices' checksums cover.
+
+    A checksum may cover more than a matrix: in a `.keras` file both towers, the optimizer's state and whatever else
+    lies in `model.weights.h5`. What belongs to no matrix becomes the `rest` of the first of the towers concerned.
+
+    Raises:
+        CorruptFileError: two different matrices share bytes.
+        NotAModelError: a row is too large for BigQuery, and for a piece.
+    """
+    for tower in towers:
+        if tower.matrix.dimension > _MAX_DIMENSION:
+            raise NotAModelError(
+                f"tower {tower.name!r} has vectors of {tower.matrix.dimension:,} values, more than the "
+                f"{_MAX_DIMENSION:,} that BigQuery loads in a row: is {tower.layer!r} an embedding?"
+            )
+    rest: dict[int, tuple[Span, ...]] = {}
+    for path, checksum in dict.fromkeys((tower.matrix.path, tower.matrix.checksum) for tower in towers):
+        those = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]
+        gaps, at = [], checksum.span.start
+        for span in sorted({towers[i].matrix.span for i in those}):
+            if span.start < at:
+                raise CorruptFileError(f"{path}: bytes {span.start:,} to {at:,} belong to two embeddings")
+            gaps += [Span(at, span.start)] if span.start > at else []
+            at = span.end
+        gaps += [Span(at, checksum.span.end)] if checksum.span.end > at else []
+        rest[those[0]] = tuple(gaps)
+    return tuple(replace(tower, rest=rest[i]) if rest.get(i) else tower for i, tower in enumerate(towers))

@@ -1,0 +1,43 @@
+"""A training: the MLflow run, and the towers of its model. Nouns that the whole package shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+
+from beam_pipeline.formats.model import Tower
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training.
+
+    Attributes:
+        run_id, run_name, experiment_id, experiment_name: as MLflow has them.
+        train_date: day on which the run started, in UTC.
+        artifact_uri: root of the run's artifacts.
+        status: FINISHED, RUNNING, SCHEDULED, FAILED or KILLED.
+    """
+
+    run_id: str
+    run_name: str
+    experiment_id: str
+    experiment_name: str
+    train_date: date
+    artifact_uri: str
+    status: str = "FINISHED"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run and the towers of its model.
+
+    Attributes:
+        run: the run.
+        model_uri: where the model lies.
+        towers: what is read of it.
+    """
+
+    run: Run
+    model_uri: str
+    towers: tuple[Tower, ...]

@@ -1,0 +1,181 @@
+"""Engines that run the job in other processes: `make test-engines` builds them into .engines/."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import traffic as proxy
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / ".engines"
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command, log, port, **options):
+    """Runs a server until the block ends, with all that it started; waits until its port answers."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, **options)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def traffic(warehouse):
+    """What the workers see of the emulators; the launcher and the tests ask them directly."""
+    with proxy.watched(warehouse.bigquery_url, warehouse.storage_url) as watched:
+        yield watched
+
+
+@pytest.fixture(scope="session")
+def pool(traffic, tmp_path_factory):
+    """A pool of SDK workers, each a process that Beam's own boot program starts, as in its containers; gives flags."""
+    if not (TOOLS / "boot").exists():
+        pytest.fail(f"{TOOLS}/boot is missing: run make test-engines")
+    port = free_port()
+    command = [sys.executable, "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={port}"]
+    command += [f"--container_executable={TOOLS / 'boot'}"]
+    env = {
+        **os.environ,
+        # All that a worker knows of the emulators.
+        "BIGQUERY_EMULATOR_HOST": traffic.bigquery_url,
+        "STORAGE_EMULATOR_HOST": traffic.storage_url,
+        "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1",  # boot would make a virtual environment for each worker
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+    }
+    folder = tmp_path_factory.mktemp("pool")
+    with running(command, folder / "log", port, cwd=folder, env=env):
+        yield ["--environment_type=EXTERNAL", f"--environment_config=localhost:{port}"]
+
+
+@pytest.fixture(scope="session")
+def prism(pool):
+    """Apache Beam's Prism: one SDK worker for a job, which has up to eight bundles at a time."""
+    if not (TOOLS / "prism").exists():
+        pytest.fail(f"{TOOLS}/prism is missing: run make test-engines")
+    return ["--runner=PrismRunner", f"--prism_location={TOOLS / 'prism'}", *pool]
+
+
+@pytest.fixture(scope="session")
+def job_service(pool, tmp_path_factory):
+    """Beam's own job service: one SDK worker."""
+    port = free_port()
+    command = [sys.executable, "-m", "apache_beam.runners.portability.local_job_service_main", f"--port={port}"]
+    folder = tmp_path_factory.mktemp("job_service")
+    with running(command, folder / "log", port, cwd=folder):
+        yield ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *pool]
+
+
+@pytest.fixture(scope="session")
+def retrying(pool, tmp_path_factory):
+    """A job service of two SDK workers that repeats what failed, see retrying.py."""
+    port = free_port()
+    folder = tmp_path_factory.mktemp("retrying")
+    command = [sys.executable, str(Path(__file__).with_name("retrying.py")), f"--port={port}"]
+    with running(command, folder / "log", port, cwd=folder):
+        yield ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", "--direct_num_workers=2", *pool]
+
+
+@pytest.fixture(scope="session")
+def twice(retrying):
+    """The same; each bundle runs on both workers, and what the first one answers is lost."""
+    return [*retrying, "--direct_runner_bundle_repeat=1"]
+
+
+@pytest.fixture(scope="session")
+def multi_processing():
+    """DirectRunner with two worker processes."""
+    return ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+
+
+@pytest.fixture
+def engine(request):
+    """The flags of the engine that a test is parametrized with."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def run(job, tmp_path):
+    """Runs the command line to its end; a hook is code that the launcher runs first, nothing else can set it up."""
+
+    def run(run_id, *flags, hook=None, timeout=150):
+        program = ["-m", "beam_pipeline"]
+        if hook:
+            script = tmp_path / "hooked.py"
+            script.write_text(
+                f"{hook}\nimport runpy\nrunpy.run_module('beam_pipeline', run_name='__main__', alter_sys=True)\n"
+            )
+            program = [str(script)]
+        command = [sys.executable, *program, *job.command(run_id, *flags)[3:]]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=env)
+        Path(tmp_path, "stderr").write_text(done.stderr)
+        return done
+
+    return run
+
+
+def error_of(done):
+    """Returns the one line that a failed job ends with."""
+    assert done.returncode == 1, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+class Reader:
+    """Asks for both towers in one query, again and again, and keeps every answer.
+
+    Attributes:
+        seen: {(users, items) of the run}, as numbers of rows.
+    """
+
+    def __init__(self, job, run_id):
+        self._job, self._run_id = job, run_id
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+        self.seen = set()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self._over.set()
+        self._thread.join()
+
+    def _read(self):
+        counts = ", ".join(
+            f"(SELECT COUNT(*) FROM {{{tower}}} WHERE mlflow_run_id = '{self._run_id}')" for tower in ("user", "item")
+        )
+        while not self._over.is_set():
+            try:
+                self.seen.update(self._job.query(f"SELECT {counts}"))
+            except Exception as error:
+                if not re.search("not found|does not exist", str(error), re.IGNORECASE):
+                    raise
+            time.sleep(0.05)

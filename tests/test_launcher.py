@@ -1,0 +1,82 @@
+"""Options on their way to Beam, and what a person reads of a job that failed, from the texts that Beam hands over."""
+
+import pytest
+from apache_beam.options.pipeline_options import SetupOptions
+
+from beam_pipeline.errors import BadIdError, ConfigError, PipelineError
+from beam_pipeline.launch import launcher
+from beam_pipeline.launch.options import parse
+
+FRAMES = """\
+Traceback (most recent call last):
+  File "apache_beam/runners/common.py", line 1498, in apache_beam.runners.common.DoFnRunner.process
+    return self.do_fn_invoker.invoke_process(windowed_value)
+           ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+"""
+
+
+def reason(text):
+    return launcher._reason(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "steps", ["", " [while running 'Check']", " [while running 'Read user/Read'] [while running 'Check']"]
+)
+def test_an_error_of_ours_ends_where_its_message_ends(steps):
+    found = reason(f"{FRAMES}beam_pipeline.errors.BadIdError: id 'a [b]' appears twice; train again{steps}\n")
+    assert (type(found), str(found)) == (BadIdError, "id 'a [b]' appears twice; train again")
+
+
+def test_an_error_of_ours_is_found_in_a_chain():
+    text = (
+        f"{FRAMES}beam_pipeline.errors.BadIdError: id 'a' appears twice [while running 'Audit']\n\n"
+        f"During handling of the above exception, another exception occurred:\n\n"
+        f"{FRAMES}RuntimeError: cannot stop [while running 'Audit']\n"
+    )
+    assert str(reason(text)) == "id 'a' appears twice"
+
+
+@pytest.mark.parametrize(
+    ("message", "read"),
+    [
+        ("ValueError: no [while running 'Check']", "ValueError: no"),
+        (
+            'HttpError: response: <{"status": "403"}>, content <{\n  "error": {\n    "code": 403\n  }\n}\n> '
+            "[while running 'Write user/Load'] [while running 'Check']",
+            'HttpError: response: <{"status": "403"}>, content <{ "error": { "code": 403 } } >',
+        ),
+        ("RuntimeError: first\nsecond [while running 'Check']", "RuntimeError: first second"),
+        (f"RuntimeError: {FRAMES}ValueError: within [while running 'A'] [while running 'B']", "ValueError: within"),
+    ],
+)
+def test_another_error_is_reported_whole_without_beams_steps(message, read):
+    found = reason(f"{FRAMES}{message}\n")
+    assert type(found) is PipelineError
+    assert str(found) == f"the job failed: {read}; {launcher._WHOLE}"
+
+
+def test_a_text_that_is_no_traceback_is_reported_whole():
+    assert str(reason("Pipeline failed:\n  quota")).startswith("the job failed: Pipeline failed: quota;")
+    assert str(reason("")).startswith("the job failed: RuntimeError;")
+
+
+def test_an_interrupted_worker_is_an_interrupt():
+    with pytest.raises(KeyboardInterrupt):
+        reason(f"{FRAMES}KeyboardInterrupt [while running 'Check']\n")
+
+
+@pytest.mark.parametrize("given", ["setup.py", "./setup.py", "../package/setup.py"])
+def test_a_setup_file_is_found_from_anywhere(tmp_path, monkeypatch, given):
+    """Beam changes to the folder of the file as it was given: to an empty one it cannot."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "setup.py").touch()
+    monkeypatch.chdir(folder)
+    options = launcher._beam_options(parse(["--run_id=1", "--runner=DataflowRunner", f"--setup_file={given}"]))
+    assert options.view_as(SetupOptions).setup_file == str(folder / "setup.py")
+
+
+def test_a_setup_file_that_is_not_there(tmp_path):
+    missing = tmp_path / "setup.py"
+    with pytest.raises(ConfigError, match=f"--setup_file={missing}: there is no such file; leave it out with an image"):
+        launcher._beam_options(parse(["--run_id=1", "--runner=DataflowRunner", "--setup_file", str(missing)]))
