@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import itertools
 import re
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from towers import described
 
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import tables as comparison_tables
+from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.launch.options import IF_TAKEN
 from beam_pipeline.reading.tally import Tally
 from beam_pipeline.training import Run, Training
@@ -52,6 +54,9 @@ QUERY_PARAMETERS = {
     "table": "STRING",
     "run_id": "STRING",
     "item": "STRING",
+    "ids": "STRING[]",
+    "tables": "STRING[]",
+    "days": "DATE[]",
 }
 """Types of the parameters that the code gives to its queries."""
 
@@ -95,6 +100,44 @@ def sql_functions():
     }
 
 
+PAIR = Pair(*(Trained(date(2026, 3, day), "it's; DROP `x` -- é", "", "", {}) for day in (1, 8)))
+SONGS_SCHEMA = [bigquery.SchemaField(name, "STRING") for name in ("id", "genre")]
+JOINED = comparison_tables.joined_table(DESTINATION, "item", LAUNCH, 0)
+JOINED_SCHEMA = [
+    *(bigquery.SchemaField(name, "STRING") for name in ("id", "label", "group_name")),
+    *(bigquery.SchemaField(name, "INTEGER") for name in ("sample", "before_length", "after_length")),
+    *(bigquery.SchemaField(name, "FLOAT", mode="REPEATED") for name in ("before_vector", "after_vector")),
+]
+LABELS = "SELECT id, genre AS label, genre AS group_name FROM catalogue.songs -- a comment at the end"
+
+
+def of_a_comparison():
+    """Returns name → statements of all functions in comparison/tables.py that make SQL."""
+    module, names = comparison_tables, ["mlflow_run_name", "mlflow_experiment_name"]
+    joins = [module.join_sql(DESTINATION, "item", PAIR, labels) for labels in (None, LABELS)]
+    expires, keys = datetime(2026, 3, 1, tzinfo=UTC), (None, "projects/p/locations/l/keyRings/r/cryptoKeys/k")
+    return {
+        "join_sql": joins,
+        "double_labels_sql": [module.double_labels_sql(LABELS)],
+        "create_joined_sql": [
+            module.create_joined_sql("p.raw_prod.t", join, expires, key, {"a": "b"}) for join in joins for key in keys
+        ],
+        "joined_sql": [module.joined_sql(JOINED)],
+        "joined_labels_sql": [module.joined_labels_sql(JOINED)],
+        "audit_sql": [module.audit_sql(module.staged_change(DESTINATION, "item", LAUNCH), "item")],
+        "publish_script": [
+            module.publish_script(DESTINATION, 1, PAIR, LAUNCH, changed, ["user", "item"]) for changed in ([], ["item"])
+        ],
+        "partitions_sql": [module.partitions_sql(DESTINATION)],
+        "logged_sql": [module.logged_sql(DESTINATION)],
+        "runs_sql": [module.runs_sql(DESTINATION.table("item"), names[:count]) for count in range(3)],
+        "compared_sql": [module.compared_sql(DESTINATION)],
+        "results_sql": [module.results_sql(DESTINATION)],
+        "percentiles_sql": [module.percentiles_sql(DESTINATION)],
+        "usual_sql": [module.usual_sql(DESTINATION, "item")],
+    }
+
+
 def made_by(name):
     """Yields what a function makes of every combination of the arguments above."""
     function = sql_functions()[name]
@@ -132,7 +175,8 @@ def in_examples():
 def in_code():
     """Yields (file, function or None, whether it has placeholders, SQL) of all SQL in the package's strings."""
     for path in sorted((ROOT / "beam_pipeline").rglob("*.py")):
-        yield from _in_node(ast.parse(path.read_text(encoding="utf-8")), path.name, None)
+        name = "comparison/tables.py" if path.parent.name == "comparison" and path.name == "tables.py" else path.name
+        yield from _in_node(ast.parse(path.read_text(encoding="utf-8")), name, None)
 
 
 def _in_node(node, file, function):
@@ -167,7 +211,7 @@ class GoogleSql:
         language = LanguageOptions.maximum_features()
         language.product_mode = ProductMode.PRODUCT_EXTERNAL
         parameters = [
-            AnalyzerOptions.QueryParameter(name=name, type=self._type(bigquery.SchemaField(name, type_)))
+            AnalyzerOptions.QueryParameter(name=name, type=self._parameter(name, type_))
             for name, type_ in QUERY_PARAMETERS.items()
         ]
         schemas = self._schemas()
@@ -186,6 +230,7 @@ class GoogleSql:
                 name=DESTINATION.dataset,
                 table=[self._table(name.removeprefix(f"{here}."), schema) for name, schema in schemas.items()],
             ),
+            SimpleCatalog(name="catalogue", table=[self._table("songs", SONGS_SCHEMA)]),  # the users' own
             SimpleCatalog(
                 name=here,
                 catalog=[SimpleCatalog(name="INFORMATION_SCHEMA", table=[self._table("PARTITIONS", partitions)])],
@@ -210,7 +255,12 @@ class GoogleSql:
         for tower in TOWERS:
             found[DESTINATION.table(tower)] = tables.schema_fields(tower)
             found[DESTINATION.staging(tower, LAUNCH)] = tables.schema_fields(tower)
-        return found
+            found[comparison_tables.change_table(DESTINATION, tower)] = comparison_tables.change_schema(tower)
+            staged = comparison_tables.staged_change(DESTINATION, tower, LAUNCH)
+            found[staged] = comparison_tables.staged_change_schema(tower)
+        found[comparison_tables.comparison_table(DESTINATION)] = comparison_tables.COMPARISON_SCHEMA
+        staged = comparison_tables.staged_comparison(DESTINATION, LAUNCH)
+        return found | {staged: comparison_tables.STAGED_COMPARISON_SCHEMA, JOINED: JOINED_SCHEMA}
 
     def _table(self, name, schema):
         from zetasql.api import TableBuilder
@@ -220,9 +270,17 @@ class GoogleSql:
             table.add_column(field.name, self._type(field))
         return table.build()
 
+    def _parameter(self, name, type_):
+        mode = "REPEATED" if type_.endswith("[]") else "NULLABLE"
+        return self._type(bigquery.SchemaField(name, type_.removesuffix("[]"), mode=mode))
+
     def _type(self, field):
         from zetasql.types import TypeKind
 
+        if field.field_type == "RECORD":
+            return self._types.create_array_type(
+                self._types.create_struct_type([(inner.name, self._type(inner)) for inner in field.fields])
+            )
         kinds = {"INTEGER": TypeKind.TYPE_INT64, "FLOAT": TypeKind.TYPE_DOUBLE, "FLOAT64": TypeKind.TYPE_DOUBLE}
         type_ = self._types.create_simple_type(
             kinds.get(field.field_type) or getattr(TypeKind, f"TYPE_{field.field_type}")
@@ -274,6 +332,15 @@ def test_google_accepts_what_the_functions_make(google, name):
         assert google.check(sql), sql
 
 
+@pytest.mark.parametrize("name", of_a_comparison())
+def test_google_accepts_what_a_comparison_makes(google, name):
+    for sql in of_a_comparison()[name]:
+        kinds = google.check(sql)
+        if name == "publish_script":
+            assert (kinds[0], kinds[1], kinds[-1]) == ("ResolvedBeginStmt", "ResolvedUpdateStmt", "ResolvedCommitStmt")
+            assert {*kinds[2:-1]} <= {"ResolvedDeleteStmt", "ResolvedInsertStmt"}
+
+
 def test_a_publish_script_is_one_transaction(google):
     for script in made_by("publish_script"):
         begin, lock, *within, commit = google.check(script)
@@ -305,7 +372,9 @@ def test_google_accepts_the_sql_in_examples(google):
 def test_sql_is_made_in_tables_alone(google):
     """What has placeholders is made by functions that the tests above find; what has none is checked as it is."""
     for file, function, has_placeholders, sql in in_code():
-        if file == "tables.py":
+        if file == "comparison/tables.py":
+            assert function in {*of_a_comparison(), "_labels"}, f"add {function}() of {file} to of_a_comparison()"
+        elif file == "tables.py":
             assert function in sql_functions(), f"{function}() in tables.py makes SQL: end its name in _sql or _script"
         elif "pragma_version" in sql:  # DuckDB's
             continue
