@@ -11,6 +11,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, WorkerOptions
+from apache_beam.pvalue import PCollection
 from apache_beam.runners.runner import PipelineResult
 from apache_beam.typehints.decorators import no_annotations
 
@@ -65,8 +66,12 @@ class _StepFn(beam.DoFn):
         yield launch
 
 
-def build(pipeline: beam.Pipeline, job: Job) -> None:
-    """Builds the graph; opens no file and makes no table."""
+def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
+    """Builds the graph; opens no file and creates no table.
+
+    Returns:
+        The launch id, once everything is published.
+    """
     launch = (
         pipeline
         | "Launch" >> beam.Create([job.publication.token])
@@ -91,7 +96,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         | "All" >> beam.Create([None])
         | "Check" >> beam.Map(_check, trainings, beam.pvalue.AsIter(reports | "Reports" >> beam.Flatten()))
     )
-    _ = (
+    published: PCollection[str] = (
         prepared
         | "Audit" >> beam.ParDo(_StepFn(_audit, job), tallies, *(beam.pvalue.AsIter(jobs) for jobs in waits))
         | "Audited" >> beam.Reshuffle()
@@ -99,8 +104,10 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         | "Shaped" >> beam.Reshuffle()
         | "Publish" >> beam.ParDo(_StepFn(publication.publish, job), tallies)
         | "Published" >> beam.Reshuffle()
-        | "Clean" >> beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
     )
+    clean = beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
+    _ = published | "Clean" >> clean
+    return published
 
 
 def submit_nothing(options: PipelineOptions) -> PipelineResult:

@@ -555,7 +555,7 @@ def _examine_permissions(
     elif distributed:  # The launcher may lawfully hold less than the workers, which do the writing.
         findings.note("permissions", f"{whom}, lacks {', '.join(missing)}")
     else:
-        findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see README, Permissions"))
+        findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see docs/permissions.md"))
 
 
 def _storage_client(destination: Destination) -> storage.Client:
