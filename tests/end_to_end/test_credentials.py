@@ -12,12 +12,16 @@ from google.cloud import bigquery
 from job import MARCH_1
 from tracking import gate, service_account_key, serving
 
-from beam_pipeline import credentials, identity, preflight, publication
+from beam_pipeline import credentials
+from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import reading
 from beam_pipeline.emulators import connect
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
-from beam_pipeline.tables import Destination
+from beam_pipeline.launch import preflight
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
+from beam_pipeline.tracking.auth import _Auth
 
 FIRST, SECOND, LAST = (f"{name}@p.iam.gserviceaccount.com" for name in ("first", "second", "last"))
 
@@ -150,13 +154,14 @@ def test_steps_that_run_here_act_as_it_too(google_iam):
     credentials.impersonate(options(LAST))
     client = publication.make_client(Destination("p", "d", "EU", "t"))
     assert client._credentials is credentials.impersonated()
+    assert reading.make_client().transport._credentials.signer_email == LAST
     assert client._credentials is auth.get_service_credentials(PipelineOptions([])).get_google_auth_credentials()
 
 
 def test_identity_tokens_are_the_impersonated_accounts(google_iam):
     """IAP and Cloud Run see it, by its address; a person's own login, which gets no token itself, gets one so."""
     credentials.impersonate(options(FIRST, LAST))
-    token = identity._Auth(("https", "mlflow", 443), "audience").token()
+    token = _Auth(("https", "mlflow", 443), "audience").token()
     assert token.startswith("e30.")
     assert google_iam.delegates[-1] == ("generateIdToken", [FIRST])
     assert google_iam.sent == {"audience": "audience", "delegates": [FIRST], "includeEmail": True}

@@ -16,8 +16,8 @@ import pytest
 from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
 from job import MARCH_1
 
-from beam_pipeline.launcher import launch
-from beam_pipeline.options import parse
+from beam_pipeline.launch.launcher import launch
+from beam_pipeline.launch.options import parse
 
 _spec = importlib.util.spec_from_file_location(
     "benchmark_bigquery", Path(__file__).parents[2] / "benchmarks" / "fake_bigquery.py"

@@ -15,6 +15,14 @@ def test_defaults():
     assert config.beam_args == ("--temp_location=gs://b/t", "--project=my-project")
 
 
+def test_two_projects_and_an_account():
+    accounts = [f"--impersonate_service_account={name}@p.iam.gserviceaccount.com" for name in "ab"]
+    config = parse(["--project=payer", "--dataset=example.com:tables.d", *accounts])
+    assert (config.project, config.dataset_project, config.dataset) == ("payer", "example.com:tables", "d")
+    chain = "a@p.iam.gserviceaccount.com,b@p.iam.gserviceaccount.com"
+    assert config.beam_args == ("--project=payer", f"--impersonate_service_account={chain}")
+
+
 def test_labels_are_ours_if_they_are_sql_and_beams_if_not():
     config = parse(
         [

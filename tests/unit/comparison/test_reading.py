@@ -50,6 +50,14 @@ def test_a_missing_permission_names_the_role(fake):
         reading.open_streams(fake, "p.d.t", reading.FIELDS)
 
 
+@pytest.mark.parametrize("fake", [{"refuses": True}], indirect=True)
+def test_a_session_is_opened_in_the_project_that_is_billed(fake):
+    with pytest.raises(
+        ConfigError, match=r"permission for 'projects/example\.org:payer'.*on project example\.org:payer"
+    ):
+        reading.open_streams(fake, "example.com:p.d.t", reading.FIELDS, billing_project="example.org:payer")
+
+
 def test_an_emulator_without_the_api(monkeypatch):
     monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", "localhost:1")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:1")
