@@ -66,7 +66,8 @@ class ReadEmbeddings(beam.PTransform[PBegin, PCollection[tuple[str, np.ndarray]]
             | "CreateCheck" >> beam.Create([training])
             | "Check" >> beam.Map(_check, beam.pvalue.AsIter(read[REPORTS]))
         )
-        return read["batches"] | "SplitRows" >> beam.FlatMap(_rows)
+        rows: PCollection[tuple[str, np.ndarray]] = read["batches"] | "SplitRows" >> beam.FlatMap(_rows)
+        return rows
 
 
 def _check(training: Training, reports: Iterable[Report]) -> None:

@@ -32,7 +32,16 @@ def imported(*, use):
 def test_import_is_lazy():
     _, modules, unlisted = imported(use=False)
     # What site-packages itself imports at start are empty namespaces, such as google.cloud.
-    heavy = ("apache_beam", "tensorflow", "mlflow", "numpy", "pyarrow", "google.cloud.", "google.api_core", "google.auth")
+    heavy = (
+        "apache_beam",
+        "tensorflow",
+        "mlflow",
+        "numpy",
+        "pyarrow",
+        "google.cloud.",
+        "google.api_core",
+        "google.auth",
+    )
     assert [name for name in modules if name.startswith(heavy)] == []
     assert [name for name in modules if name.startswith("beam_pipeline")] == ["beam_pipeline", "beam_pipeline.errors"]
     assert unlisted == []
