@@ -231,6 +231,7 @@ NOT_IN_A_TEMPLATE = {
     "warehouse": "a folder of the machine that launches",
     "inspect": "prints on the machine that launches, and stops",
     "plan": "prints on the machine that launches, and stops",
+    "shared_files": "for runners that a template does not have",
     "tag_run": "a template's launcher does not wait for the job",
     "runner": "Beam's; the template launcher sets it",
     "project": "Beam's; the template launcher sets it",

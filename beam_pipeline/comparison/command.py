@@ -45,6 +45,7 @@ class Config:
     project: str | None = None
     dataset: str = "raw_dev"
     table_prefix: str = "two_tower"
+    table_suffix: str = ""
     staging_dataset: str | None = None
     earlier: str | None = None
     later: str | None = None
@@ -201,6 +202,7 @@ def parse(argv: Sequence[str]) -> Config:
         project=project,
         dataset=dataset,
         table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
         staging_dataset=found.staging_dataset,
         earlier=found.earlier,
         later=found.later,
@@ -384,6 +386,7 @@ def _destination(config: Config, project: str) -> Destination:
         project,
         config.dataset,
         config.table_prefix,
+        suffix=config.table_suffix,
         staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
     )
 
@@ -628,7 +631,13 @@ def report(argv: Sequence[str] | None = None) -> int:
     options.add_tracking(ours)
     found = ours.parse_args(argv)
     project, dataset = options.dataset(ours, found)
-    config = Config(project=project, dataset=dataset, table_prefix=found.table_prefix, warehouse=found.warehouse)
+    config = Config(
+        project=project,
+        dataset=dataset,
+        table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
+        warehouse=found.warehouse,
+    )
     return _exit_code(lambda: _report(config, found))
 
 

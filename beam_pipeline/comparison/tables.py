@@ -48,12 +48,12 @@ class Pair:
 
 def comparison_table(destination: Destination) -> str:
     """Returns `project.dataset.table` of the results, one row per pair and tower."""
-    return f"{destination.project}.{destination.dataset}.{destination.prefix}_embedding_comparison"
+    return f"{destination.project}.{destination.dataset}.{destination.prefix}_embedding{destination.suffix}_comparison"
 
 
 def change_table(destination: Destination, tower: str) -> str:
     """Returns `project.dataset.table` of what became of each id of a tower."""
-    return f"{destination.project}.{destination.dataset}.{destination.prefix}_{tower}_embedding_change"
+    return f"{destination.table(tower)}_change"
 
 
 def staged_comparison(destination: Destination, launch: str) -> str:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import tables
 from beam_pipeline.comparison.command import parse
 
 
@@ -13,6 +15,16 @@ def test_defaults():
     config = parse(["--project=my-project", "--temp_location=gs://b/t"])
     assert (config.dataset, config.ids, config.k, config.queries, config.top) == ("raw_dev", "item", 10, 2000, 25)
     assert config.beam_args == ("--temp_location=gs://b/t", "--project=my-project")
+
+
+def test_a_suffix_names_tables_and_results():
+    config = parse(["--table_suffix=_history"])
+    destination = Destination("p", config.dataset, "EU", config.table_prefix, suffix=config.table_suffix)
+    assert tables.comparison_table(destination) == "p.raw_dev.two_tower_embedding_history_comparison"
+    assert tables.change_table(destination, "item") == "p.raw_dev.two_tower_item_embedding_history_change"
+    plain = Destination("p", config.dataset, "EU", config.table_prefix)
+    assert tables.comparison_table(plain) == "p.raw_dev.two_tower_embedding_comparison"
+    assert tables.change_table(plain, "item") == "p.raw_dev.two_tower_item_embedding_change"
 
 
 def test_labels_are_ours_if_they_are_sql_and_beams_if_not():

@@ -1,5 +1,6 @@
 """The whole comparison against emulators: histories that are made, every number known."""
 
+import dataclasses
 import random
 import subprocess
 import time
@@ -153,6 +154,17 @@ def test_result_tables_may_require_a_partition_filter(two):
     assert two.compare("--require_partition_filter") == 0
     for name in ("two_tower_embedding_comparison", "two_tower_item_embedding_change"):
         assert two.client.get_table(f"{two.dataset}.{name}").require_partition_filter
+
+
+def test_a_history_with_a_suffix_is_compared_with_itself(history):
+    history.destination = dataclasses.replace(history.destination, suffix="_history")
+    history.publish("2026-03-01", "r1", towers(users=300, items=90))
+    history.publish("2026-03-08", "r2", noisy(users=300, items=90))
+    before = history.tables()
+    assert history.compare() == 1  # There is none without the suffix.
+    assert history.compare("--table_suffix=_history") == 0
+    results = {"two_tower_embedding_history_comparison", "two_tower_item_embedding_history_change"}
+    assert results <= history.tables() - before
 
 
 # Pairs of models that lack something.
