@@ -354,7 +354,7 @@ def run(config: Config) -> None:
         _estimate(findings, client, comparison)
         terminal.planned(comparison, findings)
         if config.plan:
-            terminal.sql(comparison)
+            terminal.statements(comparison)
         if findings.error:
             raise findings.error
         if config.plan:
@@ -399,7 +399,7 @@ def _pairs(
     trainings = pairs.find_trainings(client, destination, towers.names)
     if config.all:
         done = pairs.compared(client, destination)
-        wanted = pairs.consecutive(trainings, towers.names, done, terminal.left_out)
+        wanted = pairs.consecutive(trainings, towers.names, done, terminal.skipped)
         if not wanted:
             terminal.nothing("every pair of successive trainings has a result")
         return wanted

@@ -131,11 +131,9 @@ class Terminal:
         where = f"partition {days[0]}" if len(days) == 1 else f"{len(days):,} partitions {days[0]} to {days[-1]}"
         for tower, count in rows.items():
             self._print(f"published   {publication.destination.table(tower)}, {where}: {count:,} rows")
-        first = metrics.first_in_this_process("read-bytes") - self._started
-        self._print(
-            f"done        in {time.monotonic() - self._started:.1f} s, the first vectors read after {first:.1f} s",
-            flush=True,
-        )
+        first = metrics.first_in_this_process("read-bytes")
+        read = f", the first vectors read after {first - self._started:.1f} s" if first else ""
+        self._print(f"done        in {time.monotonic() - self._started:.1f} s{read}", flush=True)
 
     @contextmanager
     def _progress(self, count: Callable[[], int], line: Callable[[int, float], str]) -> Iterator[None]:
@@ -153,11 +151,12 @@ class Terminal:
     ) -> None:
         """Prints `line(count, seconds)` whenever the count has changed, until `done`."""
         live = self._out.isatty()
-        started, shown = time.monotonic(), -1
+        # Nothing is counted here while workers in other processes do the work.
+        started, shown = time.monotonic(), 0
         while True:
             finished = done.wait(_EVERY_TERMINAL if live else _EVERY_LOG)
             now = count()
-            if now == shown and not (finished and live):
+            if now == shown and not (finished and live and now):
                 if finished:
                     return
                 continue

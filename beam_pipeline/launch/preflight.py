@@ -514,7 +514,7 @@ def _examine_permissions(
     elif distributed:  # The launcher may lawfully hold less than the workers, which do the writing.
         findings.note("permissions", f"{whom}, lacks {', '.join(missing)}")
     else:
-        findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see README, Permissions"))
+        findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see docs/permissions.md"))
 
 
 _BUCKET_PERMISSIONS = [f"storage.objects.{what}" for what in ("create", "delete", "get", "list")]
