@@ -46,7 +46,7 @@ def test_everything():
         ]
     )
     assert dict(config.towers) == {"film": "films", "user": "a.b"}
-    assert (config.project, config.dataset) == ("other-project", "my_data")
+    assert (config.project, config.dataset_project, config.dataset) == ("p1", "other-project", "my_data")
     assert not config.local
     assert {"--region", "--labels", "--temp_location", "--project=p1"} <= {*config.beam_args}
 

@@ -100,6 +100,7 @@ class Cloud:
         tables: names of tables that exist.
         partitions: of the user's table, as YYYYMMDD -> a vector in it.
         queries: every query that was run.
+        billing: the project that grants to run jobs.
     """
 
     def __init__(self):
@@ -114,10 +115,11 @@ class Cloud:
         self.may_query = True
         self.partitions = {}
         self.queries = []
+        self.billing = "my-project"
 
     def answer(self, method, url, body):
         path = url.path
-        if path.endswith("projects/my-project:testIamPermissions"):
+        if path.endswith(f"projects/{self.billing}:testIamPermissions"):
             return self._granted("project", json.loads(body)["permissions"])
         if path.endswith("/b/temp/iam/testPermissions"):
             return self._granted("bucket", parse_qs(url.query)["permissions"])
@@ -203,9 +205,9 @@ def cloud(monkeypatch):
         yield running
 
 
-def permissions(cloud, *, distributed=False, dataflow=False):
+def permissions(cloud, what=WHAT, *, distributed=False, dataflow=False):
     findings = Findings()
-    preflight._examine_permissions(findings, cloud.client, WHAT, distributed, dataflow)
+    preflight._examine_permissions(findings, cloud.client, what, distributed, dataflow)
     return [(line.status, line.text) for line in findings.lines]
 
 
@@ -214,6 +216,41 @@ def test_all_permissions(cloud):
     assert permissions(cloud) == [("ok", whole)]
     elsewhere = whole.replace("this account", "this account, not the workers'")
     assert permissions(cloud, distributed=True) == [("ok", elsewhere)]
+
+
+def test_each_project_is_asked_for_its_own(cloud):
+    """Jobs are created in the one that is billed, and tables are in the dataset's."""
+    cloud.billing = "billing"
+    what = dataclasses.replace(WHAT, destination=dataclasses.replace(WHAT.destination, billing_project="billing"))
+    ((status, text),) = permissions(cloud, what, dataflow=True)
+    assert (status, text) == (
+        "ok",
+        "this account: project billing, bucket temp, table user, table item, a query (dry run)",
+    )
+    cloud.granted["project"].clear()
+    cloud.granted["table"].discard("bigquery.tables.getData")
+    ((status, text),) = permissions(cloud, what, dataflow=True)
+    assert text.startswith(
+        "this account lacks bigquery.jobs.create on project billing, dataflow.jobs.create on project billing, "
+        "bigquery.tables.getData on table user, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("billing", "lines"),
+    [
+        ("my-project", []),
+        ("billing", [("ok", "jobs run and are billed in billing, the tables are in my-project")]),
+        (
+            None,
+            [("note", "jobs run and are billed in my-project, the dataset's project; --project names another")],
+        ),
+    ],
+)
+def test_where_jobs_are_billed_is_reported(cloud, billing, lines):
+    findings = Findings()
+    preflight.examine_projects(findings, dataclasses.replace(WHAT.destination, billing_project=billing))
+    assert [(line.status, line.text) for line in findings.lines] == lines
 
 
 def test_tables_that_are_made_later_are_not_asked(cloud):
@@ -274,7 +311,7 @@ def test_no_vectors_have_no_length(cloud):
 
 def bucket(cloud, what=WHAT):
     findings = Findings()
-    preflight._examine_bucket(findings, what)
+    preflight.examine_bucket(findings, what.bucket, what.destination, what.kms_key)
     return findings
 
 

@@ -161,9 +161,12 @@ def copies_folder(temp_location: str, token: str = "") -> str:
 
 
 def make_client(destination: Destination) -> bigquery.Client:
-    """Returns a client whose jobs run where the dataset is and carry our labels."""
-    config = bigquery.QueryJobConfig(labels=LABELS)
-    return bigquery.Client(project=destination.project, location=destination.location, default_query_job_config=config)
+    """Returns a client whose jobs run where the dataset is, are billed to the jobs' project and carry our labels."""
+    return bigquery.Client(
+        project=destination.job_project,
+        location=destination.location,
+        default_query_job_config=bigquery.QueryJobConfig(labels=LABELS),
+    )
 
 
 def partition_life(train_date: date, now: datetime) -> int:

@@ -43,6 +43,7 @@ def make_client() -> BigQueryReadClient:
 
 def open_streams(
     client: BigQueryReadClient,
+    project: str,
     table: str,
     fields: Sequence[str],
     restriction: str = "",
@@ -52,6 +53,7 @@ def open_streams(
 
     Args:
         client: of the Storage Read API.
+        project: where the session runs and is billed.
         table: `project.dataset.table`.
         fields: columns that are read.
         restriction: SQL condition on the rows.
@@ -60,9 +62,9 @@ def open_streams(
     Raises:
         ConfigError: the permission is missing.
     """
-    project, dataset, name = table.split(".")
+    of_table, dataset, name = table.split(".")
     session = storage_types.ReadSession(
-        table=f"projects/{project}/datasets/{dataset}/tables/{name}",
+        table=f"projects/{of_table}/datasets/{dataset}/tables/{name}",
         data_format=storage_types.DataFormat.ARROW,
         read_options=storage_types.ReadSession.TableReadOptions(
             selected_fields=list(fields), row_restriction=restriction

@@ -81,11 +81,31 @@ class Findings:
         return next((line.error for line in self.lines if line.error), None)
 
 
+def find_projects(billing: str | None, of_dataset: str | None) -> tuple[str, str]:
+    """Returns the project in which jobs run and are billed, and that of the tables.
+
+    Args:
+        billing: from --project.
+        of_dataset: from --dataset=PROJECT.DATASET.
+
+    Raises:
+        ConfigError: neither is there, and no emulator.
+    """
+    jobs = billing or of_dataset or (emulators.PROJECT if emulators.emulated() else None)
+    if not jobs:
+        raise ConfigError(
+            "which project? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
+            "--temp_location=gs://BUCKET/FOLDER for BigQuery"
+        )
+    return jobs, of_dataset or jobs
+
+
 def find_destination(
     project: str,
     dataset: str,
     prefix: str,
     *,
+    billing_project: str | None = None,
     suffix: str = "",
     staging_dataset: str | None = None,
     make_dataset: bool = False,
@@ -93,26 +113,30 @@ def find_destination(
     """Returns the destination in the dataset's own location.
 
     Args:
-        project: BigQuery project.
-        dataset: its dataset.
+        project: of the dataset.
+        dataset: the dataset.
         prefix: first part of the tables' names.
+        billing_project: where jobs run and are billed; None: in the dataset's project.
         suffix: last part of the tables' names.
-        staging_dataset: `project.dataset` for staging tables, if it is another.
+        staging_dataset: `[project.]dataset` for staging tables, if it is another.
         make_dataset: make them if missing; for the embedded warehouse alone.
 
     Raises:
         DatasetMissingError: there is no such dataset.
         ConfigError: BigQuery cannot be asked, or the two datasets are in different places.
     """
-    location = _location(project, f"{project}.{dataset}", make_dataset)
+    billed = billing_project or project
+    location = _location(billed, f"{project}.{dataset}", make_dataset)
     if staging_dataset:
-        other = _location(project, staging_dataset, make_dataset)
+        if "." not in staging_dataset:
+            staging_dataset = f"{project}.{staging_dataset}"
+        other = _location(billed, staging_dataset, make_dataset)
         if other != location:
             raise ConfigError(
                 f"--staging_dataset {staging_dataset} is in {other} and {project}.{dataset} in {location}; one query "
                 "reads both, so they have to be in one location"
             )
-    return Destination(project, dataset, location, prefix, staging_dataset, suffix)
+    return Destination(project, dataset, location, prefix, staging_dataset, suffix, billing_project)
 
 
 def _location(project: str, dataset: str, make: bool) -> str:
@@ -160,6 +184,7 @@ def examine(
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
+    examine_projects(findings, destination)
     for run in (training.run for training in publication.trainings if training.run.status != "FINISHED"):
         findings.note("run", _unfinished(run))
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
@@ -177,6 +202,19 @@ def examine(
     _examine_permissions(findings, client, publication, distributed, dataflow)
     _estimate(findings, publication)
     return findings
+
+
+def examine_projects(findings: Findings, destination: Destination) -> None:
+    """Adds where jobs run and are billed, if --project does not say so or the tables are elsewhere."""
+    if destination.job_project != destination.project:
+        findings.ok(
+            "project", f"jobs run and are billed in {destination.job_project}, the tables are in {destination.project}"
+        )
+    elif not destination.billing_project and not emulators.emulated():
+        findings.note(
+            "project",
+            f"jobs run and are billed in {destination.project}, the dataset's project; --project names another",
+        )
 
 
 def _unfinished(run: Run) -> str:
@@ -340,7 +378,7 @@ def examine_bucket(findings: Findings, name: str, destination: Destination, kms_
     """Adds whether load jobs of the destination's dataset can read a bucket."""
     location = destination.location
     try:
-        bucket = storage.Client(project=destination.project).get_bucket(name, timeout=10)
+        bucket = storage.Client(project=destination.job_project).get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -472,7 +510,7 @@ def _examine_permissions(
         findings.note("permissions", "not asked: emulators have none")
         return
     wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if dataflow else [])]
-    project = publication.destination.project
+    project = publication.destination.job_project
     name = publication.bucket
     missing: list[str] = []
     asked: list[str] = []

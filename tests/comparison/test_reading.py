@@ -27,7 +27,7 @@ def fake(monkeypatch, request):
 @pytest.mark.parametrize("rows", [1, 7, 1999, 2000, 2001, 8192, 30_000])
 def test_blocks_hold_every_row_once(fake, rows):
     found = []
-    for stream in reading.open_streams(fake, "p.d.t", reading.FIELDS):
+    for stream in reading.open_streams(fake, "billing", "p.d.t", reading.FIELDS):
         if rows == 1:  # a row at a time, of the first rows alone
             found = [next(reading.read_blocks(fake, stream, 4, 4, rows))]
             break
@@ -45,9 +45,9 @@ def test_blocks_hold_every_row_once(fake, rows):
 @pytest.mark.parametrize("fake", [{"refuses": True}], indirect=True)
 def test_a_missing_permission_names_the_role(fake):
     with pytest.raises(
-        ConfigError, match=r"bigquery\.readsessions\.create.*roles/bigquery\.readSessionUser on project p"
+        ConfigError, match=r"bigquery\.readsessions\.create.*roles/bigquery\.readSessionUser on project billing"
     ):
-        reading.open_streams(fake, "p.d.t", reading.FIELDS)
+        reading.open_streams(fake, "billing", "p.d.t", reading.FIELDS)
 
 
 def test_an_emulator_without_the_api(monkeypatch):
