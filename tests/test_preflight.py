@@ -220,18 +220,20 @@ def test_all_permissions(cloud):
 
 def test_each_project_is_asked_for_its_own(cloud):
     """Jobs are created in the one that is billed, and tables are in the dataset's."""
-    cloud.billing = "billing"
-    what = dataclasses.replace(WHAT, destination=dataclasses.replace(WHAT.destination, billing_project="billing"))
+    cloud.billing = "example.com%3Abilling"  # The verb comes after the last colon.
+    destination = dataclasses.replace(WHAT.destination, billing_project="example.com:billing")
+    what = dataclasses.replace(WHAT, destination=destination)
     ((status, text),) = permissions(cloud, what, dataflow=True)
     assert (status, text) == (
         "ok",
-        "this account: project billing, bucket temp, table user, table item, a query (dry run)",
+        "this account: project example.com:billing, bucket temp, table user, table item, a query (dry run)",
     )
     cloud.granted["project"].clear()
     cloud.granted["table"].discard("bigquery.tables.getData")
     ((status, text),) = permissions(cloud, what, dataflow=True)
     assert text.startswith(
-        "this account lacks bigquery.jobs.create on project billing, dataflow.jobs.create on project billing, "
+        "this account lacks bigquery.jobs.create on project example.com:billing, "
+        "dataflow.jobs.create on project example.com:billing, "
         "bigquery.tables.getData on table user, "
     )
 

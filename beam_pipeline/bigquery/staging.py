@@ -56,7 +56,7 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
         tower, destination = self.tower, self.publication.destination
 
         def staging(_: Any, launch: str) -> str:
-            project, dataset, table = destination.staging(tower, launch).split(".")
+            project, dataset, table = tables.split_name(destination.staging(tower, launch))
             return f"{project}:{dataset}.{table}"
 
         return {

@@ -17,6 +17,7 @@ from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 from google.cloud.bigquery_storage_v1 import types as storage_types
 
 from beam_pipeline import emulators
+from beam_pipeline.bigquery.tables import split_name
 from beam_pipeline.comparison.measures import Rows
 from beam_pipeline.errors import BadVectorError, ConfigError
 
@@ -62,7 +63,7 @@ def open_streams(
     Raises:
         ConfigError: the permission is missing.
     """
-    of_table, dataset, name = table.split(".")
+    of_table, dataset, name = split_name(table)
     session = storage_types.ReadSession(
         table=f"projects/{of_table}/datasets/{dataset}/tables/{name}",
         data_format=storage_types.DataFormat.ARROW,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
+from urllib.parse import quote
 
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
@@ -148,7 +149,7 @@ def _location(project: str, dataset: str, make: bool) -> str:
     except NotFound as error:
         raise DatasetMissingError(
             f"dataset {dataset} does not exist; make it where the bucket is: "
-            f"bq --location=EU mk --dataset {dataset.replace('.', ':')}"
+            f"bq --location=EU mk --dataset {':'.join(dataset.rsplit('.', 1))}"
         ) from error
     except (GoogleAPICallError, GoogleAuthError) as error:
         raise ConfigError(f"BigQuery does not answer for dataset {dataset}: {_first_line(error)}") from error
@@ -566,7 +567,8 @@ def _project_permissions(project: str, permissions: list[str]) -> list[str]:
 
     credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     answer = AuthorizedSession(credentials).post(
-        f"{_RESOURCE_MANAGER}/v1/projects/{project}:testIamPermissions",
+        # Quoted, since an id like example.com:project has a colon as well.
+        f"{_RESOURCE_MANAGER}/v1/projects/{quote(project, safe='')}:testIamPermissions",
         json={"permissions": permissions},
         timeout=10,
     )
