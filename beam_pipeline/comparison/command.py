@@ -286,7 +286,7 @@ def run(config: Config) -> None:
     from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
-    from beam_pipeline.launch import preflight
+    from beam_pipeline.launch import launcher, preflight
     from beam_pipeline.tracking import auth
 
     terminal = ComparisonTerminal()
@@ -314,6 +314,8 @@ def run(config: Config) -> None:
         towers = pairs.find_towers(client, destination, config.towers)
         wanted = _pairs(config, client, destination, towers, terminal)
         if not wanted:
+            if not config.plan:
+                launcher.submit_nothing(beam_options)
             return
         token = uuid.uuid4().hex[:12]
         name = cloud.job_name or _job_name(config, wanted)

@@ -74,6 +74,8 @@ def run(config: Config) -> None:
         runs = selection.unpublished(config, found, client, destination, terminal)
         if not runs:
             terminal.nothing_to_do(len(found))
+            if not config.plan:
+                submit_nothing(options)
             return
         token = uuid.uuid4().hex[:12]
         name = cloud.job_name or _job_name(config, runs)
@@ -158,6 +160,18 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
         folder, _ = selection.model_folder(config, run, copies_to, stack, terminal)
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
         terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, config.towers))
+
+
+def submit_nothing(options: PipelineOptions) -> None:
+    """Submits an empty job where a template's launcher has to write one, and nothing elsewhere.
+
+    A Flex Template whose launcher writes no job is reported as FAILED, although this launch found all work done.
+    """
+    if not options.view_as(GoogleCloudOptions).template_location:
+        return
+    pipeline = beam.Pipeline(options=options)
+    _ = pipeline | "Nothing to do" >> beam.Create([])
+    pipeline.run()
 
 
 def _submit(pipeline: beam.Pipeline, name: str) -> Any:
