@@ -199,7 +199,7 @@ def cloud(monkeypatch):
         monkeypatch.setattr(
             preflight.storage,
             "Client",
-            lambda project: StorageClient(project, nobody, client_options={"api_endpoint": url}),
+            lambda project, credentials: StorageClient(project, nobody, client_options={"api_endpoint": url}),
         )
         running.client = bigquery.Client("my-project", nobody, client_options={"api_endpoint": url})
         yield running

@@ -53,6 +53,7 @@ from google.cloud import bigquery
 from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -166,6 +167,7 @@ def make_client(destination: Destination) -> bigquery.Client:
         project=destination.job_project,
         location=destination.location,
         default_query_job_config=bigquery.QueryJobConfig(labels=LABELS),
+        credentials=credentials(),
     )
 
 

@@ -282,7 +282,7 @@ def run(config: Config) -> None:
     """
     from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
-    from beam_pipeline import emulators
+    from beam_pipeline import credentials, emulators
     from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
@@ -294,9 +294,10 @@ def run(config: Config) -> None:
         require_writable(config.report)
     if config.report or config.log_run:
         page.require()
+    beam_options = PipelineOptions(list(config.beam_args))
+    credentials.follow(beam_options)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     with ExitStack() as stack:
-        beam_options = PipelineOptions(list(config.beam_args))
         # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
         beam_options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
         cloud = beam_options.view_as(GoogleCloudOptions)

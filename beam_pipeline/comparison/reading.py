@@ -19,6 +19,7 @@ from google.cloud.bigquery_storage_v1 import types as storage_types
 from beam_pipeline import emulators
 from beam_pipeline.bigquery.tables import split_name
 from beam_pipeline.comparison.measures import Rows
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import BadVectorError, ConfigError
 
 FIELDS = ("id", "before_vector", "after_vector")
@@ -34,7 +35,7 @@ MOST_STREAMS = 1000
 def make_client() -> BigQueryReadClient:
     """Returns a client of the Storage Read API, or of the emulator's."""
     if not emulators.emulated():
-        return BigQueryReadClient()
+        return BigQueryReadClient(credentials=credentials())
     import grpc
     from google.cloud.bigquery_storage_v1.services.big_query_read.transports import BigQueryReadGrpcTransport
 

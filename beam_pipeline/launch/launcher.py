@@ -16,7 +16,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, StandardOptions
 from google.cloud import bigquery
 
-from beam_pipeline import __version__, command, emulators, errors, metrics, tag
+from beam_pipeline import __version__, command, credentials, emulators, errors, metrics, tag
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError, RunNotFoundError
@@ -45,13 +45,14 @@ def run(config: Config) -> None:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
     terminal = Terminal(as_json=config.plan == "json")
+    options = _beam_options(config)
+    credentials.follow(options)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     found = selection.wanted_runs(config, terminal)
     if config.inspect:
         _inspect(config, found[-1], terminal)
         return
     with ExitStack() as stack:
-        options = _beam_options(config)
         cloud = options.view_as(GoogleCloudOptions)
         if config.warehouse:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))

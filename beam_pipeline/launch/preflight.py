@@ -19,6 +19,7 @@ from beam_pipeline import emulators
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication, require_compatible
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
     ConfigError,
     DatasetMissingError,
@@ -142,7 +143,7 @@ def find_destination(
 
 def _location(project: str, dataset: str, make: bool) -> str:
     try:
-        client = bigquery.Client(project=project)
+        client = bigquery.Client(project=project, credentials=credentials())
         if make:
             client.create_dataset(dataset, exists_ok=True)
         return client.get_dataset(dataset).location or "US"
@@ -379,7 +380,8 @@ def examine_bucket(findings: Findings, name: str, destination: Destination, kms_
     """Adds whether load jobs of the destination's dataset can read a bucket."""
     location = destination.location
     try:
-        bucket = storage.Client(project=destination.job_project).get_bucket(name, timeout=10)
+        client = storage.Client(project=destination.job_project, credentials=credentials())
+        bucket = client.get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -520,7 +522,7 @@ def _examine_permissions(
         (
             f"bucket {name}",
             _BUCKET_PERMISSIONS,
-            lambda: storage.Client(project=project).bucket(name).test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10),
+            lambda: _bucket_permissions(project, name),
         ),
         *(
             (
@@ -560,13 +562,17 @@ _BUCKET_PERMISSIONS = [f"storage.objects.{what}" for what in ("create", "delete"
 _TABLE_PERMISSIONS = [f"bigquery.tables.{what}" for what in ("get", "getData", "updateData")]
 
 
+def _bucket_permissions(project: str, name: str) -> list[str]:
+    """Returns those of the permissions that this account has on the bucket."""
+    bucket = storage.Client(project=project, credentials=credentials()).bucket(name)
+    return list(bucket.test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10))
+
+
 def _project_permissions(project: str, permissions: list[str]) -> list[str]:
     """Returns those of the permissions that this account has on the project."""
-    import google.auth
     from google.auth.transport.requests import AuthorizedSession
 
-    credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-    answer = AuthorizedSession(credentials).post(
+    answer = AuthorizedSession(credentials()).post(
         # Quoted, since an id like example.com:project has a colon as well.
         f"{_RESOURCE_MANAGER}/v1/projects/{quote(project, safe='')}:testIamPermissions",
         json={"permissions": permissions},
