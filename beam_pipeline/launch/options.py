@@ -24,7 +24,7 @@ IF_TAKEN = ("fail", "replace", "keep")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
+_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{0,61}[a-z0-9]"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
@@ -35,8 +35,9 @@ _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 class Config:
     """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
 
-    `discover` says that no tower was named: `towers` are the default ones, and a model may show others. `started` is
-    when the command line began, on the monotonic clock.
+    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET. `discover` says that no tower was
+    named: `towers` are the default ones, and a model may show others. `started` is when the command line began, on the
+    monotonic clock.
     """
 
     run_id: str | None = None
@@ -54,6 +55,7 @@ class Config:
     env: str = "dev"
     project: str | None = None
     dataset: str = "raw_dev"
+    dataset_project: str | None = None
     table_prefix: str = "two_tower"
     table_suffix: str = ""
     if_partition_taken: str = "fail"
@@ -177,7 +179,7 @@ def add_destination(group: argparse._ActionsContainer) -> None:
 
 
 def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
-    """Returns project and dataset that the flags name; exits 2 if they are malformed."""
+    """Returns the dataset's project, None if --dataset names none, and the dataset; exits 2 if they are malformed."""
     if found.project and not re.fullmatch(_PROJECT, found.project):
         ours.error(f"--project={found.project!r} is no project id")
     if not _NAME.fullmatch(found.table_prefix):
@@ -187,11 +189,11 @@ def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[s
     if found.dataset and found.env:
         ours.error(f"--env={found.env} is dataset raw_{found.env} and --dataset={found.dataset} another; leave out one")
     if not found.dataset:
-        return found.project, f"raw_{found.env or ENVS[0]}"
+        return None, f"raw_{found.env or ENVS[0]}"
     match = _DATASET.fullmatch(found.dataset)
     if not match:
         ours.error(f"--dataset={found.dataset!r}: DATASET or PROJECT.DATASET, of letters, digits and _")
-    return match[1] or found.project, match[2]
+    return match[1], match[2]
 
 
 def check_places(ours: argparse.ArgumentParser, found: argparse.Namespace) -> None:
@@ -381,7 +383,7 @@ def parse(argv: Sequence[str]) -> Config:
     towers = _towers(ours, found.tower)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
-    project, dataset_name = dataset(ours, found)
+    dataset_project, dataset_name = dataset(ours, found)
     check_places(ours, found)
     config = Config(
         run_id=found.run_id,
@@ -397,8 +399,9 @@ def parse(argv: Sequence[str]) -> Config:
         towers=towers,
         discover=not found.tower,
         env=found.env or ENVS[0],
-        project=project,
+        project=found.project,
         dataset=dataset_name,
+        dataset_project=dataset_project,
         table_prefix=found.table_prefix,
         table_suffix=found.table_suffix,
         if_partition_taken=found.if_partition_taken,

@@ -44,7 +44,7 @@ def test_everything():
         ]
     )
     assert dict(config.towers) == {"film": "films", "user": "a.b"}
-    assert (config.project, config.dataset) == ("other-project", "my_data")
+    assert (config.project, config.dataset_project, config.dataset) == ("p1", "other-project", "my_data")
     assert not config.local
     assert not config.waits
     assert not config.reads_local_files

@@ -100,6 +100,7 @@ class Cloud:
         tables: names of tables that exist.
         partitions: of the user's table, as YYYYMMDD -> a vector in it.
         queries: every query that was run.
+        billing: the project that grants to run jobs.
     """
 
     def __init__(self):
@@ -114,10 +115,11 @@ class Cloud:
         self.may_query = True
         self.partitions = {}
         self.queries = []
+        self.billing = "my-project"
 
     def answer(self, method, url, body):
         path = url.path
-        if path.endswith("projects/my-project:testIamPermissions"):
+        if path.endswith(f"projects/{self.billing}:testIamPermissions"):
             return self._granted("project", json.loads(body)["permissions"])
         if path.endswith("/b/temp/iam/testPermissions"):
             return self._granted("bucket", parse_qs(url.query)["permissions"])
@@ -197,15 +199,15 @@ def cloud(monkeypatch):
         monkeypatch.setattr(
             preflight.storage,
             "Client",
-            lambda project: StorageClient(project, nobody, client_options={"api_endpoint": url}),
+            lambda project, credentials: StorageClient(project, nobody, client_options={"api_endpoint": url}),
         )
         running.client = bigquery.Client("my-project", nobody, client_options={"api_endpoint": url})
         yield running
 
 
-def permissions(cloud, *, distributed=False, dataflow=False):
+def permissions(cloud, what=WHAT, *, distributed=False, dataflow=False):
     findings = Findings()
-    preflight._examine_permissions(findings, cloud.client, WHAT, distributed, dataflow)
+    preflight._examine_permissions(findings, cloud.client, what, distributed, dataflow)
     return [(line.status, line.text) for line in findings.lines]
 
 
@@ -214,6 +216,43 @@ def test_all_permissions(cloud):
     assert permissions(cloud) == [("ok", whole)]
     elsewhere = whole.replace("this account", "this account, not the workers'")
     assert permissions(cloud, distributed=True) == [("ok", elsewhere)]
+
+
+def test_each_project_is_asked_for_its_own(cloud):
+    """Jobs are created in the one that is billed, and tables are in the dataset's."""
+    cloud.billing = "example.com%3Abilling"  # The verb comes after the last colon.
+    destination = dataclasses.replace(WHAT.destination, billing_project="example.com:billing")
+    what = dataclasses.replace(WHAT, destination=destination)
+    ((status, text),) = permissions(cloud, what, dataflow=True)
+    assert (status, text) == (
+        "ok",
+        "this account: project example.com:billing, bucket temp, table user, table item, a query (dry run)",
+    )
+    cloud.granted["project"].clear()
+    cloud.granted["table"].discard("bigquery.tables.getData")
+    ((status, text),) = permissions(cloud, what, dataflow=True)
+    assert text.startswith(
+        "this account lacks bigquery.jobs.create on project example.com:billing, "
+        "dataflow.jobs.create on project example.com:billing, "
+        "bigquery.tables.getData on table user, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("billing", "lines"),
+    [
+        ("my-project", []),
+        ("billing", [("ok", "jobs run and are billed in billing, the tables are in my-project")]),
+        (
+            None,
+            [("note", "jobs run and are billed in my-project, the dataset's project; --project names another")],
+        ),
+    ],
+)
+def test_where_jobs_are_billed_is_reported(cloud, billing, lines):
+    findings = Findings()
+    preflight.examine_projects(findings, dataclasses.replace(WHAT.destination, billing_project=billing))
+    assert [(line.status, line.text) for line in findings.lines] == lines
 
 
 def test_tables_that_are_made_later_are_not_asked(cloud):
