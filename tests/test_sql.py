@@ -18,6 +18,7 @@ from towers import described
 
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import tables as comparison
 from beam_pipeline.launch.options import IF_TAKEN
 from beam_pipeline.reading.tally import Tally
 from beam_pipeline.training import Run, Training
@@ -44,6 +45,9 @@ INFORMATION_SCHEMA_PARTITIONS = {
     "storage_tier": "STRING",
 }
 """Columns of the view (https://cloud.google.com/bigquery/docs/information-schema-partitions)."""
+
+SONGS = [bigquery.SchemaField(name, "STRING") for name in ("id", "genre", "title")]
+"""A table of the reader's own, in the recipes of docs/comparison.md."""
 
 QUERY_PARAMETERS = {
     "first": "DATE",
@@ -108,12 +112,13 @@ def made_by(name):
 
 
 def in_documents():
-    """Yields (where, SQL) of all SQL in pages: fenced blocks, and code within a line."""
+    """Yields (where, SQL) of all SQL in pages: fenced blocks, cut at empty lines, and code within a line."""
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         fenced = re.findall(r"^ *```sql\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
         inline = [code for code in re.findall(r"`([^`\n]+)`", text) if _STARTS.match(code)]
-        for number, sql in enumerate([*fenced, *inline], 1):
+        statements = [sql for block in fenced for sql in block.split("\n\n")]
+        for number, sql in enumerate([*statements, *inline], 1):
             yield f"{page.name}-{number}", sql
 
 
@@ -186,6 +191,7 @@ class GoogleSql:
                 name=DESTINATION.dataset,
                 table=[self._table(name.removeprefix(f"{here}."), schema) for name, schema in schemas.items()],
             ),
+            SimpleCatalog(name="catalogue", table=[self._table("songs", SONGS)]),
             SimpleCatalog(
                 name=here,
                 catalog=[SimpleCatalog(name="INFORMATION_SCHEMA", table=[self._table("PARTITIONS", partitions)])],
@@ -210,6 +216,8 @@ class GoogleSql:
         for tower in TOWERS:
             found[DESTINATION.table(tower)] = tables.schema_fields(tower)
             found[DESTINATION.staging(tower, LAUNCH)] = tables.schema_fields(tower)
+            found[comparison.change_table(DESTINATION, tower)] = comparison.change_schema(tower)
+        found[comparison.comparison_table(DESTINATION)] = comparison.COMPARISON_SCHEMA
         return found
 
     def _table(self, name, schema):
@@ -223,6 +231,9 @@ class GoogleSql:
     def _type(self, field):
         from zetasql.types import TypeKind
 
+        if field.field_type in ("RECORD", "STRUCT"):
+            type_ = self._types.create_struct_type([(inner.name, self._type(inner)) for inner in field.fields])
+            return self._types.create_array_type(type_) if field.mode == "REPEATED" else type_
         kinds = {"INTEGER": TypeKind.TYPE_INT64, "FLOAT": TypeKind.TYPE_DOUBLE, "FLOAT64": TypeKind.TYPE_DOUBLE}
         type_ = self._types.create_simple_type(
             kinds.get(field.field_type) or getattr(TypeKind, f"TYPE_{field.field_type}")
