@@ -8,6 +8,10 @@ VENV := .venv/.installed
 AIRFLOW := apache-airflow apache-airflow-providers-apache-beam apache-airflow-providers-google pytest pytest-timeout
 AIRFLOW_VENV := .venv-airflow/.installed
 
+# Prism and the program that starts SDK workers, of the Beam that is locked.
+BEAM := v$(shell sed -n 's/^apache-beam==//p' constraints.txt)
+ENGINES := .engines/.installed
+
 TRACKING_URI := sqlite:///demo/mlflow.db
 TRAIN := $(BIN)/python examples/train_two_tower.py --tracking_uri=$(TRACKING_URI) --artifact_root=demo/artifacts
 HISTORIZE := $(BIN)/python -m beam_pipeline --tracking_uri=$(TRACKING_URI) --warehouse=demo/warehouse
@@ -25,13 +29,14 @@ for package in sorted(
 endef
 export WRITE_LOCK
 
-.PHONY: help demo test fuzz test-airflow lint bench lock test-gcp gcp-variables clean
+.PHONY: help demo test fuzz test-airflow test-engines lint bench lock test-gcp gcp-variables clean
 
 help:
 	@echo 'make demo      train a small model twice, historize both, show the history, compare them (in demo/)'
 	@echo 'make test      run all tests'
 	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
+	@echo 'make test-engines   run the job on Prism and other engines, workers in other processes, and kill workers (needs Go)'
 	@echo 'make lint      check style, format, types and the Dockerfile'
 	@echo 'make bench     measure against the ways this replaces; writes docs/benchmark.md (half an hour, on a quiet machine)'
 	@echo 'make lock      resolve all dependencies afresh into constraints.txt and tests/airflow/constraints.txt (Python 3.11)'
@@ -67,7 +72,7 @@ test: $(VENV)
 NUMBER ?= 20000
 SEED ?= 1
 fuzz: $(VENV)
-	$(BIN)/python tests/fuzz.py --number=$(NUMBER) --seed=$(SEED)
+	$(BIN)/python tests/support/fuzz.py --number=$(NUMBER) --seed=$(SEED)
 
 $(AIRFLOW_VENV): tests/airflow/constraints.txt
 	@echo 'Setting up .venv-airflow: two minutes, once.'
@@ -79,6 +84,19 @@ $(AIRFLOW_VENV): tests/airflow/constraints.txt
 # The project's conftest.py is not for Airflow's environment.
 test-airflow: $(VENV) $(AIRFLOW_VENV)
 	.venv-airflow/bin/python -m pytest tests/airflow --confcutdir=tests/airflow
+
+# JOB_ENDPOINT=HOST:PORT runs the rows on one more engine, a Beam job service that is running, such as Flink's.
+$(ENGINES): constraints.txt
+	@command -v go >/dev/null || { echo 'make test-engines needs Go, which builds Prism: there is no go here' >&2; exit 1; }
+	@echo 'Building .engines: one to two minutes, once.'
+	mkdir -p .engines
+	GOBIN=$(CURDIR)/.engines go install \
+		github.com/apache/beam/sdks/v2/go/cmd/prism@$(BEAM) github.com/apache/beam/sdks/v2/python/container@$(BEAM)
+	mv .engines/container .engines/boot
+	touch $@
+
+test-engines: $(VENV) $(ENGINES)
+	BEAM_PIPELINE_JOB_ENDPOINT='$(JOB_ENDPOINT)' $(BIN)/python -m pytest tests/engines
 
 lint: $(VENV)
 	$(BIN)/ruff check .
@@ -109,4 +127,4 @@ test-gcp: gcp-variables $(VENV)
 		$(BIN)/python -m pytest tests/gcp
 
 clean:
-	rm -rf .venv .venv-airflow .venv-lock demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-airflow .venv-lock .engines .cache demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

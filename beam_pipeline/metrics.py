@@ -24,10 +24,10 @@ def count(name: str, amount: int) -> None:
         _first.setdefault(name, time.monotonic())
 
 
-def first_in_this_process(name: str) -> float:
-    """Returns when a counter was first added to, on the clock of `time.monotonic`."""
+def first_in_this_process(name: str) -> float | None:
+    """Returns when this process first added to a counter, on the clock of `time.monotonic`; None if it never did."""
     with _lock:
-        return _first.get(name, time.monotonic())
+        return _first.get(name)
 
 
 def in_this_process(name: str) -> int:
@@ -39,4 +39,5 @@ def in_this_process(name: str) -> int:
 def committed(result: PipelineResult, name: str) -> int:
     """Returns a counter of a job that is done, each row counted once whatever was retried."""
     counters = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE).with_name(name))["counters"]
-    return sum(counter.committed for counter in counters)
+    # A runner that does not tell what was committed tells what was attempted.
+    return sum(counter.result or 0 for counter in counters)

@@ -50,7 +50,7 @@ def tag(client: bigquery.Client, destination: Destination, run_id: str, tracking
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = options.base_parser("python -m beam_pipeline.tag", "Tags an MLflow run with what was published of it.")
+    parser = options.base_parser("tag", "Tags an MLflow run with what was published of it.")
     parser.add_argument("--run_id", required=True, help="MLflow run")
     options.add_tracking(parser)
     options.add_destination(parser)

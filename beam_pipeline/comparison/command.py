@@ -90,7 +90,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of our own flags."""
     result = options.base_parser(
-        "python -m beam_pipeline.compare",
+        "compare",
         "Compares the embeddings of two trainings: how much the scores of each user and item changed, what was kept of "
         "neighbours and recommendations, and whether that is usual. Publishes the numbers in BigQuery.",
         _EPILOG,
@@ -197,7 +197,7 @@ def parse(argv: Sequence[str]) -> Config:
     project, dataset = options.dataset(ours, found)
     options.check_places(ours, found)
     config = Config(
-        env=found.env,
+        env=found.env or options.ENVS[0],
         project=project,
         dataset=dataset,
         table_prefix=found.table_prefix,
@@ -282,8 +282,10 @@ def run(config: Config) -> None:
     from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
     from beam_pipeline.launch import preflight
+    from beam_pipeline.launch.console import set_up_logging
     from beam_pipeline.tracking import auth
 
+    set_up_logging()
     terminal = ComparisonTerminal()
     if config.report:
         require_writable(config.report)
@@ -616,9 +618,7 @@ def _umask() -> int:
 
 def report(argv: Sequence[str] | None = None) -> int:
     """Runs the command line that makes a page of the result tables; returns the exit code."""
-    ours = options.base_parser(
-        "python -m beam_pipeline.report", "Makes a page of the comparisons that are in the result tables; runs no job."
-    )
+    ours = options.base_parser("report", "Makes a page of the comparisons that are in the result tables; runs no job.")
     options.add_destination(ours)
     ours.add_argument("--project", help="Google Cloud project")
     ours.add_argument("--to", dest="later", metavar="DATE|RUN_ID", help="the later training (default: the latest)")

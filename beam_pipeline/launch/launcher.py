@@ -24,7 +24,7 @@ from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError, Run
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.launch import inspection, preflight, selection
-from beam_pipeline.launch.console import Terminal
+from beam_pipeline.launch.console import Terminal, set_up_logging
 from beam_pipeline.launch.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
@@ -33,6 +33,7 @@ from beam_pipeline.training import Run
 
 def launch(config: Config) -> int:
     """Runs the command line; returns the exit code: 0, or 1 with one line on stderr."""
+    set_up_logging()
     return command.exit_code(lambda: run(config), interrupted=f"interrupted; {_WHOLE}")
 
 
@@ -45,7 +46,7 @@ def run(config: Config) -> None:
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
-    terminal = Terminal(as_json=config.plan == "json")
+    terminal = Terminal(as_json=config.plan == "json", started=config.started)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     found = selection.wanted_runs(config, terminal)
     if config.inspect:
