@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import beam_pipeline
 from beam_pipeline.comparison.command import parser as compare_parser
 from beam_pipeline.launch.options import parser
 
@@ -94,6 +95,11 @@ def test_tests_and_files_that_are_named_exist(page):
 def test_python_on_a_page_is_python(page):
     for code in fenced(PAGES[page], "python"):
         ast.parse(code)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_the_package_exist(page):
+    assert [name for name in re.findall(r"\bbp\.(\w+)", PAGES[page]) if not hasattr(beam_pipeline, name)] == []
 
 
 def test_options_are_those_of_the_parsers():
