@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import apache_beam as beam
 import numpy as np
+from apache_beam.options.pipeline_options import GoogleCloudOptions
 from apache_beam.pvalue import PBegin, PCollection
 
 from beam_pipeline.bigquery import tables
@@ -151,7 +152,13 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
         named = [replace(tower.description, name=name) for name, tower in self.towers.items()]
         (model_path,) = {tower.model_path for tower in self.towers.values()}
         publication = Publication(
-            destination=Destination(project=project, dataset=dataset, location=self.location, prefix=self.table_prefix),
+            destination=Destination(
+                project=project,
+                dataset=dataset,
+                location=self.location,
+                prefix=self.table_prefix,
+                billing_project=pbegin.pipeline.options.view_as(GoogleCloudOptions).project,
+            ),
             trainings=(Training(self.run, model_path, pieces.cover(named)),),
             temp_location=self.temp_location,
             if_partition_taken=self.if_partition_taken,
