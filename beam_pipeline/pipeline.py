@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, WorkerOptions
 from apache_beam.pvalue import PCollection
-from apache_beam.runners.runner import PipelineResult
 from apache_beam.typehints.decorators import no_annotations
 
 from beam_pipeline import emulators
@@ -108,17 +106,6 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
     clean = beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
     _ = published | "Clean" >> clean
     return published
-
-
-def submit_nothing(options: PipelineOptions) -> PipelineResult:
-    """Submits a job that ends at once, of the one step that Dataflow asks for.
-
-    A Flex Template's launcher has to write a job: without one, Dataflow reports the template as failed.
-    """
-    options.view_as(WorkerOptions).num_workers = 1
-    pipeline = beam.Pipeline(options=options)
-    _ = pipeline | "Nothing to do" >> beam.Create([])
-    return pipeline.run()
 
 
 def _new_launch(token: str) -> str:

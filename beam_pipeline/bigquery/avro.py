@@ -130,9 +130,9 @@ class WriteBatches(WriteToBigQuery):
             custom_gcs_temp_location=self.custom_gcs_temp_location,
             table_side_inputs=self.table_side_inputs,
             additional_bq_parameters=self.additional_bq_parameters,
-            load_job_project_id=self.load_job_project_id,
             test_client=self.test_client,
             validate=self._validate,
+            load_job_project_id=self.load_job_project_id,
         )
         output = batches | loads
         return WriteResult(

@@ -50,9 +50,10 @@ from google.api_core.exceptions import Conflict, GoogleAPICallError, GoogleAPIEr
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery
 
-from beam_pipeline import credentials, emulators, metrics
+from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -161,12 +162,12 @@ def copies_folder(temp_location: str, token: str = "") -> str:
 
 
 def make_client(destination: Destination) -> bigquery.Client:
-    """Returns a client whose jobs run in the billed project, where the dataset is, and carry our labels."""
+    """Returns a client whose jobs run where the dataset is, are billed to the jobs' project and carry our labels."""
     return bigquery.Client(
-        project=destination.jobs_project,
-        credentials=credentials.impersonated(),
+        project=destination.job_project,
         location=destination.location,
         default_query_job_config=bigquery.QueryJobConfig(labels=LABELS),
+        credentials=credentials(),
     )
 
 

@@ -68,10 +68,10 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
             "create_disposition": BigQueryDisposition.CREATE_NEVER,
             # Truncating would be no safer: job ids are deterministic, and the audit counts.
             "write_disposition": BigQueryDisposition.WRITE_APPEND,
-            # Beam would run and bill load jobs in the table's project.
-            "load_job_project_id": destination.jobs_project,
             "custom_gcs_temp_location": self.publication.load_files,
             "max_file_size": MAX_FILE_BYTES,
+            # Of load and copy jobs; by default Beam's run in the table's project.
+            "load_job_project_id": destination.job_project,
             # Beam drops its own kms_key for FILE_LOADS.
             "additional_bq_parameters": (
                 {"destinationEncryptionConfiguration": {"kmsKeyName": self.publication.kms_key}}

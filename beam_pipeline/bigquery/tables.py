@@ -35,7 +35,7 @@ class Destination:
         prefix: first part of every table's name.
         staging_dataset: `project.dataset` of the staging tables, if it is another.
         suffix: last part of every table's name; log and lock carry it too, so that histories do not mix.
-        billing_project: where jobs run and are billed, if it is not `project`.
+        billing_project: where jobs run and are billed, if --project names it; None: in the tables' project.
     """
 
     project: str
@@ -47,8 +47,8 @@ class Destination:
     billing_project: str | None = None
 
     @property
-    def jobs_project(self) -> str:
-        """Where jobs run and are billed."""
+    def job_project(self) -> str:
+        """The project in which jobs run and are billed."""
         return self.billing_project or self.project
 
     def table(self, tower: str) -> str:

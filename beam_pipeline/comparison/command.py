@@ -41,14 +41,15 @@ UNUSUAL_EXIT = 3
 class Config:
     """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
 
-    `project` is where jobs run and are billed, `dataset_project` the one that --dataset names, if it names any.
+    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET.
     """
 
     env: str = "dev"
     project: str | None = None
-    dataset_project: str | None = None
     dataset: str = "raw_dev"
+    dataset_project: str | None = None
     table_prefix: str = "two_tower"
+    table_suffix: str = ""
     staging_dataset: str | None = None
     earlier: str | None = None
     later: str | None = None
@@ -169,7 +170,6 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
     result.add_argument("--project", help=argparse.SUPPRESS)
-    options.add_impersonation(result)
     return result
 
 
@@ -204,9 +204,10 @@ def parse(argv: Sequence[str]) -> Config:
     config = Config(
         env=found.env or options.ENVS[0],
         project=found.project,
-        dataset_project=dataset_project,
         dataset=dataset,
+        dataset_project=dataset_project,
         table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
         staging_dataset=found.staging_dataset,
         earlier=found.earlier,
         later=found.later,
@@ -228,7 +229,7 @@ def parse(argv: Sequence[str]) -> Config:
         plan=found.plan,
         warehouse=found.warehouse,
         runner=found.runner,
-        beam_args=options.beam_args(ours, found, rest),
+        beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
@@ -287,9 +288,8 @@ def run(config: Config) -> None:
     from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
-    from beam_pipeline.launch import preflight
+    from beam_pipeline.launch import launcher, preflight
     from beam_pipeline.launch.console import set_up_logging
-    from beam_pipeline.pipeline import submit_nothing
     from beam_pipeline.tracking import auth
 
     set_up_logging()
@@ -299,8 +299,7 @@ def run(config: Config) -> None:
     if config.report or config.log_run:
         page.require()
     beam_options = PipelineOptions(list(config.beam_args))
-    if not config.warehouse and not emulators.emulated():  # Those know no accounts.
-        credentials.impersonate(beam_options)
+    credentials.follow(beam_options)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     with ExitStack() as stack:
         # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
@@ -311,16 +310,17 @@ def run(config: Config) -> None:
             cloud.temp_location = warehouse.temp_location
         if emulators.emulated():
             emulators.connect()
-        project = preflight.find_projects(cloud, config.dataset_project, terminal.billed)
+        # --project stays as it was given: a Flex Template's launcher may not change it.
+        cloud.project, project = preflight.find_projects(cloud.project, config.dataset_project)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("files on the way need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        destination = _destination(config, project, cloud.project)
+        destination = _destination(config, project)
         client = publication.make_client(destination)
         towers = pairs.find_towers(client, destination, config.towers)
         wanted = _pairs(config, client, destination, towers, terminal)
         if not wanted:
-            if cloud.template_location and not config.plan:
-                terminal.submitted(submit_nothing(beam_options), config.runner)
+            if not config.plan:
+                launcher.submit_nothing(beam_options)
             return
         token = uuid.uuid4().hex[:12]
         name = cloud.job_name or _job_name(config, wanted)
@@ -348,14 +348,20 @@ def run(config: Config) -> None:
         _check_labels(client, comparison)
         findings = preflight.Findings()
         findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}")
-        preflight.examine_billing(findings, destination)
+        preflight.examine_projects(findings, destination)
         preflight.examine_bucket(findings, comparison.bucket, destination, config.kms_key)
         reader = reading.make_client()
         for tower in comparison.towers:
             # A session costs nothing until it is read.
             fields = [f"{tower}_id"]
-            nothing = "train_date = DATE '0001-01-01'"
-            reading.open_streams(reader, destination.table(tower), fields, nothing, 1, destination.jobs_project)
+            reading.open_streams(
+                reader,
+                destination.job_project,
+                destination.table(tower),
+                fields,
+                "train_date = DATE '0001-01-01'",
+                most=1,
+            )
         _estimate(findings, client, comparison)
         terminal.planned(comparison, findings)
         if config.plan:
@@ -383,16 +389,16 @@ def run(config: Config) -> None:
             results.require_usual(known, wanted)
 
 
-def _destination(config: Config, project: str, billing_project: str) -> Destination:
+def _destination(config: Config, project: str) -> Destination:
     from beam_pipeline.launch import preflight
 
-    staging = config.staging_dataset
     return preflight.find_destination(
         project,
         config.dataset,
         config.table_prefix,
-        billing_project=billing_project,
-        staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
+        suffix=config.table_suffix,
+        billing_project=config.project,
+        staging_dataset=config.staging_dataset,
     )
 
 
@@ -635,12 +641,13 @@ def report(argv: Sequence[str] | None = None) -> int:
     ours.add_argument("--log_run", action="store_true", help="log numbers and page to the later MLflow run as well")
     options.add_tracking(ours)
     found = ours.parse_args(argv)
-    project, dataset = options.dataset(ours, found)
+    dataset_project, dataset = options.dataset(ours, found)
     config = Config(
         project=found.project,
-        dataset_project=project,
         dataset=dataset,
+        dataset_project=dataset_project,
         table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
         warehouse=found.warehouse,
     )
     return _exit_code(lambda: _report(config, found))
@@ -662,8 +669,7 @@ def _report(config: Config, found: argparse.Namespace) -> None:
             stack.enter_context(_warehouse(config.warehouse))
         if emulators.emulated():
             emulators.connect()
-        billing_project = config.project or config.dataset_project or bigquery.Client().project
-        destination = _destination(config, config.dataset_project or billing_project, billing_project)
+        destination = _destination(config, config.dataset_project or config.project or bigquery.Client().project)
         client = publication.make_client(destination)
         last = results.date_of(client, destination, found.later) if found.later else None
         told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)

@@ -47,12 +47,13 @@ def find_towers(client: bigquery.Client, destination: Destination, named: Sequen
         IncompatibleTableError: a table lacks a column.
     """
     dataset = f"{destination.project}.{destination.dataset}"
-    pattern = re.compile(rf"{re.escape(destination.prefix)}_([a-z][a-z0-9_]*)_embedding")
+    pattern = re.compile(rf"{re.escape(destination.prefix)}_([a-z][a-z0-9_]*)_embedding{re.escape(destination.suffix)}")
     there = sorted(match[1] for table in client.list_tables(dataset) if (match := pattern.fullmatch(table.table_id)))
     if not there:
         raise TrainingMissingError(
-            f"there is no history in {dataset}: no table {destination.prefix}_TOWER_embedding; publish a training with "
-            "python -m beam_pipeline, or name another place with --env, --dataset or --table_prefix"
+            f"there is no history in {dataset}: no table {destination.prefix}_TOWER_embedding{destination.suffix}; "
+            "publish a training with python -m beam_pipeline, or name another place with --env, --dataset, "
+            "--table_prefix or --table_suffix"
         )
     if missing := [name for name in named if name not in there]:
         raise TrainingMissingError(
@@ -103,7 +104,9 @@ def find_trainings(client: bigquery.Client, destination: Destination, towers: Se
     names = [destination.table(tower).rsplit(".", 1)[1] for tower in towers]
     tower_of = dict(zip(names, towers, strict=True))
     held: dict[tuple[str, date], int] = {}
-    for name, partition, rows in _query(client, tables.partitions_sql(destination, names)):
+    for name, partition, rows in _query(
+        client, tables.partitions_sql(destination), bigquery.ArrayQueryParameter("tables", "STRING", names)
+    ):
         if re.fullmatch(r"\d{8}", partition):
             held[tower_of[name], datetime.strptime(partition, "%Y%m%d").date()] = rows
     logged: dict[tuple[str, date], list[tuple[str, int]]] = {}

@@ -211,12 +211,9 @@ def clean(client: bigquery.Client, comparison: Comparison, launch: str) -> Itera
         names.append(tables.staged_change(destination, tower, launch))
         names += [tables.joined_table(destination, tower, launch, number) for number in range(len(comparison.pairs))]
     for name in names:
-        with publication.left_if_denied(f"table {name}"):
-            client.delete_table(name, not_found_ok=True)
-    with publication.left_if_denied(f"folder {comparison.files}"):
-        publication.delete_files(comparison.files)
-    with publication.left_if_denied(f"files of earlier jobs in {comparison.all_files}"):
-        publication.delete_files(comparison.all_files, older_than=STAGING_LIFE)
+        client.delete_table(name, not_found_ok=True)
+    publication.delete_files(comparison.files)
+    publication.delete_files(comparison.all_files, older_than=STAGING_LIFE)
     yield launch
 
 

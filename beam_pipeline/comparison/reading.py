@@ -16,9 +16,10 @@ from google.api_core.exceptions import GoogleAPICallError, PermissionDenied
 from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 from google.cloud.bigquery_storage_v1 import types as storage_types
 
-from beam_pipeline import credentials, emulators
+from beam_pipeline import emulators
 from beam_pipeline.bigquery.tables import split_name
 from beam_pipeline.comparison.measures import Rows
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import BadVectorError, ConfigError
 
 FIELDS = ("id", "before_vector", "after_vector")
@@ -34,7 +35,7 @@ MOST_STREAMS = 1000
 def make_client() -> BigQueryReadClient:
     """Returns a client of the Storage Read API, or of the emulator's."""
     if not emulators.emulated():
-        return BigQueryReadClient(credentials=credentials.impersonated())
+        return BigQueryReadClient(credentials=credentials())
     import grpc
     from google.cloud.bigquery_storage_v1.services.big_query_read.transports import BigQueryReadGrpcTransport
 
@@ -44,40 +45,39 @@ def make_client() -> BigQueryReadClient:
 
 def open_streams(
     client: BigQueryReadClient,
+    project: str,
     table: str,
     fields: Sequence[str],
     restriction: str = "",
     most: int = MOST_STREAMS,
-    billing_project: str | None = None,
 ) -> list[str]:
     """Returns the names of streams that together hold the table's rows as of now.
 
     Args:
         client: of the Storage Read API.
+        project: where the session runs and is billed.
         table: `project.dataset.table`.
         fields: columns that are read.
         restriction: SQL condition on the rows.
         most: streams.
-        billing_project: which is billed, if it is not the table's.
 
     Raises:
         ConfigError: the permission is missing.
     """
-    project, dataset, name = split_name(table)
-    billed = billing_project or project
+    of_table, dataset, name = split_name(table)
     session = storage_types.ReadSession(
-        table=f"projects/{project}/datasets/{dataset}/tables/{name}",
+        table=f"projects/{of_table}/datasets/{dataset}/tables/{name}",
         data_format=storage_types.DataFormat.ARROW,
         read_options=storage_types.ReadSession.TableReadOptions(
             selected_fields=list(fields), row_restriction=restriction
         ),
     )
     try:
-        opened = client.create_read_session(parent=f"projects/{billed}", read_session=session, max_stream_count=most)
+        opened = client.create_read_session(parent=f"projects/{project}", read_session=session, max_stream_count=most)
     except PermissionDenied as error:
         raise ConfigError(
             f"this account may not read {table} through the Storage Read API ({error.message}); grant it "
-            f"roles/bigquery.readSessionUser on project {billed} and roles/bigquery.dataViewer on the dataset"
+            f"roles/bigquery.readSessionUser on project {project} and roles/bigquery.dataViewer on the dataset"
         ) from error
     except GoogleAPICallError as error:
         raise ConfigError(f"the Storage Read API does not answer for {table}: {error.message}") from error

@@ -48,12 +48,12 @@ class Pair:
 
 def comparison_table(destination: Destination) -> str:
     """Returns `project.dataset.table` of the results, one row per pair and tower."""
-    return f"{destination.project}.{destination.dataset}.{destination.prefix}_embedding_comparison"
+    return f"{destination.project}.{destination.dataset}.{destination.prefix}_embedding{destination.suffix}_comparison"
 
 
 def change_table(destination: Destination, tower: str) -> str:
     """Returns `project.dataset.table` of what became of each id of a tower."""
-    return f"{destination.project}.{destination.dataset}.{destination.prefix}_{tower}_embedding_change"
+    return f"{destination.table(tower)}_change"
 
 
 def staged_comparison(destination: Destination, launch: str) -> str:
@@ -387,16 +387,12 @@ def publish_script(
 # Questions.
 
 
-def partitions_sql(destination: Destination, names: Sequence[str]) -> str:
-    """Returns a query for the partitions of these tables that hold rows, by metadata.
-
-    The names are literals: of a dataset with more than a thousand tables, BigQuery refuses to look at all of them.
-    """
-    listed = ", ".join(map(literal, names))
+def partitions_sql(destination: Destination) -> str:
+    """Returns a query for the partitions that hold rows, by metadata; parameter: tables (ARRAY<STRING>)."""
     return (
         "SELECT table_name, partition_id, total_rows "
         f"FROM `{destination.project}.{destination.dataset}`.INFORMATION_SCHEMA.PARTITIONS "
-        f"WHERE table_name IN ({listed}) AND total_rows > 0 AND partition_id NOT LIKE '\\\\_\\\\_%'"
+        "WHERE table_name IN UNNEST(@tables) AND total_rows > 0 AND partition_id NOT LIKE '\\\\_\\\\_%'"
     )
 
 

@@ -77,9 +77,7 @@ def read_host(environ: Mapping[str, str] = os.environ) -> str:
 def connect() -> None:
     """Makes the Google clients of this process, Beam's among them, talk to the emulators without credentials."""
     import google.auth
-    from apache_beam.internal.gcp.auth import get_service_credentials
     from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
-    from apache_beam.options.pipeline_options import PipelineOptions
     from google.auth.credentials import AnonymousCredentials
 
     for name in ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
@@ -92,8 +90,6 @@ def connect() -> None:
 
     # All of Google's libraries ask here; the real answer waits for a metadata server that is not there.
     google.auth.default = default
-    # Beam keeps the first that it makes, and would impersonate from the command line, which emulators do not know.
-    get_service_credentials(PipelineOptions([]))
     # Beam's own BigQuery client knows no variable.
     BigqueryV2.BASE_URL = f"{os.environ['BIGQUERY_EMULATOR_HOST'].rstrip('/')}/bigquery/v2/"
 

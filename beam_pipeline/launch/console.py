@@ -101,10 +101,6 @@ class Terminal:
         """Prints which model is taken, where that does not go without saying."""
         self._print(f"found       {model.name}", flush=True)
 
-    def billed(self, project: str) -> None:
-        """Prints which project is billed, where none was named for it."""
-        self._print(f"project     no --project: jobs run in {project}, the dataset's, which is billed", flush=True)
-
     def inspected(self, run: Run, folder: str, lines: Iterable[str]) -> None:
         """Prints what is in a run's model."""
         self._print(f"experiment  {run.experiment_name}")
@@ -125,10 +121,9 @@ class Terminal:
         """Prints how many runs of --all_runs are to be published."""
         self._print(f"runs        {count:,} to publish, {published:,} published already", flush=True)
 
-    def nothing_to_do(self, published: int, without_model: int) -> None:
-        """Prints that every run that has a model is published already."""
-        others = f", and {without_model:,} have no model" if without_model else ""
-        self._print(f"done        nothing to do: {published:,} runs are published already{others}", flush=True)
+    def nothing_to_do(self, count: int) -> None:
+        """Prints that every run is published already."""
+        self._print(f"done        nothing to do: {count:,} runs are published already", flush=True)
 
     def summary(self, publication: Publication, rows: Mapping[str, int]) -> None:
         """Prints what was published: rows per tower, partitions, seconds since the command line began."""

@@ -19,14 +19,13 @@ from google.cloud import bigquery
 from beam_pipeline import __version__, command, credentials, emulators, errors, metrics, tag
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication
-from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError, RunNotFoundError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.launch import inspection, preflight, selection
 from beam_pipeline.launch.console import Terminal, set_up_logging
 from beam_pipeline.launch.options import Config
-from beam_pipeline.pipeline import Job, build, submit_nothing
+from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
 from beam_pipeline.training import Run
 
@@ -48,8 +47,7 @@ def run(config: Config) -> None:
     """
     terminal = Terminal(as_json=config.plan == "json", started=config.started)
     options = _beam_options(config)
-    if not config.warehouse and not emulators.emulated():  # Those know no accounts.
-        credentials.impersonate(options)
+    credentials.follow(options)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     found = selection.wanted_runs(config, terminal)
     if config.inspect:
@@ -61,29 +59,38 @@ def run(config: Config) -> None:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
         emulators.connect_if_emulated()
-        project = preflight.find_projects(cloud, config.dataset_project, terminal.billed)
+        # --project stays as it was given: a Flex Template's launcher may not change it.
+        cloud.project, project = preflight.find_projects(cloud.project, config.dataset_project)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        destination = _find_destination(config, project, cloud.project)
+        destination = preflight.find_destination(
+            project,
+            config.dataset,
+            config.table_prefix,
+            billing_project=config.project,
+            suffix=config.table_suffix,
+            staging_dataset=config.staging_dataset,
+            make_dataset=bool(config.warehouse),
+        )
         client = publication.make_client(destination)
         runs = selection.unpublished(config, found, client, destination, terminal)
+        if not runs:
+            terminal.nothing_to_do(len(found))
+            if not config.plan:
+                submit_nothing(options)
+            return
         token = uuid.uuid4().hex[:12]
-        name = cloud.job_name or _job_name(config, found)
+        name = cloud.job_name or _job_name(config, runs)
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
         cloud.job_name = f"{name}-{token}" if config.waits else name
         # Of two labels with one key, Beam takes the later.
-        cloud.labels = [*_labels(config, found), *(cloud.labels or [])]
+        cloud.labels = [*_labels(config, runs), *(cloud.labels or [])]
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
         copies_to = publication.copies_folder(cloud.temp_location, token)
         read = (selection.read_training(config, run, copies_to, stack, terminal) for run in runs)
         trainings = [training for training in read if training]
         if not trainings:
-            if len(runs) == len(found):
-                raise RunNotFoundError(f"none of {len(runs):,} runs of {config.experiment_name!r} has a model")
-            terminal.nothing_to_do(len(found) - len(runs), len(runs))
-            if cloud.template_location and not config.plan:
-                terminal.submitted(submit_nothing(options), config.runner)
-            return
+            raise RunNotFoundError(f"none of {len(runs):,} runs of experiment {config.experiment_name!r} has a model")
         what = Publication(
             destination=destination,
             trainings=tuple(trainings),
@@ -149,25 +156,24 @@ def _labels(config: Config, runs: Sequence[Run]) -> list[str]:
     return [f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in labels.items()]
 
 
-def _find_destination(config: Config, project: str, billing_project: str) -> Destination:
-    staging = config.staging_dataset
-    return preflight.find_destination(
-        project,
-        config.dataset,
-        config.table_prefix,
-        suffix=config.table_suffix,
-        billing_project=billing_project,
-        staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
-        make_dataset=bool(config.warehouse),
-    )
-
-
 def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
         folder, _ = selection.model_folder(config, run, copies_to, stack, terminal)
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
         terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, config.towers))
+
+
+def submit_nothing(options: PipelineOptions) -> None:
+    """Submits an empty job where a template's launcher has to write one, and nothing elsewhere.
+
+    A Flex Template whose launcher writes no job is reported as FAILED, although this launch found all work done.
+    """
+    if not options.view_as(GoogleCloudOptions).template_location:
+        return
+    pipeline = beam.Pipeline(options=options)
+    _ = pipeline | "Nothing to do" >> beam.Create([])
+    pipeline.run()
 
 
 def _submit(pipeline: beam.Pipeline, name: str) -> Any:

@@ -24,9 +24,8 @@ IF_TAKEN = ("fail", "replace", "keep")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
+_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{0,61}[a-z0-9]"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
-_ACCOUNT = re.compile(r"[^@\s,'\"\[\]()]+@[^@\s,'\"\[\]()]+")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
@@ -36,9 +35,9 @@ _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 class Config:
     """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
 
-    `project` is where jobs run and are billed, `dataset_project` the one that --dataset names, if it names any.
-    `discover` says that no tower was named: `towers` are the default ones, and a model may show others. `started` is
-    when the command line began, on the monotonic clock.
+    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET. `discover` says that no tower was
+    named: `towers` are the default ones, and a model may show others. `started` is when the command line began, on the
+    monotonic clock.
     """
 
     run_id: str | None = None
@@ -55,8 +54,8 @@ class Config:
     discover: bool = False
     env: str = "dev"
     project: str | None = None
-    dataset_project: str | None = None
     dataset: str = "raw_dev"
+    dataset_project: str | None = None
     table_prefix: str = "two_tower"
     table_suffix: str = ""
     if_partition_taken: str = "fail"
@@ -166,11 +165,7 @@ def add_destination(group: argparse._ActionsContainer) -> None:
     """Adds the flags that say where the tables are."""
     # No default of its own: only an --env that was given contradicts --dataset.
     group.add_argument("--env", choices=ENVS, help=f"dataset raw_ENV (default: {ENVS[0]})")
-    group.add_argument(
-        "--dataset",
-        help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used; jobs run in --project all the same, "
-        "and are billed to it",
-    )
+    group.add_argument("--dataset", help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used")
     group.add_argument(
         "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embeddingSUFFIX (default: %(default)s)"
     )
@@ -183,25 +178,8 @@ def add_destination(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_impersonation(group: argparse._ActionsContainer) -> None:
-    """Adds Beam's flag that says as whom to act."""
-    group.add_argument(
-        "--impersonate_service_account",
-        action="append",
-        metavar="ACCOUNT",
-        help="ask everything that this process asks of Google Cloud as that service account; a chain is "
-        "ACCOUNT,...,ACCOUNT, with the one to act as last",
-    )
-
-
-def beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: Sequence[str]) -> tuple[str, ...]:
-    """Returns the command line for Beam; exits 2 if accounts to impersonate are malformed."""
-    project = [f"--project={found.project}"] if found.project else []
-    return (*rest, *project, *_impersonation(ours, found.impersonate_service_account))
-
-
 def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
-    """Returns the project that --dataset names, if it names any, and the dataset; exits 2 if they are malformed."""
+    """Returns the dataset's project, None if --dataset names none, and the dataset; exits 2 if they are malformed."""
     if found.project and not re.fullmatch(_PROJECT, found.project):
         ours.error(f"--project={found.project!r} is no project id")
     if not _NAME.fullmatch(found.table_prefix):
@@ -291,9 +269,7 @@ def parser() -> argparse.ArgumentParser:
     target = result.add_argument_group("destination")
     add_destination(target)
     target.add_argument(
-        "--project",
-        help="Google Cloud project where jobs run and are billed, and of the dataset unless --dataset names another "
-        "(default: that other)",
+        "--project", help="Google Cloud project of the job, and of the dataset unless --dataset names another"
     )
     target.add_argument("--staging_dataset", help="DATASET or PROJECT.DATASET for staging tables, in the same location")
     target.add_argument(
@@ -372,7 +348,6 @@ def parser() -> argparse.ArgumentParser:
         help="DirectRunner, the default, runs the job in this process, always with Beam's in-process FnApiRunner; "
         "DataflowRunner, PrismRunner, FlinkRunner and PortableRunner run it elsewhere",
     )
-    add_impersonation(beam)
     beam.add_argument(
         "--shared_files",
         action="store_true",
@@ -425,8 +400,8 @@ def parse(argv: Sequence[str]) -> Config:
         discover=not found.tower,
         env=found.env or ENVS[0],
         project=found.project,
-        dataset_project=dataset_project,
         dataset=dataset_name,
+        dataset_project=dataset_project,
         table_prefix=found.table_prefix,
         table_suffix=found.table_suffix,
         if_partition_taken=found.if_partition_taken,
@@ -444,7 +419,7 @@ def parse(argv: Sequence[str]) -> Config:
         warehouse=found.warehouse,
         shared_files=found.shared_files,
         runner=found.runner,
-        beam_args=beam_args(ours, found, rest),
+        beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
@@ -460,18 +435,6 @@ def parse(argv: Sequence[str]) -> Config:
             f"run {command.program('tag')} afterwards"
         )
     return config
-
-
-def _impersonation(ours: argparse.ArgumentParser, given: list[str] | None) -> list[str]:
-    """Returns Beam's flag for a chain of accounts; Beam itself would take the last alone of flags that are repeated."""
-    accounts = [account.strip() for account in ",".join(given or []).split(",") if account.strip()]
-    for account in accounts:
-        if not _ACCOUNT.fullmatch(account):
-            ours.error(
-                f"--impersonate_service_account={account!r} is no account: NAME@PROJECT.iam.gserviceaccount.com, in a "
-                "chain separated by commas, the one to act as last"
-            )
-    return [f"--impersonate_service_account={','.join(accounts)}"] if accounts else []
 
 
 def _date(text: str) -> date:

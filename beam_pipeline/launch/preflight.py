@@ -5,21 +5,21 @@ Checks do not stop at the first that fails: who is paged reads everything that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
 from urllib.parse import quote
 
-from apache_beam.options.pipeline_options import GoogleCloudOptions
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery, storage
 
-from beam_pipeline import credentials, emulators
+from beam_pipeline import emulators
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication, require_compatible
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
     ConfigError,
     DatasetMissingError,
@@ -83,30 +83,23 @@ class Findings:
         return next((line.error for line in self.lines if line.error), None)
 
 
-def find_projects(cloud: GoogleCloudOptions, dataset_project: str | None, billed: Callable[[str], None]) -> str:
-    """Returns the project of the tables; sees to it that Beam's options name one where jobs run and are billed.
-
-    One that was named is never changed: the tables may be in another, and a Flex Template must not change it.
+def find_projects(billing: str | None, of_dataset: str | None) -> tuple[str, str]:
+    """Returns the project in which jobs run and are billed, and that of the tables.
 
     Args:
-        cloud: Beam's options.
-        dataset_project: the project that --dataset names, if it names any.
-        billed: reports that this one is billed, where no other was named.
+        billing: from --project.
+        of_dataset: from --dataset=PROJECT.DATASET.
 
     Raises:
-        ConfigError: none was named at all.
+        ConfigError: neither is there, and no emulator.
     """
-    if not cloud.project and dataset_project:
-        cloud.project = dataset_project
-        billed(dataset_project)
-    if not cloud.project and emulators.emulated():
-        cloud.project = emulators.PROJECT
-    if not cloud.project:
+    jobs = billing or of_dataset or (emulators.PROJECT if emulators.emulated() else None)
+    if not jobs:
         raise ConfigError(
-            "where to? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
+            "which project? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
             "--temp_location=gs://BUCKET/FOLDER for BigQuery"
         )
-    return dataset_project or str(cloud.project)
+    return jobs, of_dataset or jobs
 
 
 def find_destination(
@@ -114,29 +107,32 @@ def find_destination(
     dataset: str,
     prefix: str,
     *,
-    suffix: str = "",
     billing_project: str | None = None,
+    suffix: str = "",
     staging_dataset: str | None = None,
     make_dataset: bool = False,
 ) -> Destination:
     """Returns the destination in the dataset's own location.
 
     Args:
-        project: the tables'.
-        dataset: its dataset.
+        project: of the dataset.
+        dataset: the dataset.
         prefix: first part of the tables' names.
+        billing_project: where jobs run and are billed; None: in the dataset's project.
         suffix: last part of the tables' names.
-        billing_project: where jobs run and are billed, if it is another.
-        staging_dataset: `project.dataset` for staging tables, if it is another.
+        staging_dataset: `[project.]dataset` for staging tables, if it is another.
         make_dataset: make them if missing; for the embedded warehouse alone.
 
     Raises:
         DatasetMissingError: there is no such dataset.
         ConfigError: BigQuery cannot be asked, or the two datasets are in different places.
     """
-    location = _location(billing_project or project, f"{project}.{dataset}", make_dataset)
+    billed = billing_project or project
+    location = _location(billed, f"{project}.{dataset}", make_dataset)
     if staging_dataset:
-        other = _location(billing_project or project, staging_dataset, make_dataset)
+        if "." not in staging_dataset:
+            staging_dataset = f"{project}.{staging_dataset}"
+        other = _location(billed, staging_dataset, make_dataset)
         if other != location:
             raise ConfigError(
                 f"--staging_dataset {staging_dataset} is in {other} and {project}.{dataset} in {location}; one query "
@@ -145,9 +141,9 @@ def find_destination(
     return Destination(project, dataset, location, prefix, staging_dataset, suffix, billing_project)
 
 
-def _location(billing_project: str, dataset: str, make: bool) -> str:
+def _location(project: str, dataset: str, make: bool) -> str:
     try:
-        client = bigquery.Client(project=billing_project, credentials=credentials.impersonated())
+        client = bigquery.Client(project=project, credentials=credentials())
         if make:
             client.create_dataset(dataset, exists_ok=True)
         return client.get_dataset(dataset).location or "US"
@@ -190,7 +186,7 @@ def examine(
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
-    examine_billing(findings, destination)
+    examine_projects(findings, destination)
     for run in (training.run for training in publication.trainings if training.run.status != "FINISHED"):
         findings.note("run", _unfinished(run))
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
@@ -210,16 +206,23 @@ def examine(
     return findings
 
 
+def examine_projects(findings: Findings, destination: Destination) -> None:
+    """Adds where jobs run and are billed, if --project does not say so or the tables are elsewhere."""
+    if destination.job_project != destination.project:
+        findings.ok(
+            "project", f"jobs run and are billed in {destination.job_project}, the tables are in {destination.project}"
+        )
+    elif not destination.billing_project and not emulators.emulated():
+        findings.note(
+            "project",
+            f"jobs run and are billed in {destination.project}, the dataset's project; --project names another",
+        )
+
+
 def _unfinished(run: Run) -> str:
     if run.status in ("RUNNING", "SCHEDULED"):
         return f"{run.run_id} is {run.status}: start the job again if it logs its model again before it ends"
     return f"{run.run_id} is {run.status}: make sure that its model is the one to publish"
-
-
-def examine_billing(findings: Findings, destination: Destination) -> None:
-    """Adds where jobs run, if that is not where the tables are."""
-    if destination.jobs_project != destination.project:
-        findings.ok("jobs", f"run in project {destination.jobs_project}, which is billed")
 
 
 def _examine_table(
@@ -284,8 +287,8 @@ def _examine_age(
         findings.stop(
             check,
             IncompatibleTableError(
-                f"table {tables.split_name(name)[2]} keeps partitions for {expiration // _DAY_MS} days, and {old[0]} "
-                f"was {(today - old[0]).days} days ago{more}: BigQuery would delete its rows at once; lengthen that "
+                f"table {name.rsplit('.', 1)[1]} keeps partitions for {expiration // _DAY_MS} days, and {old[0]} was "
+                f"{(today - old[0]).days} days ago{more}: BigQuery would delete its rows at once; lengthen that "
                 f"expiration{without}"
             ),
         )
@@ -377,7 +380,8 @@ def examine_bucket(findings: Findings, name: str, destination: Destination, kms_
     """Adds whether load jobs of the destination's dataset can read a bucket."""
     location = destination.location
     try:
-        bucket = _storage_client(destination).get_bucket(name, timeout=10)
+        client = storage.Client(project=destination.job_project, credentials=credentials())
+        bucket = client.get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -509,7 +513,7 @@ def _examine_permissions(
         findings.note("permissions", "not asked: emulators have none")
         return
     wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if dataflow else [])]
-    project = publication.destination.jobs_project
+    project = publication.destination.job_project
     name = publication.bucket
     missing: list[str] = []
     asked: list[str] = []
@@ -518,11 +522,7 @@ def _examine_permissions(
         (
             f"bucket {name}",
             _BUCKET_PERMISSIONS,
-            lambda: (
-                _storage_client(publication.destination)
-                .bucket(name)
-                .test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10)
-            ),
+            lambda: _bucket_permissions(project, name),
         ),
         *(
             (
@@ -558,24 +558,22 @@ def _examine_permissions(
         findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see docs/permissions.md"))
 
 
-def _storage_client(destination: Destination) -> storage.Client:
-    return storage.Client(project=destination.jobs_project, credentials=credentials.impersonated())
-
-
 _BUCKET_PERMISSIONS = [f"storage.objects.{what}" for what in ("create", "delete", "get", "list")]
 _TABLE_PERMISSIONS = [f"bigquery.tables.{what}" for what in ("get", "getData", "updateData")]
 
 
+def _bucket_permissions(project: str, name: str) -> list[str]:
+    """Returns those of the permissions that this account has on the bucket."""
+    bucket = storage.Client(project=project, credentials=credentials()).bucket(name)
+    return list(bucket.test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10))
+
+
 def _project_permissions(project: str, permissions: list[str]) -> list[str]:
     """Returns those of the permissions that this account has on the project."""
-    import google.auth
     from google.auth.transport.requests import AuthorizedSession
 
-    account: Any = credentials.impersonated()
-    if account is None:
-        account, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-    answer = AuthorizedSession(account).post(
-        # A project may be `example.com:project`, and a colon begins the method.
+    answer = AuthorizedSession(credentials()).post(
+        # Quoted, since an id like example.com:project has a colon as well.
         f"{_RESOURCE_MANAGER}/v1/projects/{quote(project, safe='')}:testIamPermissions",
         json={"permissions": permissions},
         timeout=10,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from beam_pipeline import credentials
+from beam_pipeline import emulators
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def repository(root: str, tracking_uri: str) -> ArtifactRepository:
         )
     folder = local_folder(root)
     with reading(root):
-        if account := credentials.impersonated() if urlparse(root).scheme == "gs" else None:
+        if urlparse(root).scheme == "gs" and not emulators.emulated():
             from google.cloud import storage
             from mlflow.store.artifact.gcs_artifact_repo import GCSArtifactRepository
 
-            # MLflow would take the default credentials; a project matters only where a bucket is made.
-            client = storage.Client(project="", credentials=account)
-            return GCSArtifactRepository(root, client=client, tracking_uri=tracking_uri)
+            # MLflow's own would not know --impersonate_service_account.
+            client = storage.Client(project=None, credentials=credentials())
+            return GCSArtifactRepository(root, client, tracking_uri=tracking_uri)
         return get_artifact_repository(root if folder is None else Path(folder).as_uri(), tracking_uri=tracking_uri)
 
 

@@ -5,8 +5,6 @@ import json
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
-from apache_beam.portability.api import beam_runner_api_pb2
-from google.cloud import storage
 from hypothesis import given
 from hypothesis import strategies as st
 from job import MARCH_1, refused
@@ -95,9 +93,6 @@ def test_a_run_without_a_model_is_left_out_and_a_damaged_one_stops(job, store, m
     assert job.run(None, "--experiment_name=mixed", "--all_runs") == 0
     assert f"left out    2026-03-08 evaluation ({empty}): " in capsys.readouterr().out
     assert {*job.published()} == {("2026-03-01", good)}
-    assert job.run(None, "--experiment_name=mixed", "--all_runs") == 0  # Started again, it has nothing left to do.
-    out = capsys.readouterr().out.splitlines()
-    assert out[-1] == "done        nothing to do: 1 runs are published already, and 1 have no model"
     model = damaged("longer")
     data = next((model.folder / "variables").glob("*.data-*"))
     data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
@@ -129,36 +124,6 @@ def test_a_plan_of_all(job, store, models, capsys):
     assert [(t["train_date"], t["run_id"]) for t in plan["trainings"]] == [*runs.items()]
     assert plan["sql"].count("BEGIN TRANSACTION") == 3
     assert job.tables() == set()
-
-
-def test_a_template_with_nothing_to_do_writes_an_empty_job(job, store, models, capsys):
-    """Dataflow reports a Flex Template whose launcher has written no job as failed."""
-    log_weeks(store, models("longer"), "templated", 1)
-    flags = ["--experiment_name=templated", "--all_runs"]
-    assert job.run(None, *flags) == 0
-    folder = f"gs://warehouse/{job.dataset}"
-    template = ["--runner=DataflowRunner", "--region=europe-west1", f"--project={job.client.project}", "--no_auth"]
-    template += [f"--staging_location={folder}", "--sdk_container_image=europe-docker.pkg.dev/p/i/beam_pipeline:1"]
-    template += ["--job_name=from-a-template", "--num_workers=20"]
-    assert job.run(None, *flags, *template) == 0  # No template, no job.
-    bucket = storage.Client().bucket("warehouse")
-    assert [*bucket.list_blobs(prefix=f"{job.dataset}/")] == []
-    assert job.run(None, *flags, *template, f"--template_location={folder}/job_object") == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[-2:] == [
-        "done        nothing to do: 1 runs are published already",
-        "submitted   to DataflowRunner",
-    ]
-    request = json.loads(bucket.blob(f"{job.dataset}/job_object").download_as_bytes())
-    assert request["name"] == "from-a-template"
-    assert request["labels"]["experiment"] == "templated"
-    assert request["environment"]["workerPools"][0]["numWorkers"] == 1
-    graph = beam_runner_api_pb2.Pipeline()
-    (staged,) = [blob for blob in bucket.list_blobs(prefix=f"{job.dataset}/") if blob.name.endswith("/pipeline.pb")]
-    graph.ParseFromString(staged.download_as_bytes())
-    names = {step.unique_name.split("/")[0] for step in graph.components.transforms.values()}
-    assert "Nothing to do" in names
-    assert not names & {"Launch", "Prepare", "Publish"}
 
 
 RUN = Run("", "", "1", "e", date(2026, 3, 1), "")

@@ -28,6 +28,7 @@ from job import MARCH_1, Job
 from wire_format import blown_up
 
 from beam_pipeline import __version__
+from beam_pipeline.bigquery.tables import schema_fields
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.model import Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.protobuf import Span
@@ -236,16 +237,6 @@ def test_any_experiment_makes_a_label_that_dataflow_takes(name):
         assert re.fullmatch("[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}", label)
 
 
-def test_a_project_that_was_named_is_not_changed(job, store, models, tmp_path):
-    """A Flex Template forbids it; the tables are in another one here."""
-    run_id = store.log(models("longer"), "billed elsewhere", MARCH_1, bucket=True)
-    dataset = f"{job.client.project}.{job.dataset}"
-    flags = [f"--sdk_container_image={IMAGE}", "--project=payer", f"--dataset={dataset}"]
-    staged = Staged(job, run_id, *flags, cwd=tmp_path)
-    assert staged.request["environment"]["sdkPipelineOptions"]["options"]["project"] == "payer"
-    assert staged.shown("Publish")["tables"].startswith(f"{dataset}.two_tower_user_embedding, ")
-
-
 # What must not be there.
 
 
@@ -361,3 +352,31 @@ def test_the_staged_graph_runs_where_only_the_staged_package_is(worker, staged, 
     assert done.returncode == 0, done.stderr
     for tower in ("user", "item"):
         assert job.rows(tower) == {("2026-03-01", staged.run_id): models("plain").rows(tower)}
+
+
+# Nothing to do.
+
+
+def test_a_template_with_nothing_to_do_writes_an_empty_job(job, store, models):
+    """Without a job file the service reports the template as FAILED, and Airflow tries again for ever."""
+    run_id = store.log(models("longer"), "published", MARCH_1, experiment="all published")
+    for tower in ("user", "item"):
+        table = job.destination.table(tower)
+        job.client.create_table(bigquery.Table(table, schema=schema_fields(tower)), exists_ok=True)
+        job.client.query_and_wait(
+            f"INSERT `{table}` (train_date, mlflow_experiment_id, mlflow_experiment_name, mlflow_run_id, "
+            f"mlflow_run_name, {tower}_id, {tower}_embedding) VALUES (DATE '2026-03-01', '1', 'e', '{run_id}', 'r', 'a', [1.0])"
+        )
+    folder = f"{job.dataset}/nothing"
+    done = job.subprocess(
+        None,
+        *("--experiment_name=all published", "--all_runs", "--runner=DataflowRunner", "--region=europe-west1"),
+        *(f"--project={job.client.project}", "--no_auth", f"--sdk_container_image={IMAGE}"),
+        *(f"--template_location=gs://warehouse/{folder}/job.json", f"--staging_location=gs://warehouse/{folder}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do: 1 runs are published already" in done.stdout
+    bucket = storage.Client().bucket("warehouse")
+    assert json.loads(bucket.blob(f"{folder}/job.json").download_as_bytes())["type"] == "JOB_TYPE_BATCH"
+    (graph,) = [blob for blob in bucket.list_blobs(prefix=folder) if blob.name.endswith("/pipeline.pb")]
+    assert b"Nothing to do" in graph.download_as_bytes()

@@ -1,126 +1,104 @@
-"""The two projects of a job, where it runs and is billed and where its tables are, as the real clients ask for them.
+"""Where jobs run and are billed, and where the tables are: two projects, old ids with a domain among them."""
 
-The emulator takes no project like `example.com:project`, so the whole job runs against the benchmark's BigQuery, which
-takes anything and does nothing; here every request is kept.
-"""
-
-import importlib.util
-import json
+import io
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlparse
+from contextlib import contextmanager
 
 import pytest
-from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
-from job import MARCH_1
+from google.cloud import bigquery
+from job import MARCH_1, Job
+from tracking import Gate, serving
 
-from beam_pipeline.launch.launcher import launch
-from beam_pipeline.launch.options import parse
+from beam_pipeline.comparison import command as comparison
+from beam_pipeline.errors import ConfigError
+from beam_pipeline.launch import options, preflight
 
-_spec = importlib.util.spec_from_file_location(
-    "benchmark_bigquery", Path(__file__).parents[2] / "benchmarks" / "fake_bigquery.py"
-)
-benchmark_bigquery = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(benchmark_bigquery)
+TABLES = "tables-project"
 
 
-class Service(benchmark_bigquery.Service):
-    """Keeps what it is asked.
+class Recorder(Gate):
+    """A proxy before the emulated BigQuery; `server.projects` maps a kind of request to the projects it was sent to.
 
-    Attributes:
-        jobs: (project that it was asked in, configuration) of every job.
-        tables: (method, project) of every request about datasets and tables.
+    `server.alias` is another id of the tables' project, in requests and answers: the emulator takes none with a domain.
     """
 
-    def __init__(self):
-        super().__init__("")
-        self.jobs, self.tables = [], []
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if match := re.match(r"(?:/upload)?/bigquery/v2/projects/([^/]+)/(jobs|queries|datasets)", self.path):
+            project, kind = match.groups()
+            # Only what starts a job, or asks for one, is billed.
+            self.server.projects.setdefault(kind.replace("queries", "jobs"), set()).add(project.replace("%3A", ":"))
+        self.path = self.path.replace("%3A", ":").replace(self.server.alias, TABLES)
+        body = body.replace(self.server.alias.encode(), TABLES.encode())
+        if self.headers.get("Content-Length"):
+            self.headers.replace_header("Content-Length", str(len(body)))
+        stream, self.rfile = self.rfile, io.BytesIO(body)
+        super().do_GET()
+        self.rfile = stream
 
-    def answer(self, method, path, body):
-        path = unquote(path)
-        project, kind = path.split("/projects/", 1)[1].split("/")[:2]
-        if kind == "datasets":
-            self.tables.append((method, project))
-        elif method == "POST":
-            self.jobs.append((project, body.get("configuration") or {"query": body}))
-        return super().answer(method, path, body)
+    def _answer(self, status, headers, body):
+        super()._answer(status, headers, body.replace(TABLES.encode(), self.server.alias.encode()))
 
-    def _insert(self, project, job_id, configuration):
-        if "load" in configuration:  # Its files are elsewhere.
-            configuration = {**configuration, "load": {**configuration["load"], "sourceUris": []}}
-        return super()._insert(project, job_id, configuration)
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+
+@contextmanager
+def recorded(warehouse, monkeypatch, alias):
+    """Yields kind → projects of every request to BigQuery meanwhile, Beam's own included."""
+    gate = {"target": warehouse.bigquery_url, "admits": lambda _: True, "seen": [], "before": lambda _: None}
+    with serving(Recorder, **gate, projects={}, alias=alias) as server:
+        monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", server.url)
+        yield server.projects
 
 
 @pytest.fixture
-def service(warehouse, monkeypatch):
-    running = Service()
-
-    class Handler(BaseHTTPRequestHandler):
-        def _serve(self):
-            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, body = running.answer(self.command, urlparse(self.path).path, json.loads(data) if data else {})
-            answer = b"" if body is None else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        do_GET = do_POST = do_DELETE = _serve
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(BigqueryV2, "BASE_URL", BigqueryV2.BASE_URL)  # emulators.connect() changes it
-        yield running
-        server.shutdown()
-
-
-def run(service, warehouse, store, models, *flags):
-    """Publishes 50 users and 50 items; returns the run."""
-    run_id = store.log(models("longer"), "projects", MARCH_1)
-    service.reset({"user": 50, "item": 50}, run_id)
-    found = [f"--run_id={run_id}", f"--tracking_uri={store.uri}", f"--temp_location={warehouse.temp_location}/projects"]
-    assert launch(parse([*found, *flags])) == 0
+def job(warehouse, store):
+    """A job whose dataset is in a project of its own."""
+    client = bigquery.Client(project=TABLES)
+    client.create_dataset("history")
+    yield Job(client, f"{TABLES}.history", store, f"{warehouse.temp_location}/projects")
+    client.delete_dataset("history", delete_contents=True)
 
 
 @pytest.mark.parametrize(
-    ("project", "writer"),
-    [("tables-project", "columnar"), ("example.com:tables", "columnar"), ("example.com:tables", "rows")],
+    ("writer", "billing", "tables"),
+    [
+        ("columnar", "billing-project", TABLES),
+        ("rows", "billing-project", TABLES),
+        ("columnar", "example.com:billing", "example.com:tables"),
+        ("rows", "example.com:billing", "example.com:tables"),
+    ],
 )
-def test_jobs_run_in_one_project_and_tables_are_in_another(service, warehouse, store, models, capsys, project, writer):
-    flags = ["--project=example.org:payer", f"--dataset={project}.raw", f"--writer={writer}"]
-    run(service, warehouse, store, models, *flags)
-    assert {asked_in for asked_in, _ in service.jobs} == {"example.org:payer"}
-    assert {asked_in for _, asked_in in service.tables} == {project}
-    kinds = [kind for _, job in service.jobs for kind in ("load", "copy", "query") if kind in job]
-    assert kinds.count("load") == 2
-    assert kinds.count("copy") == (2 if writer == "rows" else 0)
-    for _, job in service.jobs:
-        for kind in {"load", "copy"} & {*job}:
-            target = job[kind]["destinationTable"]
-            assert (target["projectId"], target["datasetId"]) == (project, "raw")
-            assert target["tableId"].startswith(("two_tower_user", "two_tower_item", "beam_bq_job_LOAD"))
-    scripts = [job["query"]["query"] for _, job in service.jobs if "BEGIN TRANSACTION" in str(job)]
-    assert f"INSERT INTO `{project}.raw.two_tower_user_embedding` " in scripts[0]
-    out = capsys.readouterr().out
-    assert re.search(r"^ok +jobs +run in project example\.org:payer, which is billed$", out, re.MULTILINE)
+def test_jobs_run_in_one_project_and_tables_are_in_another(
+    job, store, models, warehouse, monkeypatch, writer, billing, tables
+):
+    run = store.log(models("longer"), f"two projects {writer}", MARCH_1)
+    with recorded(warehouse, monkeypatch, tables) as projects:
+        assert job.run(run, f"--project={billing}", f"--dataset={tables}.history", f"--writer={writer}") == 0
+    assert projects == {"jobs": {billing}, "datasets": {tables}}
+    rows = job.client.query_and_wait(f"SELECT COUNT(*) FROM `{job.dataset}.two_tower_user_embedding`")
+    assert [row.values() for row in rows] == [(len(models("longer").ids("user")),)]
 
 
-def test_without_a_project_the_datasets_is_billed_and_that_is_reported(service, warehouse, store, models, capsys):
-    run(service, warehouse, store, models, "--dataset=tables-project.raw")
-    assert {asked_in for asked_in, _ in service.jobs} == {"tables-project"}
-    assert {asked_in for _, asked_in in service.tables} == {"tables-project"}
-    out = capsys.readouterr().out
-    assert "project     no --project: jobs run in tables-project, the dataset's, which is billed\n" in out
+@pytest.mark.parametrize("module", [options, comparison])
+def test_the_datasets_project_is_not_the_jobs(module):
+    model = ["--run_id=1"] if module is options else []
+    config = module.parse([*model, "--project=billing-project", "--dataset=tables-project.history"])
+    assert (config.project, config.dataset_project, config.dataset) == ("billing-project", "tables-project", "history")
+    assert config.beam_args == ("--project=billing-project",)
+    assert module.parse([*model, "--dataset=tables-project.history"]).project is None
 
 
-def test_a_plain_dataset_is_in_the_project_that_is_billed(service, warehouse, store, models, capsys):
-    run(service, warehouse, store, models, "--project=my-project", "--dataset=raw")
-    assert {asked_in for asked_in, _ in service.jobs} == {"my-project"} == {asked_in for _, asked_in in service.tables}
-    assert "billed" not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("billing", "of_dataset", "found"),
+    [("b", "t", ("b", "t")), (None, "t", ("t", "t")), ("b", None, ("b", "b"))],
+)
+def test_a_project_that_is_not_named_is_the_other(billing, of_dataset, found):
+    assert preflight.find_projects(billing, of_dataset) == found
+
+
+def test_a_project_is_needed(monkeypatch):
+    monkeypatch.delenv("BIGQUERY_EMULATOR_HOST", raising=False)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    with pytest.raises(ConfigError, match="which project"):
+        preflight.find_projects(None, None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import beam_pipeline
 from beam_pipeline.comparison.command import parser as compare_parser
 from beam_pipeline.launch.options import parser
 
@@ -18,7 +19,7 @@ PAGES |= {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") fo
 
 BEAMS = """
     --runner --project --region --temp_location --job_name --setup_file --sdk_container_image --max_num_workers
-    --dataflow_kms_key --service_account_email
+    --dataflow_kms_key
 """
 OTHER_PROGRAMS = """
     --location --soft-delete-duration --impersonate-service-account --service-account-email --tag --rm --user
@@ -94,6 +95,11 @@ def test_tests_and_files_that_are_named_exist(page):
 def test_python_on_a_page_is_python(page):
     for code in fenced(PAGES[page], "python"):
         ast.parse(code)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_the_package_exist(page):
+    assert [name for name in re.findall(r"\bbp\.(\w+)", PAGES[page]) if not hasattr(beam_pipeline, name)] == []
 
 
 def test_options_are_those_of_the_parsers():

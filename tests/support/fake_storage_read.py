@@ -62,7 +62,8 @@ class _Refuses:
     def create(self, request, context):
         context.abort(
             grpc.StatusCode.PERMISSION_DENIED,
-            f"request failed: the user does not have 'bigquery.readsessions.create' permission for '{request.parent}'",
+            f"request failed: the user does not have 'bigquery.readsessions.create' permission for '{request.parent}' "
+            f"to read {request.read_session.table}",
         )
 
     def read(self, request, context):

@@ -754,14 +754,12 @@ def run(number, seed, folders, *, formats=FORMATS, first=0, processes=2):
     return summaries
 
 
-def make_models(folder):
-    """Makes the models of both formats."""
-    for script in ("make_models.py", "make_tables.py", "make_exported_models.py", "make_keras_files.py"):
-        into = Path(folder, script.removesuffix(".py"))
-        into.mkdir()
-        subprocess.run(
-            [sys.executable, str(Path(__file__).parent / script), str(into)], check=True, capture_output=True
-        )
+def model_folders():
+    """Returns folders with models of both formats."""
+    from models import made_by  # Not for the batches, whose memory is measured.
+
+    scripts = ("make_models.py", "make_tables.py", "make_exported_models.py", "make_keras_files.py")
+    return [str(made_by(script)("").folder) for script in scripts]
 
 
 def main(argv):
@@ -777,12 +775,8 @@ def main(argv):
     parser.add_argument("--format", choices=FORMATS, action="append")
     parser.add_argument("--models", nargs="+")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        if not options.models:
-            make_models(temporary)
-        folders = options.models or [temporary]
-        formats = options.format or FORMATS
-        summaries = run(options.number, options.seed, folders, formats=formats, first=options.first)
+    folders = options.models or model_folders()
+    summaries = run(options.number, options.seed, folders, formats=options.format or FORMATS, first=options.first)
     for kind, summary in summaries.items():
         count, slowest, largest = sum(summary["outcomes"].values()), summary["slowest"], summary["largest"]
         print(f"{kind}: {count:,} mutations, the slowest took {slowest:.1f} s, the largest {largest} MB")

@@ -46,18 +46,18 @@ def made_by(script, *names, cache=CACHE):
     Returns:
         A function from a name in the script to a Model, which is shared and must not be written to.
     """
-    folder = cache / f"{script.removesuffix('.py')}-{_key(script, names)}"
+    folder = cache / f"{Path(script).stem}-{_key(script, names)}"
     done = folder.with_suffix(".done")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A lock, not a rename of a finished folder: a parallel worker that needs the same models waits instead of training
-    # them too. It ends with its process, and what a killed process leaves is not marked as done.
+    # them too. The script holds it as well, in case that its parent is killed; what it leaves is not marked as done.
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             command = [sys.executable, str(SUPPORT / script), str(folder), *names]
-            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock.fileno()])
             assert ended.returncode == 0, ended.stderr[-3000:]
             done.touch()
     return lambda name: Model(folder / name)

@@ -1,5 +1,6 @@
 """The whole comparison against emulators: histories that are made, every number known."""
 
+import dataclasses
 import random
 import subprocess
 import time
@@ -7,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import worlds
-from google.cloud import bigquery
+from google.cloud import bigquery, storage
 from history import RESULT_TABLES
 from worlds import rotation, towers, turned
 
@@ -195,6 +196,17 @@ def test_staging_in_another_dataset_a_key_and_a_filter(two, monkeypatch):
     two.client.delete_dataset(scratch)
 
 
+def test_a_history_with_a_suffix_is_compared_with_itself(history):
+    history.destination = dataclasses.replace(history.destination, suffix="_history")
+    history.publish("2026-03-01", "r1", towers(users=300, items=90))
+    history.publish("2026-03-08", "r2", noisy(users=300, items=90))
+    before = history.tables()
+    assert history.compare() == 1  # There is none without the suffix.
+    assert history.compare("--table_suffix=_history") == 0
+    results = {"two_tower_embedding_history_comparison", "two_tower_item_embedding_history_change"}
+    assert results <= history.tables() - before
+
+
 # Pairs of models that lack something.
 
 
@@ -378,6 +390,21 @@ def test_a_first_training_has_nothing_to_compare(history, capsys):
     assert history.compare() == 0
     assert "there is no training before 2026-03-01 weekly r1; nothing to compare" in capsys.readouterr().out
     assert history.tables() == before
+
+
+def test_a_template_with_nothing_to_compare_writes_an_empty_job(history, warehouse):
+    """Without a job file the service reports the template as FAILED."""
+    history.publish("2026-03-01", "r1", towers(users=10, items=10))
+    folder = f"{history.dataset}/nothing"
+    done = history.subprocess(
+        *("--all", "--runner=DataflowRunner", "--region=europe-west1", "--no_auth", "--sdk_container_image=image:1"),
+        *(f"--template_location=gs://{warehouse.bucket}/{folder}/job.json",),
+        *(f"--staging_location=gs://{warehouse.bucket}/{folder}",),
+    )
+    assert done.returncode == 0, done.stderr
+    blobs = {blob.name.rsplit("/", 1)[1]: blob for blob in storage.Client().list_blobs(warehouse.bucket, prefix=folder)}
+    assert blobs["job.json"].size
+    assert b"Nothing to do" in blobs["pipeline.pb"].download_as_bytes()
 
 
 # Whatever happens.

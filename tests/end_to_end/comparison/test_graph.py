@@ -40,16 +40,6 @@ class Staged:
         self.steps = {t.unique_name: t for t in self.graph.components.transforms.values()}
 
 
-def test_a_template_with_nothing_to_compare_writes_an_empty_job(history):
-    """Dataflow reports a Flex Template whose launcher has written no job as failed."""
-    history.publish("2026-03-01", "r1", towers(users=30, items=9))
-    staged = Staged(history)
-    lines = staged.done.stdout.splitlines()
-    assert "nothing to compare" in lines[-2]
-    assert lines[-1] == "submitted   to DataflowRunner"
-    assert "Nothing to do" in {name.split("/")[0] for name in staged.steps}
-
-
 def test_the_staged_graph(history):
     before = towers(users=300, items=90)
     history.publish("2026-03-01", "r1", before)

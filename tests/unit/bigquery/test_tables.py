@@ -60,11 +60,6 @@ def test_names_with_a_suffix():
     assert history.lock == "p.raw_dev.two_tower_embedding_history_lock"
 
 
-def test_a_name_is_split_from_the_right():
-    assert tables.split_name("p.raw_dev.t") == ("p", "raw_dev", "t")
-    assert tables.split_name("example.com:p.raw_dev.t") == ("example.com:p", "raw_dev", "t")
-
-
 def test_schema():
     assert [(c["name"], c["type"], c["mode"]) for c in tables.schema("item")] == [
         ("train_date", "DATE", "REQUIRED"),

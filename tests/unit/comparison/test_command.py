@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import tables
 from beam_pipeline.comparison.command import parse
 
 
@@ -15,12 +17,14 @@ def test_defaults():
     assert config.beam_args == ("--temp_location=gs://b/t", "--project=my-project")
 
 
-def test_two_projects_and_an_account():
-    accounts = [f"--impersonate_service_account={name}@p.iam.gserviceaccount.com" for name in "ab"]
-    config = parse(["--project=payer", "--dataset=example.com:tables.d", *accounts])
-    assert (config.project, config.dataset_project, config.dataset) == ("payer", "example.com:tables", "d")
-    chain = "a@p.iam.gserviceaccount.com,b@p.iam.gserviceaccount.com"
-    assert config.beam_args == ("--project=payer", f"--impersonate_service_account={chain}")
+def test_a_suffix_names_tables_and_results():
+    config = parse(["--table_suffix=_history"])
+    destination = Destination("p", config.dataset, "EU", config.table_prefix, suffix=config.table_suffix)
+    assert tables.comparison_table(destination) == "p.raw_dev.two_tower_embedding_history_comparison"
+    assert tables.change_table(destination, "item") == "p.raw_dev.two_tower_item_embedding_history_change"
+    plain = Destination("p", config.dataset, "EU", config.table_prefix)
+    assert tables.comparison_table(plain) == "p.raw_dev.two_tower_embedding_comparison"
+    assert tables.change_table(plain, "item") == "p.raw_dev.two_tower_item_embedding_change"
 
 
 def test_labels_are_ours_if_they_are_sql_and_beams_if_not():

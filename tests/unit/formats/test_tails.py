@@ -12,6 +12,9 @@ from beam_pipeline.formats.model import Ending
 from beam_pipeline.launch.options import DEFAULT_TOWERS
 from beam_pipeline.launch.selection import discover
 
+# The first test creates about fifty models, unless they are cached; beside other work that takes minutes.
+pytestmark = pytest.mark.timeout(600)
+
 ANSWERS = {"row": Ending.EMBEDDING, "scaled": Ending.SCALED, "other": Ending.GOES_ON}
 UNTRACED = {"subclassed", "subclassed_dense_outside", "subclassed_dropout", "without_functions"}
 """Models of which the file does not say what they do; a Dense that lies in the tower shows all the same."""

@@ -115,12 +115,5 @@ def test_runs_are_tagged_where_this_process_waits(runner):
     assert parse(["--run_id=1", "--tag_run", f"--runner={runner}"]).tag_run
 
 
-@pytest.mark.parametrize("project", ["p-1", "example.com:p-1"])
-def test_projects_of_any_kind(project):
-    config = parse(["--run_id=1", f"--project={project}", f"--dataset={project}.d", f"--staging_dataset={project}.s"])
-    assert (config.project, config.dataset_project, config.dataset) == (project, project, "d")
-    assert config.beam_args == (f"--project={project}",)
-
-
 def test_beams_flags_in_any_form(capsys):
     parse(["--run_id", "1", "--no_use_public_ips", "--experiments=a", "--experiments", "b", "--labels", '{"a": "b"}'])

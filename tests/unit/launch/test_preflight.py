@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import parse_qs, urlparse
 
 import google.auth
 import pytest
@@ -100,7 +100,7 @@ class Cloud:
         tables: names of tables that exist.
         partitions: of the user's table, as YYYYMMDD -> a vector in it.
         queries: every query that was run.
-        projects: those whose permissions were asked for, or in which a query was tried.
+        billing: the project that grants to run jobs.
     """
 
     def __init__(self):
@@ -115,12 +115,11 @@ class Cloud:
         self.may_query = True
         self.partitions = {}
         self.queries = []
-        self.projects = []
+        self.billing = "my-project"
 
     def answer(self, method, url, body):
         path = url.path
-        if match := re.search(r"/v1/projects/([^/]+):testIamPermissions$", path):
-            self.projects.append(unquote(match[1]))
+        if path.endswith(f"projects/{self.billing}:testIamPermissions"):
             return self._granted("project", json.loads(body)["permissions"])
         if path.endswith("/b/temp/iam/testPermissions"):
             return self._granted("bucket", parse_qs(url.query)["permissions"])
@@ -153,7 +152,6 @@ class Cloud:
         if path.endswith("/jobs"):
             if not self.may_query:
                 return 403, {"error": {"code": 403, "message": "Access Denied: bigquery.jobs.create"}}
-            self.projects.append(unquote(path.split("/")[-2]))
             configuration = json.loads(body)["configuration"]
             assert configuration["dryRun"]
             return 200, {"configuration": configuration, "status": {"state": "DONE"}, "jobReference": {}}
@@ -203,12 +201,11 @@ def cloud(monkeypatch):
             "Client",
             lambda project, credentials: StorageClient(project, nobody, client_options={"api_endpoint": url}),
         )
-        running.url = url
         running.client = bigquery.Client("my-project", nobody, client_options={"api_endpoint": url})
         yield running
 
 
-def permissions(cloud, *, distributed=False, dataflow=False, what=WHAT):
+def permissions(cloud, what=WHAT, *, distributed=False, dataflow=False):
     findings = Findings()
     preflight._examine_permissions(findings, cloud.client, what, distributed, dataflow)
     return [(line.status, line.text) for line in findings.lines]
@@ -221,17 +218,41 @@ def test_all_permissions(cloud):
     assert permissions(cloud, distributed=True) == [("ok", elsewhere)]
 
 
-def test_jobs_are_asked_for_where_they_run_and_tables_where_they_are(cloud):
-    elsewhere = dataclasses.replace(WHAT.destination, billing_project="example.com:payer")
-    cloud.client = bigquery.Client(
-        elsewhere.jobs_project, AnonymousCredentials(), client_options={"api_endpoint": cloud.url}
+def test_each_project_is_asked_for_its_own(cloud):
+    """Jobs are created in the one that is billed, and tables are in the dataset's."""
+    cloud.billing = "example.com%3Abilling"  # The verb comes after the last colon.
+    destination = dataclasses.replace(WHAT.destination, billing_project="example.com:billing")
+    what = dataclasses.replace(WHAT, destination=destination)
+    ((status, text),) = permissions(cloud, what, dataflow=True)
+    assert (status, text) == (
+        "ok",
+        "this account: project example.com:billing, bucket temp, table user, table item, a query (dry run)",
     )
-    found = permissions(cloud, distributed=True, what=dataclasses.replace(WHAT, destination=elsewhere))
-    assert found[0][1].startswith("this account, not the workers': project example.com:payer, bucket temp, table user,")
-    assert cloud.projects == ["example.com:payer"] * 2
-    cloud.granted["project"].discard("bigquery.jobs.create")
-    ((_, text),) = permissions(cloud, what=dataclasses.replace(WHAT, destination=elsewhere))
-    assert text.startswith("this account lacks bigquery.jobs.create on project example.com:payer")
+    cloud.granted["project"].clear()
+    cloud.granted["table"].discard("bigquery.tables.getData")
+    ((status, text),) = permissions(cloud, what, dataflow=True)
+    assert text.startswith(
+        "this account lacks bigquery.jobs.create on project example.com:billing, "
+        "dataflow.jobs.create on project example.com:billing, "
+        "bigquery.tables.getData on table user, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("billing", "lines"),
+    [
+        ("my-project", []),
+        ("billing", [("ok", "jobs run and are billed in billing, the tables are in my-project")]),
+        (
+            None,
+            [("note", "jobs run and are billed in my-project, the dataset's project; --project names another")],
+        ),
+    ],
+)
+def test_where_jobs_are_billed_is_reported(cloud, billing, lines):
+    findings = Findings()
+    preflight.examine_projects(findings, dataclasses.replace(WHAT.destination, billing_project=billing))
+    assert [(line.status, line.text) for line in findings.lines] == lines
 
 
 def test_tables_that_are_made_later_are_not_asked(cloud):
