@@ -7,9 +7,12 @@ from typing import Any
 import google.auth
 from apache_beam.internal.gcp import auth
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from google.auth.exceptions import GoogleAuthError
+from google.auth.transport.requests import Request
 
 from beam_pipeline import emulators
+from beam_pipeline.errors import ConfigError
 
 
 def follow(options: PipelineOptions) -> None:
@@ -17,8 +20,25 @@ def follow(options: PipelineOptions) -> None:
 
     To be called before the first of them is created: Beam keeps the first credentials of a process. If a model was read
     first, the job would be submitted as somebody else.
+
+    Raises:
+        ConfigError: this process gets no token for the account that is to be impersonated.
     """
+    cloud = options.view_as(GoogleCloudOptions)
+    if emulators.emulated():  # They know no accounts, and Beam would ask Google for a token all the same.
+        cloud.impersonate_service_account = None
     FileSystems.set_options(options)
+    try:
+        if found := impersonated():
+            found.refresh(Request())
+    except GoogleAuthError as error:
+        # Further arguments can be an answer with a token in it.
+        reason = str(error.args[0] if error.args else type(error).__name__).rstrip(".")
+        raise ConfigError(
+            f"--impersonate_service_account={cloud.impersonate_service_account}: {reason}; the account that starts the "
+            "job needs roles/iam.serviceAccountTokenCreator on it (in a chain on the first, and each on the next), and "
+            "its project the IAM Service Account Credentials API"
+        ) from error
 
 
 def credentials() -> Any:
@@ -28,10 +48,29 @@ def credentials() -> Any:
 
     Raises:
         DefaultCredentialsError: there are none.
+        ConfigError: they are not those of the account that is to be impersonated.
     """
     if emulators.emulated():
         return None
     google.auth.default()  # Raises at once; Beam tries for half a minute, and goes on as nobody.
+    adapter = auth.get_service_credentials(_options())
+    found = adapter and adapter.get_google_auth_credentials()
+    # Beam goes on as nobody where it fails, and as before in a process that began as another account.
+    if (account := _account()) and getattr(found, "signer_email", None) != account:
+        raise ConfigError(f"this process acts as another account than {account} already; start a new one")
+    return found
+
+
+def impersonated() -> Any:
+    """Returns the credentials of the account that is impersonated; None if none is."""
+    return credentials() if _account() else None
+
+
+def _account() -> str | None:
+    chain = _options().view_as(GoogleCloudOptions).impersonate_service_account
+    return chain and str(chain).split(",")[-1]
+
+
+def _options() -> PipelineOptions:
     # Set by `follow`, by a pipeline and on every worker; Beam has no public way to ask.
-    found = auth.get_service_credentials(FileSystems._pipeline_options or PipelineOptions([]))
-    return found and found.get_google_auth_credentials()
+    return FileSystems._pipeline_options or PipelineOptions([])

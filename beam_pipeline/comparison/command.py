@@ -170,6 +170,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
     result.add_argument("--project", help=argparse.SUPPRESS)
+    options.add_impersonation(result)
     return result
 
 
@@ -229,7 +230,7 @@ def parse(argv: Sequence[str]) -> Config:
         plan=found.plan,
         warehouse=found.warehouse,
         runner=found.runner,
-        beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
+        beam_args=options.beam_args(ours, found, rest),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")

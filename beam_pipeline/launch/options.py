@@ -26,6 +26,7 @@ _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{0,61}[a-z0-9]"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
+_ACCOUNT = re.compile(r"[^@\s,'\"\[\]()]+@[^@\s,'\"\[\]()]+")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
@@ -175,6 +176,39 @@ def add_destination(group: argparse._ActionsContainer) -> None:
         metavar="SUFFIX",
         help="end of the tables' names, for a history that has such names already: _history for "
         "two_tower_user_embedding_history (default: none)",
+    )
+
+
+def add_impersonation(group: argparse._ActionsContainer) -> None:
+    """Adds Beam's flag that says as whom to act."""
+    group.add_argument(
+        "--impersonate_service_account",
+        action="append",
+        metavar="ACCOUNT",
+        help="ask everything that this process asks of Google Cloud as that service account; a chain is "
+        "ACCOUNT,...,ACCOUNT, with the one to act as last",
+    )
+
+
+def beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: Sequence[str]) -> tuple[str, ...]:
+    """Returns the command line for Beam; exits 2 if accounts to impersonate are malformed.
+
+    Beam would take the last alone of accounts whose flag is repeated, as a list in Airflow repeats it.
+    """
+    given = ",".join(found.impersonate_service_account or [])
+    accounts = [account.strip() for account in given.split(",") if account.strip()]
+    for account in accounts:
+        if not _ACCOUNT.fullmatch(account):
+            ours.error(
+                f"--impersonate_service_account={account!r} is no account: NAME@PROJECT.iam.gserviceaccount.com, in a "
+                "chain separated by commas, the one to act as last"
+            )
+    if accounts and found.warehouse:
+        ours.error("--warehouse asks nothing of Google Cloud; leave out --impersonate_service_account")
+    return (
+        *rest,
+        *([f"--project={found.project}"] if found.project else []),
+        *([f"--impersonate_service_account={','.join(accounts)}"] if accounts else []),
     )
 
 
@@ -348,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
         help="DirectRunner, the default, runs the job in this process, always with Beam's in-process FnApiRunner; "
         "DataflowRunner, PrismRunner, FlinkRunner and PortableRunner run it elsewhere",
     )
+    add_impersonation(beam)
     beam.add_argument(
         "--shared_files",
         action="store_true",
@@ -419,7 +454,7 @@ def parse(argv: Sequence[str]) -> Config:
         warehouse=found.warehouse,
         shared_files=found.shared_files,
         runner=found.runner,
-        beam_args=(*rest, *([f"--project={found.project}"] if found.project else [])),
+        beam_args=beam_args(ours, found, rest),
     )
     if config.warehouse and not config.local:
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")

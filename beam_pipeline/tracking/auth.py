@@ -77,12 +77,11 @@ class _Auth:
         """
         from google.auth.exceptions import GoogleAuthError
         from google.auth.transport.requests import Request
-        from google.oauth2.id_token import fetch_id_token_credentials
 
         with self._lock:
             try:
                 if self._credentials is None:
-                    self._credentials = fetch_id_token_credentials(self._audience, request=Request())
+                    self._credentials = _token_source(self._audience)
                 expiry = self._credentials.expiry  # in UTC, without saying so
                 if not expiry or expiry.replace(tzinfo=UTC) - datetime.now(UTC) < _MARGIN:
                     self._credentials.refresh(Request())
@@ -93,7 +92,7 @@ class _Auth:
                     f"no identity token for --tracking_audience={self._audience}: {reason}; point "
                     "GOOGLE_APPLICATION_CREDENTIALS to a service account's key or to the file that `gcloud auth "
                     "application-default login --impersonate-service-account=ACCOUNT` writes, or run on Google Cloud: "
-                    "a person's own login gets none"
+                    "a person's own login gets none, but for --impersonate_service_account"
                 ) from None
             return str(self._credentials.token)
 
@@ -111,6 +110,19 @@ class _Auth:
         if target and _origin(urljoin(response.url, target)) != self._origin:
             for name in ("Authorization", *_HEADERS_BESIDE):
                 response.request.headers.pop(name, None)
+
+
+def _token_source(audience: str) -> Any:
+    """Returns google-auth's credentials for an audience: of the account that is impersonated, or the default one's."""
+    from google.auth.impersonated_credentials import IDTokenCredentials
+    from google.auth.transport.requests import Request
+    from google.oauth2.id_token import fetch_id_token_credentials
+
+    from beam_pipeline import credentials
+
+    if account := credentials.impersonated():
+        return IDTokenCredentials(account, audience, include_email=True)  # IAP knows accounts by their address.
+    return fetch_id_token_credentials(audience, request=Request())
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -73,6 +73,24 @@ def test_every_kind_of_value(parsed):
     assert config.beam["use_public_ips"] is False
 
 
+@pytest.mark.parametrize("chain", [["a@p.com", "b@p.com"], "a@p.com,b@p.com"])
+def test_an_impersonation_chain(parsed, chain):
+    """By the operator's config for Dataflow, which joins a list, or among the options, where a list repeats the flag."""
+    config = parsed({"run_id": "4e6f", "impersonate_service_account": chain})
+    assert config.beam["impersonate_service_account"] == "a@p.com,b@p.com"
+    operator = BeamRunPythonPipelineOperator(
+        task_id="historize",
+        py_file="beam_pipeline",
+        runner="DataflowRunner",
+        pipeline_options={"run_id": "4e6f"},
+        dataflow_config={"job_name": "historize", "project_id": "p", "impersonation_chain": chain},
+    )
+    operator._cast_dataflow_config()
+    _, _, sent, _, _ = operator._init_pipeline_options(format_pipeline_options=True, job_name_variable_key="job_name")
+    config = parsed({name: sent[name] for name in ("run_id", "impersonate_service_account")})
+    assert config.beam["impersonate_service_account"] == "a@p.com,b@p.com"
+
+
 def test_labels_are_sent_without_being_asked_for(parsed):
     config = parsed({"run_id": "4e6f"})
     assert config.argv == ["--runner=DirectRunner", "--run_id=4e6f", f"--labels=airflow-version={VERSION}"]

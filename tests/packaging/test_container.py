@@ -235,6 +235,7 @@ NOT_IN_A_TEMPLATE = {
     "tag_run": "a template's launcher does not wait for the job",
     "runner": "Beam's; the template launcher sets it",
     "project": "Beam's; the template launcher sets it",
+    "impersonate_service_account": "Beam's; a template's launcher acts as the workers' account",
 }
 BEAMS = {"sdk_container_image"}
 """Parameters that are options of Beam's: a template refuses what its metadata do not declare."""

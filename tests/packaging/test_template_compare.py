@@ -23,6 +23,7 @@ NOT_IN_A_TEMPLATE = {
     "tracking_audience": "for --log_run",
     "runner": "Beam's; the template launcher sets it",
     "project": "Beam's; the template launcher sets it",
+    "impersonate_service_account": "Beam's; a template's launcher acts as the workers' account",
 }
 OPTIONS = {action.option_strings[-1].removeprefix("--"): action for action in parser()._actions}
 

@@ -19,10 +19,13 @@ from tracking import serving
 from beam_pipeline import credentials
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import command as comparison
 from beam_pipeline.comparison import reading
+from beam_pipeline.errors import ConfigError
 from beam_pipeline.launch import launcher, preflight, selection
 from beam_pipeline.launch.options import parse
 from beam_pipeline.tracking import stores
+from beam_pipeline.tracking.auth import _Auth
 
 DESTINATION = Destination("p", "d", "EU", "two_tower")
 CHAIN = "--impersonate_service_account=first@p.iam,second@p.iam,last@p.iam"
@@ -36,13 +39,19 @@ class Google(BaseHTTPRequestHandler):
         caller = self.headers["Authorization"].removeprefix("Bearer ")
         names = {"projectId": "p", "datasetId": "d", "tableId": "t"}
         answer = {"datasetReference": names, "tableReference": names, "location": "EU"}
-        if match := re.search(r"serviceAccounts/([^:]+):generateAccessToken", self.path):
+        status = 200
+        if not self.server.may and "serviceAccounts" in self.path:
+            status, answer = 403, {"error": {"code": 403, "message": "iam.serviceAccounts.getAccessToken denied"}}
+        elif "generateIdToken" in self.path:
+            self.server.asked_for = (caller, json.loads(body))
+            answer = {"token": "e30.eyJleHAiOjMyNTAzNjgwMDAwfQ.c2lnbmF0dXJl"}  # {"exp": 32503680000}
+        elif match := re.search(r"serviceAccounts/([^:]+):generateAccessToken", self.path):
             self.server.chains.add((caller, *json.loads(body)["delegates"], match[1]))
             answer = {"accessToken": f"token of {match[1]}", "expireTime": "2100-01-01T00:00:00Z"}
         else:
             self.server.callers[self.path.split("?")[0]] = caller
         data = json.dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -63,11 +72,11 @@ def cloud(monkeypatch):
     monkeypatch.setattr(google.auth, "default", lambda *_, **__: (person, "p"))
     monkeypatch.setattr(auth._Credentials, "_credentials_init", False)
     monkeypatch.setattr(FileSystems, "_pipeline_options", None)
-    with serving(Google, chains=set(), callers={}) as running:
+    with serving(Google, chains=set(), callers={}, may=True, asked_for=None) as running:
         endpoint = {"client_options": {"api_endpoint": running.url}}
-        monkeypatch.setattr(
-            iam, "_IAM_ENDPOINT", f"{running.url}/v1/projects/-/serviceAccounts/{{}}:generateAccessToken"
-        )
+        accounts = f"{running.url}/v1/projects/-/serviceAccounts/{{}}"
+        monkeypatch.setattr(iam, "_IAM_ENDPOINT", f"{accounts}:generateAccessToken")
+        monkeypatch.setattr(iam, "_IAM_IDTOKEN_ENDPOINT", f"{accounts}:generateIdToken")
         monkeypatch.setattr(bigquery, "Client", partial(bigquery.Client, **endpoint))
         monkeypatch.setattr(storage, "Client", partial(storage.Client, **endpoint))
         monkeypatch.setattr(preflight, "_RESOURCE_MANAGER", running.url)
@@ -121,6 +130,72 @@ def test_the_launcher_impersonates_before_it_reads_anything(cloud, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         launcher.run(config)
     assert cloud.callers == {"/storage/v1/b/artifacts": "token of last@p.iam"}
+
+
+def test_identity_tokens_are_those_of_who_is_impersonated(cloud):
+    """A person's own login gets none, and IAP knows accounts by their address."""
+    credentials.follow(PipelineOptions([CHAIN]))
+    assert _Auth(("https", "mlflow.example.com", 443), "audience").token().startswith("e30.")
+    caller, asked = cloud.asked_for
+    assert caller == "token of a person"
+    assert asked["audience"] == "audience"
+    assert asked["includeEmail"]
+    assert [name.rsplit("/", 1)[-1] for name in asked["delegates"]] == ["first@p.iam", "second@p.iam"]
+
+
+def test_who_may_not_impersonate_is_told_the_role(cloud):
+    cloud.may = False
+    words = (
+        r"=first@p.iam,second@p.iam,last@p.iam: Unable to acquire .*needs roles/iam.serviceAccountTokenCreator on it"
+    )
+    with pytest.raises(ConfigError, match=words):
+        credentials.follow(PipelineOptions([CHAIN]))
+
+
+def test_a_process_acts_as_one_account(cloud):
+    """Beam keeps the first credentials, and would go on with them in silence."""
+    credentials.follow(PipelineOptions([CHAIN]))
+    with pytest.raises(ConfigError, match=r"acts as another account than other@p\.iam already; start a new one"):
+        credentials.follow(PipelineOptions(["--impersonate_service_account=other@p.iam"]))
+
+
+def test_emulators_know_no_accounts(cloud, monkeypatch):
+    """A DAG that impersonates in production runs against emulators too."""
+    for name in ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
+        monkeypatch.setenv(name, "http://localhost:1")
+    options = PipelineOptions([CHAIN])
+    credentials.follow(options)
+    assert cloud.chains == set()
+    assert auth.get_service_credentials(options).get_google_auth_credentials().token == "token of a person"
+
+
+@pytest.mark.parametrize("command", [parse, comparison.parse])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [CHAIN],  # Airflow's impersonation_chain, which the operator joins
+        [f"--impersonate_service_account={name}@p.iam" for name in ("first", "second", "last")],  # a list of options
+        [CHAIN.replace(",", ", ")],
+    ],
+)
+def test_a_chain_in_any_form(command, given):
+    model = ["--run_id=r"] if command is parse else []
+    assert command([*model, *given, "--impersonate_service_account="]).beam_args == (CHAIN,)
+
+
+@pytest.mark.parametrize("given", ["('a@p.iam', 'b@p.iam')", '["a@p.iam"]', "a", "a@p.iam;b@p.iam", "a@p.iam,b"])
+def test_what_is_no_account(given, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--run_id=r", f"--impersonate_service_account={given}"])
+    assert "is no account: NAME@PROJECT.iam.gserviceaccount.com" in capsys.readouterr().err
+
+
+def test_a_warehouse_has_nobody_to_impersonate(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--run_id=r", "--warehouse=w", CHAIN])
+    assert (
+        "--warehouse asks nothing of Google Cloud; leave out --impersonate_service_account" in capsys.readouterr().err
+    )
 
 
 def test_without_credentials_there_is_an_error_at_once(cloud, monkeypatch):
