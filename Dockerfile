@@ -1,5 +1,5 @@
 # One image for the launcher, the Flex Template and the workers, so that all run the same versions. Build, publish and
-# run: README.md, "Container and Flex Template".
+# run: docs/dataflow.md.
 #
 # Everything is pinned: every Python package by constraints.txt, base images by tag (their digests were not looked up).
 

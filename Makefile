@@ -29,11 +29,12 @@ for package in sorted(
 endef
 export WRITE_LOCK
 
-.PHONY: help demo test fuzz test-airflow test-engines lint bench lock test-gcp gcp-variables clean
+.PHONY: help demo check test fuzz test-airflow test-engines lint bench lock test-gcp gcp-variables clean
 
 help:
 	@echo 'make demo      train a small model twice, historize both, show the history, compare them (in demo/)'
-	@echo 'make test      run all tests'
+	@echo 'make check     lint, types and unit tests, while you work: a minute and a half'
+	@echo 'make test      run all tests, two at a time'
 	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
 	@echo 'make test-engines   run the job on Prism and other engines, workers in other processes, and kill workers (needs Go)'
@@ -66,13 +67,19 @@ demo: $(VENV)
 	$(BIN)/python examples/show_history.py demo/warehouse --item=item-jazz-007
 	$(COMPARE) --report=demo/changes.html
 
+# Each worker has emulators of its own, and a file's tests stay together.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile
+
+check: lint
+	$(PYTEST) tests/unit
+
 test: $(VENV)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 NUMBER ?= 20000
 SEED ?= 1
 fuzz: $(VENV)
-	$(BIN)/python tests/fuzz.py --number=$(NUMBER) --seed=$(SEED)
+	$(BIN)/python tests/support/fuzz.py --number=$(NUMBER) --seed=$(SEED)
 
 $(AIRFLOW_VENV): tests/airflow/constraints.txt
 	@echo 'Setting up .venv-airflow: two minutes, once.'
@@ -127,4 +134,4 @@ test-gcp: gcp-variables $(VENV)
 		$(BIN)/python -m pytest tests/gcp
 
 clean:
-	rm -rf .venv .venv-airflow .venv-lock .engines demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-airflow .venv-lock .engines .cache demo bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -19,6 +19,9 @@ setup(
     description="Historizes the embeddings of a two-tower model in BigQuery.",
     packages=find_packages(include=["beam_pipeline", "beam_pipeline.*"]),
     package_data={"beam_pipeline": ["py.typed"], "beam_pipeline.comparison": ["page.html.jinja"]},
+    license="Apache-2.0",
+    # Beside `python -m beam_pipeline`, which needs no script on the path.
+    entry_points={"console_scripts": ["beam-pipeline = beam_pipeline.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         # The pipeline itself; `gcp` brings the Dataflow runner, gs:// files and WriteToBigQuery. One minor version:
@@ -40,13 +43,14 @@ setup(
     extras_require={
         # Where a job is started. Workers get byte ranges and need none of it.
         "launcher": [
-            # Resolves the run, its experiment and its artifact.
-            "mlflow>=3.1",
+            # Resolves the run, its experiment and its artifact. Below 4: tokens are registered in a private list.
+            "mlflow>=3.1,<4",
             # Finds the matrices in a .keras file's HDF5 part. Pure Python: a crafted file raises, where the C library
             # behind h5py can crash the process. One minor version: the reader asks its private objects for offsets.
             "pyfive~=1.3.0",
             # Gets identity tokens for a tracking server behind Google IAP or on Cloud Run; 2.40 for impersonation.
-            "google-auth>=2.40",
+            # Below 3: emulators replace its `default`.
+            "google-auth>=2.40,<3",
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
             "setuptools>=64",
         ],
@@ -62,7 +66,8 @@ setup(
             # The BigQuery emulator. Exact: the pipeline works around what this version cannot do.
             "bqemulator==1.4.0",
             # The Cloud Storage emulator: keeps objects as plain files, where bqemulator reads them for load jobs.
-            "gcp-storage-emulator>=2026.7.19",
+            # Of one year: only private attributes tell its port.
+            "gcp-storage-emulator>=2026.7.19,<2027",
             # bqemulator's engine. Exact: extensions are built for one version.
             "duckdb==1.5.5",
             # bqemulator does not start without it.
@@ -81,6 +86,8 @@ setup(
             "pytest>=8",
             # A job that hangs (a client that retries for minutes) fails with a stack trace instead.
             "pytest-timeout>=2.3",
+            # Whole jobs wait for emulators and processes: two workers take little more than half of the time.
+            "pytest-xdist>=3.6",
             # Property tests of the format readers and the chunking.
             "hypothesis>=6",
             # Google's own parser and analyzer of BigQuery's SQL, for every statement of the job. Exact: somebody else's

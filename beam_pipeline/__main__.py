@@ -1,11 +1,33 @@
-"""`python -m beam_pipeline`."""
+"""The command line: `beam-pipeline`, or `python -m beam_pipeline`; a subcommand, or the main job without one."""
 
+from __future__ import annotations
+
+import importlib
 import sys
+from collections.abc import Sequence
 
-from beam_pipeline.launch.options import parse
+_COMMANDS = {
+    "compare": "beam_pipeline.compare",
+    "emulators": "beam_pipeline.emulators",
+    "report": "beam_pipeline.report",
+    "tag": "beam_pipeline.tag",
+}
+"""Subcommand → its module, which is also run by `python -m`."""
 
-if __name__ == "__main__":
-    config = parse(sys.argv[1:])
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else [*argv]
+    if arguments and arguments[0] in _COMMANDS:
+        return int(importlib.import_module(_COMMANDS[arguments[0]]).main(arguments[1:]))
+
+    from beam_pipeline.launch.options import parse
+
+    config = parse(arguments)
     from beam_pipeline.launch.launcher import launch  # Takes seconds: --help and misspelt flags are answered before.
 
-    raise SystemExit(launch(config))
+    return launch(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,11 +6,22 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from beam_pipeline.errors import PipelineError
 
 INTERRUPTED = 130
 """The exit code that a shell gives to a process that Ctrl-C ended."""
+
+SCRIPT = "beam-pipeline"
+"""The console script; `python -m beam_pipeline` is the same."""
+
+
+def program(name: str = "") -> str:
+    """Returns how a subcommand was started, or would be: by the console script, or as a module."""
+    if Path(sys.argv[0]).stem == SCRIPT:
+        return f"{SCRIPT} {name}".rstrip()
+    return f"python -m beam_pipeline.{name}".rstrip(".")
 
 
 def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.pvalue import PCollection
 from apache_beam.typehints.decorators import no_annotations
 
 from beam_pipeline import emulators
@@ -63,8 +64,12 @@ class _StepFn(beam.DoFn):
         yield launch
 
 
-def build(pipeline: beam.Pipeline, job: Job) -> None:
-    """Builds the graph; opens no file and makes no table."""
+def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
+    """Builds the graph; opens no file and creates no table.
+
+    Returns:
+        The launch id, once everything is published.
+    """
     launch = (
         pipeline
         | "Launch" >> beam.Create([job.publication.token])
@@ -89,7 +94,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         | "All" >> beam.Create([None])
         | "Check" >> beam.Map(_check, trainings, beam.pvalue.AsIter(reports | "Reports" >> beam.Flatten()))
     )
-    _ = (
+    published: PCollection[str] = (
         prepared
         | "Audit" >> beam.ParDo(_StepFn(_audit, job), tallies, *(beam.pvalue.AsIter(jobs) for jobs in waits))
         | "Audited" >> beam.Reshuffle()
@@ -97,8 +102,10 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         | "Shaped" >> beam.Reshuffle()
         | "Publish" >> beam.ParDo(_StepFn(publication.publish, job), tallies)
         | "Published" >> beam.Reshuffle()
-        | "Clean" >> beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
     )
+    clean = beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
+    _ = published | "Clean" >> clean
+    return published
 
 
 def _new_launch(token: str) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 
-from beam_pipeline.comparison.command import report
+from beam_pipeline.comparison.command import report as main
 
 if __name__ == "__main__":
-    sys.exit(report())
+    sys.exit(main())

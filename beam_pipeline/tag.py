@@ -50,22 +50,26 @@ def tag(client: bigquery.Client, destination: Destination, run_id: str, tracking
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = options.base_parser("python -m beam_pipeline.tag", "Tags an MLflow run with what was published of it.")
+    parser = options.base_parser("tag", "Tags an MLflow run with what was published of it.")
     parser.add_argument("--run_id", required=True, help="MLflow run")
     options.add_tracking(parser)
     options.add_destination(parser)
     parser.add_argument("--project", help="Google Cloud project")
     found = parser.parse_args(argv)
-    project, dataset = options.dataset(parser, found)
-    return command.exit_code(lambda: _run(found, project, dataset))
+    dataset_project, dataset = options.dataset(parser, found)
+    return command.exit_code(lambda: _run(found, dataset_project, dataset))
 
 
-def _run(found: argparse.Namespace, project: str | None, dataset: str) -> None:
+def _run(found: argparse.Namespace, dataset_project: str | None, dataset: str) -> None:
     auth.authorize(found.tracking_uri, found.tracking_audience)
     if emulators.emulated():
         emulators.connect()
     destination = preflight.find_destination(
-        project or _default_project(), dataset, found.table_prefix, suffix=found.table_suffix
+        dataset_project or found.project or _default_project(),
+        dataset,
+        found.table_prefix,
+        billing_project=found.project,
+        suffix=found.table_suffix,
     )
     tags = tag(publication.make_client(destination), destination, found.run_id, found.tracking_uri)
     for name, value in tags.items():

@@ -564,14 +564,14 @@ items, vectors of float32) from its SavedModel into load files and to submit the
   `get_weights()`, a pandas frame per tower, `load_table_from_dataframe`, which writes a Parquet file. A vector in the
   frame is a row of the matrix as a numpy array; Python lists would take half as much memory again. It does not look
   the run up in MLflow and publishes nothing, so it does less than (a).
-* **(c) A naive Beam pipeline**: the model loaded with TensorFlow, `Create` of all rows, stock `WriteToBigQuery` with
+* **(c) A naive Beam pipeline**: the model loaded with TensorFlow, `Create` of all rows, Beam's `WriteToBigQuery` with
   its defaults (JSON files), FnApiRunner. At {naive:g} million rows at most: all rows become part of the pipeline's
   description.
 * **(d) The limit**: a process that reads the files with vectors and ids in blocks of 8 MB and writes as many bytes as
   (a), in files of 256 MB, with nothing in between. It submits no job.
 
 **What is stubbed.** *BigQuery*: a small HTTP server takes the requests and says that every job is done; nothing is
-loaded, and the audit of (a) is told the number of rows that it expects. A way waits for its answers, but its CPU and
+loaded, and the audit of (a) gets the number of rows that it expects. A way waits for its answers, but its CPU and
 memory are not counted. *Cloud Storage*: `gs://` is a folder on the local disk, and no way uploads anything: the load
 jobs of (a), (b) and (c) name files in that folder. The models are on the same disk and in the page cache.
 

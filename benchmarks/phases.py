@@ -8,8 +8,9 @@ import resource
 import sys
 import time
 
-from beam_pipeline import STARTED
-from beam_pipeline.launch.options import parse
+STARTED = time.monotonic()
+
+from beam_pipeline.launch.options import parse  # noqa: E402
 
 config = parse(sys.argv[1:])
 marks = []

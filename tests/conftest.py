@@ -1,62 +1,37 @@
-"""What many tests need: real models, made once for a session, and copies of them to damage."""
+"""What many tests need: real models, copies of them to damage, emulators and a real MLflow store."""
 
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
+from hypothesis import settings
+from models import Model, made_by
+from store import Store
 
 # A shell starts what it runs in the background (`make test &`) deaf to Ctrl-C, and so would be all jobs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-@dataclass(frozen=True)
-class Model:
-    """A SavedModel and what Keras says is in it."""
-
-    folder: Path
-
-    def ids(self, tower):
-        return json.loads((self.folder.parent / f"{self.folder.name}.{tower}.json").read_text(encoding="utf-8"))
-
-    def vectors(self, tower):
-        return np.load(self.folder.parent / f"{self.folder.name}.{tower}.npy")
-
-    def rows(self, tower):
-        """Returns id → vector, as a list of float64."""
-        return dict(zip(self.ids(tower), self.vectors(tower).tolist(), strict=True))
-
-
-def made_by(script, tmp_path_factory, *names):
-    """Runs a script that makes models; returns a function from a name in it to a Model, not to be written to."""
-    folder = tmp_path_factory.mktemp(script.removesuffix(".py"))
-    command = [sys.executable, str(Path(__file__).parent / script), str(folder), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return lambda name: Model(folder / name)
+# Parallel workers share processors with emulators and jobs: a slow example says nothing of the code.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    return made_by("make_models.py", tmp_path_factory)
+def models():
+    return made_by("make_models.py")
 
 
 @pytest.fixture(scope="session")
-def keras_files(tmp_path_factory):
+def keras_files():
     """Here the folder of a Model holds model.keras."""
-    return made_by("make_keras_files.py", tmp_path_factory)
+    return made_by("make_keras_files.py")
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory):
-    return made_by("make_tables.py", tmp_path_factory)
+def tables():
+    return made_by("make_tables.py")
 
 
 @pytest.fixture
@@ -95,54 +70,6 @@ def warehouse(tmp_path_factory):
         yield running
 
 
-class Store:
-    """A real MLflow store.
-
-    Attributes:
-        uri: for --tracking_uri.
-        experiment, experiment_id: the experiment that most runs belong to.
-    """
-
-    experiment = "two tower's é"
-
-    def __init__(self, folder, warehouse):
-        from mlflow.tracking import MlflowClient
-
-        self.uri = f"sqlite:///{folder}/mlflow.db"
-        self._folder = folder
-        self._warehouse = warehouse
-        self._client = MlflowClient(self.uri)
-        self.experiment_id = self._client.create_experiment(self.experiment, f"file://{folder}/artifacts")
-
-    def log(self, model, name, start, *, experiment=None, status="FINISHED", bucket=False):
-        """Logs a model as the trainer does, to a run that started then; returns the run's id."""
-        experiment_id = self.experiment_id
-        if experiment or bucket:
-            root = f"{self._warehouse.temp_location}/mlflow" if bucket else f"file://{self._folder}/{experiment}"
-            there = self._client.get_experiment_by_name(experiment or f"on a bucket {name}")
-            experiment_id = (
-                there.experiment_id
-                if there
-                else self._client.create_experiment(experiment or f"on a bucket {name}", root)
-            )
-        run = self._client.create_run(experiment_id, start_time=int(start.timestamp() * 1000), run_name=name)
-        self._client.log_artifacts(run.info.run_id, str(model.folder), "model")
-        if status != "RUNNING":
-            self._client.set_terminated(run.info.run_id, status)
-        return run.info.run_id
-
-    def artifacts(self, run_id):
-        """Returns the model's folder of a run whose artifacts are local."""
-        return Path(self._client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "model"
-
-    def load_files(self, folder):
-        """Returns the load files that are left below a folder of the temp location."""
-        from google.cloud import storage
-
-        bucket = storage.Client().bucket(self._warehouse.bucket)
-        return [blob.name for blob in bucket.list_blobs(prefix=f"tmp/{folder}/")]
-
-
 @pytest.fixture(scope="session")
 def store(tmp_path_factory, warehouse):
     """An MLflow store for the session."""
@@ -159,4 +86,17 @@ def job(warehouse, store, request):
     dataset = re.sub(r"\W", "_", request.node.name)[:80] + f"_{os.getpid()}"
     client.create_dataset(dataset)
     yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}")
+    client.delete_dataset(dataset, delete_contents=True)
+
+
+@pytest.fixture
+def history(warehouse, request):
+    """Tables of a dataset that is created for this test."""
+    from google.cloud import bigquery
+    from history import History
+
+    client = bigquery.Client(project=warehouse.project)
+    dataset = re.sub(r"\W", "_", request.node.name)[:80] + f"_{os.getpid()}"
+    client.create_dataset(dataset)
+    yield History(client, dataset, f"{warehouse.temp_location}/{dataset}")
     client.delete_dataset(dataset, delete_contents=True)

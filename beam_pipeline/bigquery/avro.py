@@ -132,6 +132,7 @@ class WriteBatches(WriteToBigQuery):
             additional_bq_parameters=self.additional_bq_parameters,
             test_client=self.test_client,
             validate=self._validate,
+            load_job_project_id=self.load_job_project_id,
         )
         output = batches | loads
         return WriteResult(

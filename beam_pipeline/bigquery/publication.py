@@ -53,6 +53,7 @@ from google.cloud import bigquery
 from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
     AuditError,
     BadIdError,
@@ -161,9 +162,13 @@ def copies_folder(temp_location: str, token: str = "") -> str:
 
 
 def make_client(destination: Destination) -> bigquery.Client:
-    """Returns a client whose jobs run where the dataset is and carry our labels."""
-    config = bigquery.QueryJobConfig(labels=LABELS)
-    return bigquery.Client(project=destination.project, location=destination.location, default_query_job_config=config)
+    """Returns a client whose jobs run where the dataset is, are billed to the jobs' project and carry our labels."""
+    return bigquery.Client(
+        project=destination.job_project,
+        location=destination.location,
+        default_query_job_config=bigquery.QueryJobConfig(labels=LABELS),
+        credentials=credentials(),
+    )
 
 
 def partition_life(train_date: date, now: datetime) -> int:

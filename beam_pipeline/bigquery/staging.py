@@ -56,7 +56,7 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
         tower, destination = self.tower, self.publication.destination
 
         def staging(_: Any, launch: str) -> str:
-            project, dataset, table = destination.staging(tower, launch).split(".")
+            project, dataset, table = tables.split_name(destination.staging(tower, launch))
             return f"{project}:{dataset}.{table}"
 
         return {
@@ -70,6 +70,8 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
             "write_disposition": BigQueryDisposition.WRITE_APPEND,
             "custom_gcs_temp_location": self.publication.load_files,
             "max_file_size": MAX_FILE_BYTES,
+            # Of load and copy jobs; by default Beam's run in the table's project.
+            "load_job_project_id": destination.job_project,
             # Beam drops its own kms_key for FILE_LOADS.
             "additional_bq_parameters": (
                 {"destinationEncryptionConfiguration": {"kmsKeyName": self.publication.kms_key}}

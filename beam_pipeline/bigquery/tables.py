@@ -35,6 +35,7 @@ class Destination:
         prefix: first part of every table's name.
         staging_dataset: `project.dataset` of the staging tables, if it is another.
         suffix: last part of every table's name; log and lock carry it too, so that histories do not mix.
+        billing_project: where jobs run and are billed, if --project names it; None: in the tables' project.
     """
 
     project: str
@@ -43,6 +44,12 @@ class Destination:
     prefix: str
     staging_dataset: str | None = None
     suffix: str = ""
+    billing_project: str | None = None
+
+    @property
+    def job_project(self) -> str:
+        """The project in which jobs run and are billed."""
+        return self.billing_project or self.project
 
     def table(self, tower: str) -> str:
         """Returns `project.dataset.table` of a tower's history."""

@@ -39,12 +39,17 @@ UNUSUAL_EXIT = 3
 
 @dataclass(frozen=True)
 class Config:
-    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own."""
+    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
+
+    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET.
+    """
 
     env: str = "dev"
     project: str | None = None
     dataset: str = "raw_dev"
+    dataset_project: str | None = None
     table_prefix: str = "two_tower"
+    table_suffix: str = ""
     staging_dataset: str | None = None
     earlier: str | None = None
     later: str | None = None
@@ -90,7 +95,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of our own flags."""
     result = options.base_parser(
-        "python -m beam_pipeline.compare",
+        "compare",
         "Compares the embeddings of two trainings: how much the scores of each user and item changed, what was kept of "
         "neighbours and recommendations, and whether that is usual. Publishes the numbers in BigQuery.",
         _EPILOG,
@@ -194,13 +199,15 @@ def parse(argv: Sequence[str]) -> Config:
     towers = tuple(found.towers.split(",")) if found.towers else ()
     if towers and (len({*towers}) != len(towers) or len(towers) > 2 or not all(map(options.is_tower, towers))):
         ours.error(f"--towers={found.towers!r}: USERS,ITEMS or one tower, of lower-case letters, digits and _")
-    project, dataset = options.dataset(ours, found)
+    dataset_project, dataset = options.dataset(ours, found)
     options.check_places(ours, found)
     config = Config(
-        env=found.env,
-        project=project,
+        env=found.env or options.ENVS[0],
+        project=found.project,
         dataset=dataset,
+        dataset_project=dataset_project,
         table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
         staging_dataset=found.staging_dataset,
         earlier=found.earlier,
         later=found.later,
@@ -277,43 +284,43 @@ def run(config: Config) -> None:
     """
     from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
-    from beam_pipeline import emulators
+    from beam_pipeline import credentials, emulators
     from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
-    from beam_pipeline.launch import preflight
+    from beam_pipeline.launch import launcher, preflight
+    from beam_pipeline.launch.console import set_up_logging
     from beam_pipeline.tracking import auth
 
+    set_up_logging()
     terminal = ComparisonTerminal()
     if config.report:
         require_writable(config.report)
     if config.report or config.log_run:
         page.require()
+    beam_options = PipelineOptions(list(config.beam_args))
+    credentials.follow(beam_options)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     with ExitStack() as stack:
-        beam_options = PipelineOptions(list(config.beam_args))
         # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
         beam_options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
         cloud = beam_options.view_as(GoogleCloudOptions)
         if config.warehouse:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
-            cloud.project = config.project or warehouse.project
         if emulators.emulated():
             emulators.connect()
-        cloud.project = config.project or cloud.project or (emulators.PROJECT if emulators.emulated() else None)
-        if not cloud.project:
-            raise ConfigError(
-                "where are the tables? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
-                "--temp_location=gs://BUCKET/FOLDER for BigQuery"
-            )
+        # --project stays as it was given: a Flex Template's launcher may not change it.
+        cloud.project, project = preflight.find_projects(cloud.project, config.dataset_project)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("files on the way need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        destination = _destination(config, cloud.project)
+        destination = _destination(config, project)
         client = publication.make_client(destination)
         towers = pairs.find_towers(client, destination, config.towers)
         wanted = _pairs(config, client, destination, towers, terminal)
         if not wanted:
+            if not config.plan:
+                launcher.submit_nothing(beam_options)
             return
         token = uuid.uuid4().hex[:12]
         name = cloud.job_name or _job_name(config, wanted)
@@ -341,16 +348,24 @@ def run(config: Config) -> None:
         _check_labels(client, comparison)
         findings = preflight.Findings()
         findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}")
+        preflight.examine_projects(findings, destination)
         preflight.examine_bucket(findings, comparison.bucket, destination, config.kms_key)
         reader = reading.make_client()
         for tower in comparison.towers:
             # A session costs nothing until it is read.
             fields = [f"{tower}_id"]
-            reading.open_streams(reader, destination.table(tower), fields, "train_date = DATE '0001-01-01'", most=1)
+            reading.open_streams(
+                reader,
+                destination.job_project,
+                destination.table(tower),
+                fields,
+                "train_date = DATE '0001-01-01'",
+                most=1,
+            )
         _estimate(findings, client, comparison)
         terminal.planned(comparison, findings)
         if config.plan:
-            terminal.sql(comparison)
+            terminal.statements(comparison)
         if findings.error:
             raise findings.error
         if config.plan:
@@ -377,12 +392,13 @@ def run(config: Config) -> None:
 def _destination(config: Config, project: str) -> Destination:
     from beam_pipeline.launch import preflight
 
-    staging = config.staging_dataset
     return preflight.find_destination(
         project,
         config.dataset,
         config.table_prefix,
-        staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
+        suffix=config.table_suffix,
+        billing_project=config.project,
+        staging_dataset=config.staging_dataset,
     )
 
 
@@ -394,7 +410,7 @@ def _pairs(
     trainings = pairs.find_trainings(client, destination, towers.names)
     if config.all:
         done = pairs.compared(client, destination)
-        wanted = pairs.consecutive(trainings, towers.names, done, terminal.left_out)
+        wanted = pairs.consecutive(trainings, towers.names, done, terminal.skipped)
         if not wanted:
             terminal.nothing("every pair of successive trainings has a result")
         return wanted
@@ -616,9 +632,7 @@ def _umask() -> int:
 
 def report(argv: Sequence[str] | None = None) -> int:
     """Runs the command line that makes a page of the result tables; returns the exit code."""
-    ours = options.base_parser(
-        "python -m beam_pipeline.report", "Makes a page of the comparisons that are in the result tables; runs no job."
-    )
+    ours = options.base_parser("report", "Makes a page of the comparisons that are in the result tables; runs no job.")
     options.add_destination(ours)
     ours.add_argument("--project", help="Google Cloud project")
     ours.add_argument("--to", dest="later", metavar="DATE|RUN_ID", help="the later training (default: the latest)")
@@ -627,8 +641,15 @@ def report(argv: Sequence[str] | None = None) -> int:
     ours.add_argument("--log_run", action="store_true", help="log numbers and page to the later MLflow run as well")
     options.add_tracking(ours)
     found = ours.parse_args(argv)
-    project, dataset = options.dataset(ours, found)
-    config = Config(project=project, dataset=dataset, table_prefix=found.table_prefix, warehouse=found.warehouse)
+    dataset_project, dataset = options.dataset(ours, found)
+    config = Config(
+        project=found.project,
+        dataset=dataset,
+        dataset_project=dataset_project,
+        table_prefix=found.table_prefix,
+        table_suffix=found.table_suffix,
+        warehouse=found.warehouse,
+    )
     return _exit_code(lambda: _report(config, found))
 
 
@@ -648,7 +669,7 @@ def _report(config: Config, found: argparse.Namespace) -> None:
             stack.enter_context(_warehouse(config.warehouse))
         if emulators.emulated():
             emulators.connect()
-        destination = _destination(config, config.project or bigquery.Client().project)
+        destination = _destination(config, config.dataset_project or config.project or bigquery.Client().project)
         client = publication.make_client(destination)
         last = results.date_of(client, destination, found.later) if found.later else None
         told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)

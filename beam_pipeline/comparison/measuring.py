@@ -88,7 +88,7 @@ def fit(client: bigquery.Client, comparison: Comparison, work: tuple[int, Iterab
     number, found = work
     joined = {one.tower: one for one in sorted(found, key=lambda one: one.tower)}
     storage = reading.make_client()
-    samples = {tower: _sample(storage, one) for tower, one in joined.items()}
+    samples = {tower: _sample(storage, comparison.destination.job_project, one) for tower, one in joined.items()}
     launch = next(iter(joined.values())).launch
     pairs = {
         tower: (_scored(comparison, rows.before), _scored(comparison, rows.after))
@@ -144,7 +144,7 @@ def fit(client: bigquery.Client, comparison: Comparison, work: tuple[int, Iterab
     )
     for tower, one in joined.items():
         fields = reading.GROUPED_FIELDS if tower in comparison.labels else reading.FIELDS
-        for name in reading.open_streams(storage, one.table, fields):
+        for name in reading.open_streams(storage, comparison.destination.job_project, one.table, fields):
             yield Stream(one, name, fit_path)
 
 
@@ -152,14 +152,16 @@ def _scored(comparison: Comparison, vectors: np.ndarray) -> np.ndarray:
     return measures.unit(vectors) if comparison.cosine else vectors
 
 
-def _sample(storage: BigQueryReadClient, joined: Joined) -> Rows:
+def _sample(storage: BigQueryReadClient, project: str, joined: Joined) -> Rows:
     """Returns common ids of a tower, in the order of the hashes of their ids: the first ones are a sample as well."""
     dimension = max(joined.dimension_before, joined.dimension_after)
     wanted = min(SAMPLE_IDS, _SAMPLE_VALUES // dimension)
     restriction = f"before_length > 0 AND after_length > 0 AND {tables.sample_restriction(wanted, joined.common)}"
     pages = [
         page
-        for stream in reading.open_streams(storage, joined.table, (*reading.FIELDS, "sample"), restriction, most=1)
+        for stream in reading.open_streams(
+            storage, project, joined.table, (*reading.FIELDS, "sample"), restriction, most=1
+        )
         for page in reading.read(storage, stream)
         if page.num_rows
     ]
@@ -241,7 +243,8 @@ def ask(
     if items and items.rows:
         path = comparison.new_file(items.launch, "asked.npz")
         save_arrays(path, arrays)
-        for name in reading.open_streams(reading.make_client(), items.table, reading.FIELDS):
+        project = comparison.destination.job_project
+        for name in reading.open_streams(reading.make_client(), project, items.table, reading.FIELDS):
             yield Stream(items, name, path)
 
 

@@ -88,7 +88,7 @@ def _tower(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     own = [one for one in results if one.values["tower"] == values["tower"]]
     place = own.index(result)
     earlier = own[place - 1] if place else None
-    groups = sorted(values["groups"], key=lambda group: -group["score_change_mean"])
+    groups = sorted(values["by_group"], key=lambda group: -group["score_change_mean"])
     return {
         "result": result,
         "values": values,

@@ -47,12 +47,13 @@ def find_towers(client: bigquery.Client, destination: Destination, named: Sequen
         IncompatibleTableError: a table lacks a column.
     """
     dataset = f"{destination.project}.{destination.dataset}"
-    pattern = re.compile(rf"{re.escape(destination.prefix)}_([a-z][a-z0-9_]*)_embedding")
+    pattern = re.compile(rf"{re.escape(destination.prefix)}_([a-z][a-z0-9_]*)_embedding{re.escape(destination.suffix)}")
     there = sorted(match[1] for table in client.list_tables(dataset) if (match := pattern.fullmatch(table.table_id)))
     if not there:
         raise TrainingMissingError(
-            f"there is no history in {dataset}: no table {destination.prefix}_TOWER_embedding; publish a training with "
-            "python -m beam_pipeline, or name another place with --env, --dataset or --table_prefix"
+            f"there is no history in {dataset}: no table {destination.prefix}_TOWER_embedding{destination.suffix}; "
+            "publish a training with python -m beam_pipeline, or name another place with --env, --dataset, "
+            "--table_prefix or --table_suffix"
         )
     if missing := [name for name in named if name not in there]:
         raise TrainingMissingError(

@@ -19,7 +19,7 @@ from google.cloud import bigquery
 
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import LABELS, STAGING_LIFE
-from beam_pipeline.bigquery.tables import PARTITION_COLUMN
+from beam_pipeline.bigquery.tables import PARTITION_COLUMN, split_name
 from beam_pipeline.comparison import tables
 from beam_pipeline.comparison.results import Percentile, percentiles, previous, require_usual
 from beam_pipeline.comparison.work import Comparison, Finished, query
@@ -196,10 +196,10 @@ def publish(client: bigquery.Client, comparison: Comparison, launch: str) -> Ite
             client, f"compare_embeddings_{launch}_publish_{number}", script, f"the comparison of {pair}"
         )
     for tower in comparison.towers:
-        Lineage.sources().add("bigquery", *destination.table(tower).split("."))
+        Lineage.sources().add("bigquery", *split_name(destination.table(tower)))
     written = [tables.comparison_table(destination), *(tables.change_table(destination, one) for one in comparison.ids)]
     for name in written:
-        Lineage.sinks().add("bigquery", *name.split("."))
+        Lineage.sinks().add("bigquery", *split_name(name))
     yield launch
 
 

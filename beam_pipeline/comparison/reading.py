@@ -17,7 +17,9 @@ from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 from google.cloud.bigquery_storage_v1 import types as storage_types
 
 from beam_pipeline import emulators
+from beam_pipeline.bigquery.tables import split_name
 from beam_pipeline.comparison.measures import Rows
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import BadVectorError, ConfigError
 
 FIELDS = ("id", "before_vector", "after_vector")
@@ -33,7 +35,7 @@ MOST_STREAMS = 1000
 def make_client() -> BigQueryReadClient:
     """Returns a client of the Storage Read API, or of the emulator's."""
     if not emulators.emulated():
-        return BigQueryReadClient()
+        return BigQueryReadClient(credentials=credentials())
     import grpc
     from google.cloud.bigquery_storage_v1.services.big_query_read.transports import BigQueryReadGrpcTransport
 
@@ -43,6 +45,7 @@ def make_client() -> BigQueryReadClient:
 
 def open_streams(
     client: BigQueryReadClient,
+    project: str,
     table: str,
     fields: Sequence[str],
     restriction: str = "",
@@ -52,6 +55,7 @@ def open_streams(
 
     Args:
         client: of the Storage Read API.
+        project: where the session runs and is billed.
         table: `project.dataset.table`.
         fields: columns that are read.
         restriction: SQL condition on the rows.
@@ -60,9 +64,9 @@ def open_streams(
     Raises:
         ConfigError: the permission is missing.
     """
-    project, dataset, name = table.split(".")
+    of_table, dataset, name = split_name(table)
     session = storage_types.ReadSession(
-        table=f"projects/{project}/datasets/{dataset}/tables/{name}",
+        table=f"projects/{of_table}/datasets/{dataset}/tables/{name}",
         data_format=storage_types.DataFormat.ARROW,
         read_options=storage_types.ReadSession.TableReadOptions(
             selected_fields=list(fields), row_restriction=restriction

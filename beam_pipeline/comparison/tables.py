@@ -48,12 +48,12 @@ class Pair:
 
 def comparison_table(destination: Destination) -> str:
     """Returns `project.dataset.table` of the results, one row per pair and tower."""
-    return f"{destination.project}.{destination.dataset}.{destination.prefix}_embedding_comparison"
+    return f"{destination.project}.{destination.dataset}.{destination.prefix}_embedding{destination.suffix}_comparison"
 
 
 def change_table(destination: Destination, tower: str) -> str:
     """Returns `project.dataset.table` of what became of each id of a tower."""
-    return f"{destination.project}.{destination.dataset}.{destination.prefix}_{tower}_embedding_change"
+    return f"{destination.table(tower)}_change"
 
 
 def staged_comparison(destination: Destination, launch: str) -> str:
@@ -183,7 +183,7 @@ COMPARISON_SCHEMA = [
         ("ids", "INTEGER", "Ids in it"),
     ),
     _record(
-        "groups",
+        "by_group",
         "Score change by group, if labels were given",
         ("group_name", "STRING", "The group"),
         ("ids", "INTEGER", "Its ids that have a score change"),
@@ -400,7 +400,7 @@ def logged_sql(destination: Destination) -> str:
     """Returns a query for what the log says of each run and tower, latest publication first."""
     return (
         "SELECT train_date, tower, mlflow_run_id, mlflow_run_name, mlflow_experiment_name, row_count "
-        f"FROM `{destination.log}` "
+        f"FROM `{destination.log}` WHERE TRUE "  # without one, QUALIFY is an error
         "QUALIFY ROW_NUMBER() OVER (PARTITION BY train_date, tower, mlflow_run_id ORDER BY published_at DESC) = 1 "
         "ORDER BY published_at DESC"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from beam_pipeline import metrics
 from beam_pipeline.comparison import tables, work
@@ -23,7 +24,7 @@ class ComparisonTerminal(Terminal):
         """Prints why there is nothing to do."""
         self._print(f"done        nothing to do: {reason}", flush=True)
 
-    def left_out(self, reason: str) -> None:  # type: ignore[override]
+    def skipped(self, reason: str) -> None:
         """Prints what is left out of --all, and why."""
         self._print(f"left out    {reason}", flush=True)
 
@@ -39,7 +40,7 @@ class ComparisonTerminal(Terminal):
             self._print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
         self._out.flush()
 
-    def sql(self, comparison: Comparison) -> None:  # type: ignore[override]
+    def statements(self, comparison: Comparison) -> None:
         """Prints the SQL that the job would run."""
         destination = comparison.destination
         for number, pair in enumerate(comparison.pairs):
@@ -80,8 +81,7 @@ class ComparisonTerminal(Terminal):
         self._out.flush()
 
 
-def _name(values: object, prefix: str) -> str:
-    assert hasattr(values, "__getitem__")
+def _name(values: Mapping[str, Any], prefix: str) -> str:
     return f"{values[f'{prefix}train_date']} {values[f'{prefix}mlflow_run_name'] or values[f'{prefix}mlflow_run_id']}"
 
 

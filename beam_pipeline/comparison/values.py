@@ -73,7 +73,7 @@ def finish(
                 {"before": measures.norm_of_bin(before), "after": measures.norm_of_bin(after), "ids": count}
                 for (before, after), count in sorted(totals.norms.items())
             ],
-            "groups": [
+            "by_group": [
                 {
                     "group_name": name,
                     "ids": group.count,

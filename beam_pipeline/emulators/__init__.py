@@ -217,7 +217,7 @@ class Warehouse:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves a warehouse folder until it is interrupted; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m beam_pipeline.emulators",
+        prog=command.program("emulators"),
         description="Serves a folder that --warehouse has filled, so that bq, a notebook or a client can query it.",
         allow_abbrev=False,
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
-from beam_pipeline import STARTED, metrics
+from beam_pipeline import metrics
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.launch.preflight import Findings
@@ -22,19 +22,25 @@ from beam_pipeline.training import Run
 _EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
 
 
+def set_up_logging() -> None:
+    """Sets up the root logger; for a command line alone, never for a program that imports the package."""
+    logging.basicConfig()
+    # At a terminal Beam's INFO lines would bury everything else.
+    logging.getLogger().setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
+    for chatty in ("google.auth", "urllib3", "alembic", "mlflow"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
 class Terminal:
     """Prints to stdout; Beam's own lines go to stderr, where a supervising process finds them.
 
-    With `as_json` stdout is the report's alone, and all else goes to stderr.
+    With `as_json` stdout is the report's alone, and all else goes to stderr. `started` is when the command line began,
+    on the monotonic clock; now, if it is not given.
     """
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, started: float | None = None) -> None:
         self._as_json = as_json
-        logging.basicConfig()
-        # At a terminal Beam's INFO lines would bury everything else.
-        logging.getLogger().setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
-        for chatty in ("google.auth", "urllib3", "alembic", "mlflow"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        self._started = time.monotonic() if started is None else started
 
     def report(self, publication: Publication, findings: Findings) -> None:
         """Prints what is going to be historized, and what was checked before; as JSON with the SQL."""
@@ -120,14 +126,14 @@ class Terminal:
         self._print(f"done        nothing to do: {count:,} runs are published already", flush=True)
 
     def summary(self, publication: Publication, rows: Mapping[str, int]) -> None:
-        """Prints what was published: rows per tower, partitions, seconds since the process began."""
+        """Prints what was published: rows per tower, partitions, seconds since the command line began."""
         days = sorted({training.run.train_date for training in publication.trainings})
         where = f"partition {days[0]}" if len(days) == 1 else f"{len(days):,} partitions {days[0]} to {days[-1]}"
         for tower, count in rows.items():
             self._print(f"published   {publication.destination.table(tower)}, {where}: {count:,} rows")
         first = metrics.first_in_this_process("read-bytes")
-        read = f", the first vectors read after {first - STARTED:.1f} s" if first else ""
-        self._print(f"done        in {time.monotonic() - STARTED:.1f} s{read}", flush=True)
+        read = f", the first vectors read after {first - self._started:.1f} s" if first else ""
+        self._print(f"done        in {time.monotonic() - self._started:.1f} s{read}", flush=True)
 
     @contextmanager
     def _progress(self, count: Callable[[], int], line: Callable[[int, float], str]) -> Iterator[None]:

@@ -18,15 +18,14 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, StandardOptions
 from google.cloud import bigquery
 
-from beam_pipeline import __version__, command, emulators, errors, metrics, tag
+from beam_pipeline import __version__, command, credentials, emulators, errors, metrics, tag
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication
-from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError, RunNotFoundError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.launch import inspection, preflight, selection
-from beam_pipeline.launch.console import Terminal
+from beam_pipeline.launch.console import Terminal, set_up_logging
 from beam_pipeline.launch.options import Config
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
@@ -35,6 +34,7 @@ from beam_pipeline.training import Run
 
 def launch(config: Config) -> int:
     """Runs the command line; returns the exit code: 0, or 1 with one line on stderr."""
+    set_up_logging()
     return command.exit_code(lambda: run(config), interrupted=f"interrupted; {_WHOLE}")
 
 
@@ -47,28 +47,39 @@ def run(config: Config) -> None:
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
-    terminal = Terminal(as_json=config.plan == "json")
+    terminal = Terminal(as_json=config.plan == "json", started=config.started)
+    options = _beam_options(config)
+    credentials.follow(options)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     found = selection.wanted_runs(config, terminal)
     if config.inspect:
         _inspect(config, found[-1], terminal)
         return
     with ExitStack() as stack:
-        options = _beam_options(config)
         cloud = options.view_as(GoogleCloudOptions)
         if config.warehouse:
             warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
             cloud.temp_location = warehouse.temp_location
-            cloud.project = config.project or warehouse.project
         emulators.connect_if_emulated()
-        cloud.project = _project(config, cloud)
+        # --project stays as it was given: a Flex Template's launcher may not change it.
+        cloud.project, project = preflight.find_projects(cloud.project, config.dataset_project)
         if not (cloud.temp_location or "").startswith("gs://"):
             raise ConfigError("load files need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        destination = _find_destination(config, cloud.project)
+        destination = preflight.find_destination(
+            project,
+            config.dataset,
+            config.table_prefix,
+            billing_project=config.project,
+            suffix=config.table_suffix,
+            staging_dataset=config.staging_dataset,
+            make_dataset=bool(config.warehouse),
+        )
         client = publication.make_client(destination)
         runs = selection.unpublished(config, found, client, destination, terminal)
         if not runs:
             terminal.nothing_to_do(len(found))
+            if not config.plan:
+                submit_nothing(options)
             return
         token = uuid.uuid4().hex[:12]
         name = cloud.job_name or _job_name(config, runs)
@@ -147,24 +158,24 @@ def _labels(config: Config, runs: Sequence[Run]) -> list[str]:
     return [f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in labels.items()]
 
 
-def _find_destination(config: Config, project: str) -> Destination:
-    staging = config.staging_dataset
-    return preflight.find_destination(
-        project,
-        config.dataset,
-        config.table_prefix,
-        suffix=config.table_suffix,
-        staging_dataset=staging and (staging if "." in staging else f"{project}.{staging}"),
-        make_dataset=bool(config.warehouse),
-    )
-
-
 def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
         folder, _ = selection.model_folder(config, run, copies_to, stack, terminal)
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
         terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, config.towers))
+
+
+def submit_nothing(options: PipelineOptions) -> None:
+    """Submits an empty job where a template's launcher has to write one, and nothing elsewhere.
+
+    A Flex Template whose launcher writes no job is reported as FAILED, although this launch found all work done.
+    """
+    if not options.view_as(GoogleCloudOptions).template_location:
+        return
+    pipeline = beam.Pipeline(options=options)
+    _ = pipeline | "Nothing to do" >> beam.Create([])
+    pipeline.run()
 
 
 def _submit(pipeline: beam.Pipeline, name: str) -> Any:
@@ -264,18 +275,6 @@ def _beam_options(config: Config) -> PipelineOptions:
         if not os.path.isfile(setup.setup_file):
             raise ConfigError(f"--setup_file={setup.setup_file}: there is no such file; leave it out with an image")
     return options
-
-
-def _project(config: Config, cloud: GoogleCloudOptions) -> str:
-    project = config.project or cloud.project
-    if not project and emulators.emulated():
-        project = emulators.PROJECT
-    if not project:
-        raise ConfigError(
-            "where to? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
-            "--temp_location=gs://BUCKET/FOLDER for BigQuery"
-        )
-    return project
 
 
 _STEP = re.compile(r"(?: \[while running '[^']*'\])+$", re.MULTILINE)

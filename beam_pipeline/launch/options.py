@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shutil
+import textwrap
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import NoReturn
 
-from beam_pipeline import __version__
+from beam_pipeline import __version__, command
 
 DEFAULT_TOWERS = {"user": "user_layer", "item": "item_layer"}
+
+ENVS = ("dev", "stg", "prod")
 
 IF_TAKEN = ("fail", "replace", "keep")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{1,62}"
+_PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{0,61}[a-z0-9]"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
@@ -30,7 +35,9 @@ _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 class Config:
     """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
 
-    `discover` says that no tower was named: `towers` are the default ones, and a model may show others.
+    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET. `discover` says that no tower was
+    named: `towers` are the default ones, and a model may show others. `started` is when the command line began, on the
+    monotonic clock.
     """
 
     run_id: str | None = None
@@ -48,6 +55,7 @@ class Config:
     env: str = "dev"
     project: str | None = None
     dataset: str = "raw_dev"
+    dataset_project: str | None = None
     table_prefix: str = "two_tower"
     table_suffix: str = ""
     if_partition_taken: str = "fail"
@@ -66,6 +74,7 @@ class Config:
     shared_files: bool = False
     runner: str = "DirectRunner"
     beam_args: tuple[str, ...] = ()
+    started: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def local(self) -> bool:
@@ -83,37 +92,62 @@ class Config:
         return self.local or self.shared_files
 
 
-_EPILOG = """\
-All options of Apache Beam work too, among them --runner, --project, --region, --temp_location, --job_name and
---setup_file. DirectRunner, the default, always means Beam's in-process FnApiRunner. DataflowRunner, PrismRunner,
-FlinkRunner and PortableRunner run the job elsewhere.
+_USAGE = "%(prog)s (--run_id ID | --experiment_name NAME | --model_uri URI) [option ...]"
 
+_EPILOG = """\
 examples:
   on a laptop, with no cloud at all:
-    python -m beam_pipeline --experiment_name=two_tower --warehouse=./warehouse
-    python -m beam_pipeline.emulators ./warehouse        # then query it
+    beam-pipeline --experiment_name=two_tower --warehouse=./warehouse
+    beam-pipeline emulators ./warehouse        # then query it
   on Dataflow:
-    python -m beam_pipeline --run_id=4e6f… --env=prod --if_partition_taken=replace \\
+    beam-pipeline --run_id=4e6f… --env=prod --if_partition_taken=replace \\
       --runner=DataflowRunner --project=my-project --region=europe-west1 \\
       --temp_location=gs://my-bucket/tmp --setup_file=./setup.py
+
+other commands, each with a --help of its own:
+  beam-pipeline compare      what changed between two trainings
+  beam-pipeline report       a page about the comparisons in the result tables
+  beam-pipeline tag          tag an MLflow run with what was published of it
+  beam-pipeline emulators    serve the folder of --warehouse, to query it
+
+Without the script: python -m beam_pipeline, python -m beam_pipeline.compare, and so on.
 """
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints one line, not the whole usage: it is read in a log at night. Exits 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def base_parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Returns a parser whose errors are one line, and which takes no abbreviated flags."""
+def base_parser(
+    name: str, description: str, epilog: str | None = None, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """Returns a parser whose errors are one line, and which takes no abbreviated flags.
+
+    Args:
+        name: of the subcommand; empty for the main command.
+        description: one paragraph, wrapped to the width of the terminal.
+        epilog: printed after the flags, as it is.
+        usage: instead of a list of all flags; `%(prog)s` is the program.
+    """
     return _Parser(
-        prog=prog,
-        description=description,
+        prog=command.program(name),
+        usage=usage and _wrapped(usage % {"prog": command.program(name)}, " " * len("usage: ")),
+        description=_wrapped(description),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Wraps text to the width of the terminal, as argparse does with the help of flags.
+
+    It would do so with a description too, but then it would also join the lines of the examples.
+    """
+    width = max(shutil.get_terminal_size().columns - 2, 40) - len(indent)
+    return textwrap.fill(text, width, subsequent_indent=indent)
 
 
 def add_tracking(group: argparse._ActionsContainer) -> None:
@@ -129,7 +163,8 @@ def add_tracking(group: argparse._ActionsContainer) -> None:
 
 def add_destination(group: argparse._ActionsContainer) -> None:
     """Adds the flags that say where the tables are."""
-    group.add_argument("--env", default="dev", choices=("dev", "stg", "prod"), help="dataset raw_ENV (default: dev)")
+    # No default of its own: only an --env that was given contradicts --dataset.
+    group.add_argument("--env", choices=ENVS, help=f"dataset raw_ENV (default: {ENVS[0]})")
     group.add_argument("--dataset", help="DATASET or PROJECT.DATASET instead of raw_ENV; its location is used")
     group.add_argument(
         "--table_prefix", default="two_tower", help="tables are PREFIX_TOWER_embeddingSUFFIX (default: %(default)s)"
@@ -144,19 +179,21 @@ def add_destination(group: argparse._ActionsContainer) -> None:
 
 
 def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
-    """Returns project and dataset that the flags name; exits 2 if they are malformed."""
+    """Returns the dataset's project, None if --dataset names none, and the dataset; exits 2 if they are malformed."""
     if found.project and not re.fullmatch(_PROJECT, found.project):
         ours.error(f"--project={found.project!r} is no project id")
     if not _NAME.fullmatch(found.table_prefix):
         ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
     if not _SUFFIX.fullmatch(found.table_suffix):
         ours.error(f"--table_suffix={found.table_suffix!r}: only letters, digits and _")
+    if found.dataset and found.env:
+        ours.error(f"--env={found.env} is dataset raw_{found.env} and --dataset={found.dataset} another; leave out one")
     if not found.dataset:
-        return found.project, f"raw_{found.env}"
+        return None, f"raw_{found.env or ENVS[0]}"
     match = _DATASET.fullmatch(found.dataset)
     if not match:
         ours.error(f"--dataset={found.dataset!r}: DATASET or PROJECT.DATASET, of letters, digits and _")
-    return match[1] or found.project, match[2]
+    return match[1], match[2]
 
 
 def check_places(ours: argparse.ArgumentParser, found: argparse.Namespace) -> None:
@@ -175,20 +212,27 @@ def is_tower(name: str) -> bool:
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of our own flags."""
     result = base_parser(
-        "python -m beam_pipeline",
+        "",
         "Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
         "both at once and never twice, as one partition of two BigQuery tables. A vector is the one that the model "
         "serves for the id; where a tower goes on after its embedding (Dense, concatenation, ...), nothing is "
         "published unless --embedding_rows asks for the embedding's rows.",
         _EPILOG,
+        _USAGE,
     )
     result.add_argument("--version", action="version", version=__version__)
-    model = result.add_argument_group("which model (one of the three)")
-    model.add_argument("--run_id", help="MLflow run")
-    model.add_argument("--experiment_name", help="MLflow experiment: its latest FINISHED run that has the model")
-    model.add_argument("--run_name", help="with --experiment_name: the latest FINISHED run of that name")
+    model = result.add_argument_group("model", "one of --run_id, --experiment_name and --model_uri")
+    model.add_argument("--run_id", metavar="ID", help="MLflow run")
     model.add_argument(
-        "--model_uri", help="MLflow model: runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID"
+        "--experiment_name", metavar="NAME", help="MLflow experiment: its latest FINISHED run that has the model"
+    )
+    model.add_argument(
+        "--run_name", metavar="NAME", help="with --experiment_name: the latest FINISHED run of that name"
+    )
+    model.add_argument(
+        "--model_uri",
+        metavar="URI",
+        help="MLflow model: runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID",
     )
     model.add_argument(
         "--all_runs",
@@ -204,7 +248,8 @@ def parser() -> argparse.ArgumentParser:
         help="the model's folder inside the run's artifacts, or the name it was logged by (default: model, or the "
         "run's only model)",
     )
-    model.add_argument(
+    towers = result.add_argument_group("towers")
+    towers.add_argument(
         "--tower",
         action="append",
         metavar="NAME=LAYER",
@@ -212,23 +257,26 @@ def parser() -> argparse.ArgumentParser:
         "that a lookup feeds; repeat for each, or separate them by commas "
         f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
-    model.add_argument(
+    towers.add_argument(
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
     )
-    model.add_argument(
+    towers.add_argument(
         "--embedding_rows",
         action="store_true",
         help="publish the rows of an embedding even where the tower goes on after it, so that they are not the vectors "
         "that the model serves; the log's column vector_source says so",
     )
-    target = result.add_argument_group("where to")
+    target = result.add_argument_group("destination")
     add_destination(target)
     target.add_argument(
-        "--if_partition_taken",
-        default="fail",
-        choices=IF_TAKEN,
-        help="the run's date already holds rows of another run: fail before anything is written, replace them, or "
-        "keep both (default: fail)",
+        "--project", help="Google Cloud project of the job, and of the dataset unless --dataset names another"
+    )
+    target.add_argument("--staging_dataset", help="DATASET or PROJECT.DATASET for staging tables, in the same location")
+    target.add_argument(
+        "--warehouse",
+        metavar="DIR",
+        help="instead of Google Cloud: BigQuery and Cloud Storage emulators that run with the job and keep their data "
+        "in DIR",
     )
     target.add_argument(
         "--partition_expiration_days",
@@ -236,25 +284,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="DAYS",
         help="set when a table is made (default: kept forever, whatever the dataset's default)",
     )
-    target.add_argument(
-        "--allow_dimension_change",
-        action="store_true",
-        help="publish vectors of another length than the table's latest partition (VECTOR_SEARCH needs one length)",
-    )
-    target.add_argument(
-        "--writer",
-        default="columnar",
-        choices=("columnar", "rows"),
-        help="columnar: batches straight to Avro blocks; rows: Beam's stock WriteToBigQuery, ten times slower, same "
-        "tables (default: columnar)",
-    )
-    target.add_argument(
-        "--warehouse",
-        metavar="DIR",
-        help="instead of Google Cloud: BigQuery and Cloud Storage emulators that run with the job and keep their data "
-        "in DIR",
-    )
-    target.add_argument("--staging_dataset", help="DATASET or PROJECT.DATASET for staging tables, in the same location")
     target.add_argument(
         "--require_partition_filter",
         action="store_true",
@@ -267,32 +296,64 @@ def parser() -> argparse.ArgumentParser:
         "dataset's location, and of the Dataflow job, unless --dataflow_kms_key names one in its region, as it has to "
         "where the dataset is in a multi-region; files in the bucket have the bucket's own default key",
     )
-    target.add_argument(
-        "--tag_run",
-        action="store_true",
-        help="tag the MLflow run with table, partition and rows, where this process waits for the job; elsewhere "
-        "python -m beam_pipeline.tag does it afterwards",
+    safety = result.add_argument_group("safety")
+    safety.add_argument(
+        "--if_partition_taken",
+        default="fail",
+        choices=IF_TAKEN,
+        help="the run's date already holds rows of another run: fail before anything is written, replace them, or "
+        "keep both (default: fail)",
     )
-    result.add_argument(
-        "--inspect",
+    safety.add_argument(
+        "--allow_dimension_change",
         action="store_true",
-        help="print the towers of the model, with examples of their ids, and stop; needs no destination",
+        help="publish vectors of another length than the table's latest partition (VECTOR_SEARCH needs one length)",
     )
-    result.add_argument(
+    modes = result.add_argument_group("modes")
+    modes.add_argument(
         "--plan",
         nargs="?",
         const="text",
         choices=("text", "json"),
         help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job would go",
     )
-    result.add_argument(
+    modes.add_argument(
+        "--inspect",
+        action="store_true",
+        help="print the towers of the model, with examples of their ids, and stop; needs no destination",
+    )
+    modes.add_argument(
+        "--tag_run",
+        action="store_true",
+        help="tag the MLflow run with table, partition and rows, where this process waits for the job; elsewhere "
+        "python -m beam_pipeline.tag does it afterwards",
+    )
+    modes.add_argument(
+        "--writer",
+        default="columnar",
+        choices=("columnar", "rows"),
+        help="columnar: batches straight to Avro blocks; rows: Beam's stock WriteToBigQuery, ten times slower, same "
+        "tables (default: columnar)",
+    )
+    beam = result.add_argument_group(
+        "Beam",
+        _wrapped(
+            "All options of Apache Beam work too, among them --region, --temp_location, --job_name and --setup_file.",
+            "  ",
+        ),
+    )
+    beam.add_argument(
+        "--runner",
+        default="DirectRunner",
+        help="DirectRunner, the default, runs the job in this process, always with Beam's in-process FnApiRunner; "
+        "DataflowRunner, PrismRunner, FlinkRunner and PortableRunner run it elsewhere",
+    )
+    beam.add_argument(
         "--shared_files",
         action="store_true",
         help="with PrismRunner, FlinkRunner or PortableRunner: the workers run on this machine, or mount its folders, "
         "so that they can read a model in a local folder",
     )
-    result.add_argument("--runner", default="DirectRunner", help=argparse.SUPPRESS)
-    result.add_argument("--project", help=argparse.SUPPRESS)
     return result
 
 
@@ -322,7 +383,7 @@ def parse(argv: Sequence[str]) -> Config:
     towers = _towers(ours, found.tower)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
-    project, dataset_name = dataset(ours, found)
+    dataset_project, dataset_name = dataset(ours, found)
     check_places(ours, found)
     config = Config(
         run_id=found.run_id,
@@ -337,9 +398,10 @@ def parse(argv: Sequence[str]) -> Config:
         artifact_path=found.artifact_path and found.artifact_path.strip("/"),
         towers=towers,
         discover=not found.tower,
-        env=found.env,
-        project=project,
+        env=found.env or ENVS[0],
+        project=found.project,
         dataset=dataset_name,
+        dataset_project=dataset_project,
         table_prefix=found.table_prefix,
         table_suffix=found.table_suffix,
         if_partition_taken=found.if_partition_taken,
@@ -365,6 +427,13 @@ def parse(argv: Sequence[str]) -> Config:
         ours.error(f"--shared_files is for {', '.join(_PORTABLE_RUNNERS)}; leave it out with {config.runner}")
     if config.warehouse and config.env != "dev":
         ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
+    if config.plan and config.inspect:
+        ours.error("--inspect stops before anything that --plan shows; leave out one")
+    if config.tag_run and not config.waits:
+        ours.error(
+            f"--tag_run needs a published job, and this process does not wait for {config.runner}; leave it out and "
+            f"run {command.program('tag')} afterwards"
+        )
     return config
 
 
@@ -414,4 +483,4 @@ def refuse_unknown(ours: argparse.ArgumentParser, rest: list[str]) -> None:
     if unknown:
         flags = [flag for action in [*ours._actions, *beam._actions] for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        ours.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        ours.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
+from urllib.parse import quote
 
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
@@ -18,6 +19,7 @@ from beam_pipeline import emulators
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication, require_compatible
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
     ConfigError,
     DatasetMissingError,
@@ -81,11 +83,31 @@ class Findings:
         return next((line.error for line in self.lines if line.error), None)
 
 
+def find_projects(billing: str | None, of_dataset: str | None) -> tuple[str, str]:
+    """Returns the project in which jobs run and are billed, and that of the tables.
+
+    Args:
+        billing: from --project.
+        of_dataset: from --dataset=PROJECT.DATASET.
+
+    Raises:
+        ConfigError: neither is there, and no emulator.
+    """
+    jobs = billing or of_dataset or (emulators.PROJECT if emulators.emulated() else None)
+    if not jobs:
+        raise ConfigError(
+            "which project? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
+            "--temp_location=gs://BUCKET/FOLDER for BigQuery"
+        )
+    return jobs, of_dataset or jobs
+
+
 def find_destination(
     project: str,
     dataset: str,
     prefix: str,
     *,
+    billing_project: str | None = None,
     suffix: str = "",
     staging_dataset: str | None = None,
     make_dataset: bool = False,
@@ -93,38 +115,42 @@ def find_destination(
     """Returns the destination in the dataset's own location.
 
     Args:
-        project: BigQuery project.
-        dataset: its dataset.
+        project: of the dataset.
+        dataset: the dataset.
         prefix: first part of the tables' names.
+        billing_project: where jobs run and are billed; None: in the dataset's project.
         suffix: last part of the tables' names.
-        staging_dataset: `project.dataset` for staging tables, if it is another.
+        staging_dataset: `[project.]dataset` for staging tables, if it is another.
         make_dataset: make them if missing; for the embedded warehouse alone.
 
     Raises:
         DatasetMissingError: there is no such dataset.
         ConfigError: BigQuery cannot be asked, or the two datasets are in different places.
     """
-    location = _location(project, f"{project}.{dataset}", make_dataset)
+    billed = billing_project or project
+    location = _location(billed, f"{project}.{dataset}", make_dataset)
     if staging_dataset:
-        other = _location(project, staging_dataset, make_dataset)
+        if "." not in staging_dataset:
+            staging_dataset = f"{project}.{staging_dataset}"
+        other = _location(billed, staging_dataset, make_dataset)
         if other != location:
             raise ConfigError(
                 f"--staging_dataset {staging_dataset} is in {other} and {project}.{dataset} in {location}; one query "
                 "reads both, so they have to be in one location"
             )
-    return Destination(project, dataset, location, prefix, staging_dataset, suffix)
+    return Destination(project, dataset, location, prefix, staging_dataset, suffix, billing_project)
 
 
 def _location(project: str, dataset: str, make: bool) -> str:
     try:
-        client = bigquery.Client(project=project)
+        client = bigquery.Client(project=project, credentials=credentials())
         if make:
             client.create_dataset(dataset, exists_ok=True)
         return client.get_dataset(dataset).location or "US"
     except NotFound as error:
         raise DatasetMissingError(
             f"dataset {dataset} does not exist; make it where the bucket is: "
-            f"bq --location=EU mk --dataset {dataset.replace('.', ':')}"
+            f"bq --location=EU mk --dataset {':'.join(dataset.rsplit('.', 1))}"
         ) from error
     except (GoogleAPICallError, GoogleAuthError) as error:
         raise ConfigError(f"BigQuery does not answer for dataset {dataset}: {_first_line(error)}") from error
@@ -160,6 +186,7 @@ def examine(
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
+    examine_projects(findings, destination)
     for run in (training.run for training in publication.trainings if training.run.status != "FINISHED"):
         findings.note("run", _unfinished(run))
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
@@ -177,6 +204,19 @@ def examine(
     _examine_permissions(findings, client, publication, distributed, dataflow)
     _estimate(findings, publication)
     return findings
+
+
+def examine_projects(findings: Findings, destination: Destination) -> None:
+    """Adds where jobs run and are billed, if --project does not say so or the tables are elsewhere."""
+    if destination.job_project != destination.project:
+        findings.ok(
+            "project", f"jobs run and are billed in {destination.job_project}, the tables are in {destination.project}"
+        )
+    elif not destination.billing_project and not emulators.emulated():
+        findings.note(
+            "project",
+            f"jobs run and are billed in {destination.project}, the dataset's project; --project names another",
+        )
 
 
 def _unfinished(run: Run) -> str:
@@ -340,7 +380,8 @@ def examine_bucket(findings: Findings, name: str, destination: Destination, kms_
     """Adds whether load jobs of the destination's dataset can read a bucket."""
     location = destination.location
     try:
-        bucket = storage.Client(project=destination.project).get_bucket(name, timeout=10)
+        client = storage.Client(project=destination.job_project, credentials=credentials())
+        bucket = client.get_bucket(name, timeout=10)
     except NotFound:
         findings.stop(
             "bucket",
@@ -472,7 +513,7 @@ def _examine_permissions(
         findings.note("permissions", "not asked: emulators have none")
         return
     wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if dataflow else [])]
-    project = publication.destination.project
+    project = publication.destination.job_project
     name = publication.bucket
     missing: list[str] = []
     asked: list[str] = []
@@ -481,7 +522,7 @@ def _examine_permissions(
         (
             f"bucket {name}",
             _BUCKET_PERMISSIONS,
-            lambda: storage.Client(project=project).bucket(name).test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10),
+            lambda: _bucket_permissions(project, name),
         ),
         *(
             (
@@ -514,21 +555,26 @@ def _examine_permissions(
     elif distributed:  # The launcher may lawfully hold less than the workers, which do the writing.
         findings.note("permissions", f"{whom}, lacks {', '.join(missing)}")
     else:
-        findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see README, Permissions"))
+        findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see docs/permissions.md"))
 
 
 _BUCKET_PERMISSIONS = [f"storage.objects.{what}" for what in ("create", "delete", "get", "list")]
 _TABLE_PERMISSIONS = [f"bigquery.tables.{what}" for what in ("get", "getData", "updateData")]
 
 
+def _bucket_permissions(project: str, name: str) -> list[str]:
+    """Returns those of the permissions that this account has on the bucket."""
+    bucket = storage.Client(project=project, credentials=credentials()).bucket(name)
+    return list(bucket.test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10))
+
+
 def _project_permissions(project: str, permissions: list[str]) -> list[str]:
     """Returns those of the permissions that this account has on the project."""
-    import google.auth
     from google.auth.transport.requests import AuthorizedSession
 
-    credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-    answer = AuthorizedSession(credentials).post(
-        f"{_RESOURCE_MANAGER}/v1/projects/{project}:testIamPermissions",
+    answer = AuthorizedSession(credentials()).post(
+        # Quoted, since an id like example.com:project has a colon as well.
+        f"{_RESOURCE_MANAGER}/v1/projects/{quote(project, safe='')}:testIamPermissions",
         json={"permissions": permissions},
         timeout=10,
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+from beam_pipeline import emulators
+from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
@@ -50,6 +52,13 @@ def repository(root: str, tracking_uri: str) -> ArtifactRepository:
         )
     folder = local_folder(root)
     with reading(root):
+        if urlparse(root).scheme == "gs" and not emulators.emulated():
+            from google.cloud import storage
+            from mlflow.store.artifact.gcs_artifact_repo import GCSArtifactRepository
+
+            # MLflow's own would not know --impersonate_service_account.
+            client = storage.Client(project=None, credentials=credentials())
+            return GCSArtifactRepository(root, client, tracking_uri=tracking_uri)
         return get_artifact_repository(root if folder is None else Path(folder).as_uri(), tracking_uri=tracking_uri)
 
 

@@ -15,9 +15,8 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.setdefault("BEAM_PIPELINE_PYTHON", str(ROOT / ".venv/bin/python"))
-sys.path.append(str(ROOT / "tests"))
 
 # Airflow reads these when it is first imported.
 _home = tempfile.TemporaryDirectory()

@@ -4,29 +4,26 @@ Prints one line of JSON when all is there, and serves until its stdin is closed.
 """
 
 import json
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from conftest import Model, Store
 from mlflow.tracking import MlflowClient
+from models import made_by
+from store import Store
 
 from beam_pipeline import emulators
 
 
 def main(folder):
     announce, sys.stdout = sys.stdout, sys.stderr
-    models = folder / "models"
-    models.mkdir()
-    subprocess.run([sys.executable, Path(__file__).parent.parent / "make_models.py", models], check=True)
     with emulators.Warehouse(str(folder / "warehouse")) as warehouse:
         emulators.connect()
         (folder / "mlflow").mkdir()
         store = Store(folder / "mlflow", warehouse)
-        model = Model(models / "plain")
+        model = made_by("make_models.py")("plain")
         start = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
         local = store.log(model, "weekly", start)
         # Workers of Dataflow read artifacts from a bucket only.

@@ -1,13 +1,14 @@
 """What the operator makes of its options, as this package reads it: a real operator, a real parser, no job."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 from airflow.providers.apache.beam.operators.beam import BeamRunPythonPipelineOperator
 from airflow.version import version
-from conftest import PYTHON
 
+PYTHON = os.environ["BEAM_PIPELINE_PYTHON"]
 VERSION = f"v{version.replace('.', '-')}"
 
 # Takes the place of the module in the operator's command line.

@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import os
 import subprocess
 
 import pytest
 from airflow.providers.google.cloud.hooks.dataflow import AsyncDataflowHook
-from conftest import PYTHON
 from fake_dataflow import STATES, FakeDataflow
 from google.auth.credentials import AnonymousCredentials
 from google.cloud.dataflow_v1beta3 import JobsV1Beta3Client
+
+PYTHON = os.environ["BEAM_PIPELINE_PYTHON"]
 
 
 def states(run):

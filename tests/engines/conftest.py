@@ -1,12 +1,10 @@
 """Engines that run the job in other processes: `make test-engines` builds them into .engines/."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +94,7 @@ def retrying(pool, tmp_path_factory):
     """A job service of two SDK workers that repeats what failed, see retrying.py."""
     port = free_port()
     folder = tmp_path_factory.mktemp("retrying")
-    command = [sys.executable, str(Path(__file__).with_name("retrying.py")), f"--port={port}"]
+    command = [sys.executable, str(ROOT / "tests/support/retrying.py"), f"--port={port}"]
     with running(command, folder / "log", port, cwd=folder):
         yield ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", "--direct_num_workers=2", *pool]
 
@@ -144,44 +142,3 @@ def run(job, tmp_path):
         return done
 
     return run
-
-
-def error_of(done):
-    """Returns the one line that a failed job ends with."""
-    assert done.returncode == 1, done.stderr[-3000:]
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return line
-
-
-class Reader:
-    """Asks for both towers in one query, again and again, and keeps every answer.
-
-    Attributes:
-        seen: {(users, items) of the run}, as numbers of rows.
-    """
-
-    def __init__(self, job, run_id):
-        self._job, self._run_id = job, run_id
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._read)
-        self.seen = set()
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info):
-        self._over.set()
-        self._thread.join()
-
-    def _read(self):
-        counts = ", ".join(
-            f"(SELECT COUNT(*) FROM {{{tower}}} WHERE mlflow_run_id = '{self._run_id}')" for tower in ("user", "item")
-        )
-        while not self._over.is_set():
-            try:
-                self.seen.update(self._job.query(f"SELECT {counts}"))
-            except Exception as error:
-                if not re.search("not found|does not exist", str(error), re.IGNORECASE):
-                    raise
-            time.sleep(0.05)

@@ -7,8 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import Reader, error_of
-from job import DESTINATION_TABLES, MARCH_1
+from job import DESTINATION_TABLES, MARCH_1, Reader, error_of
 
 # Where a worker is killed: as it sends a request, or when that was carried out and before it is told so.
 MOMENTS = [

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import pytest
 from google.api_core.exceptions import Conflict
@@ -265,3 +265,39 @@ def test_vector_search(staged, client, destination):
         f"'2026-03-02'), 'item_embedding', (SELECT [1.0, 1.0] AS item_embedding), top_k => 1, distance_type => 'COSINE')"
     )
     assert [row.values() for row in client.query_and_wait(sql)] == [("id1",)]
+
+
+def test_a_comparison(warehouse, client, store, models, tmp_path):
+    """That BigQuery takes the join, its expiration and clustering, Storage Read sessions, loads of Parquet and JSON."""
+    prefix = f"{warehouse.prefix}_compare"
+    of_us = [
+        f"--dataset={warehouse.project}.{warehouse.dataset}",
+        f"--table_prefix={prefix}",
+        f"--temp_location={warehouse.temp_location}",
+        f"--project={warehouse.project}",
+    ]
+    key = os.environ.get("BEAM_PIPELINE_GCP_KMS_KEY")
+    of_us += ["--require_partition_filter", *([f"--kms_key={key}"] if key else [])]
+    for day, name in ((DAY, "plain"), (DAY + timedelta(days=7), "retrained")):
+        run = store.log(models(name), f"{name} compared", day)
+        subprocess.run(command(warehouse, store, run, *of_us), check=True)
+    labels = "--labels=item=SELECT '1' AS id, 'one' AS label, 'ones' AS group_name"
+    compare = [
+        sys.executable,
+        "-m",
+        "beam_pipeline.compare",
+        *of_us,
+        "--ids=both",
+        labels,
+        f"--report={tmp_path}/page.html",
+    ]
+    for _ in range(2):
+        subprocess.run(compare, check=True)
+    table = f"`{warehouse.project}.{warehouse.dataset}.{prefix}_embedding_comparison`"
+    ((rows, towers),) = client.query_and_wait(
+        f"SELECT COUNT(*), COUNT(DISTINCT tower) FROM {table} WHERE train_date = '2026-03-08'"
+    )
+    assert (rows, towers) == (2, 2)
+    assert (tmp_path / "page.html").exists()
+    left = [t.table_id for t in client.list_tables(warehouse.dataset) if "_staging_" in t.table_id]
+    assert not [name for name in left if name.startswith(prefix)]

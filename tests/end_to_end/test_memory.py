@@ -1,0 +1,86 @@
+"""What a worker holds does not grow with the vocabulary; nor does what the launcher reads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wire_format import blown_up
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+
+# Reads a matrix of 400 MB with a million ids and writes it to files, as a worker's thread does.
+WORKER = """
+import os, re, sys
+from datetime import date
+import apache_beam as beam
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from beam_pipeline.bigquery import avro, tables
+from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
+from beam_pipeline.training import Run
+from beam_pipeline.reading.transforms import ReadTower
+
+folder, rows = sys.argv[1], int(sys.argv[2])
+with open(f"{folder}/ids", "w") as file:
+    file.writelines(f"user-{i:08}\\n" for i in range(rows))
+with open(f"{folder}/weights", "wb") as file:
+    file.truncate(rows * 100 * 4)
+tower = Tower(
+    "user",
+    "user_layer",
+    Matrix(f"{folder}/weights", 0, rows, 100, "float32", Checksum("crc32c", 0, Span(0, rows * 400))),
+    Vocabulary(f"{folder}/ids", Span(0, os.path.getsize(f"{folder}/ids")), Encoding.LINES, 0),
+)
+constants = {"r": [*tables.run_values(Run("r", "n", "1", "e", date(2026, 3, 1), "gs://b/a")).values()]}
+with beam.Pipeline(runner=FnApiRunner()) as pipeline:
+    batches = (pipeline | ReadTower({"r": tower}))["batches"]
+    keyed = batches | beam.Map(lambda batch: ("p:d.t", batch))
+    write = avro._WriteFilesFn({"fields": tables.schema("user")}, constants, 1 << 30)
+    _ = keyed | beam.ParDo(write, f"{folder}/out")
+written = sum(os.path.getsize(os.path.join(f, name)) for f, _, names in os.walk(f"{folder}/out") for name in names)
+assert written > rows * 800, written
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
+"""
+
+
+def peak(tmp_path, rows):
+    folder = tmp_path / str(rows)
+    folder.mkdir()
+    command = [sys.executable, "-c", WORKER, str(folder), str(rows)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_worker_holds_a_few_pieces(tmp_path):
+    """The bound in docs/scale.md: 100 MB per thread above the imports, whatever the rows."""
+    small, large = peak(tmp_path, 1_000), peak(tmp_path, 1_000_000)
+    assert large - small < 100
+
+
+def test_workers_import_neither_mlflow_nor_tensorflow():
+    code = "import sys, beam_pipeline.pipeline; print({'mlflow', 'tensorflow', 'keras', 'bqemulator'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# Finds a tower among ten million ids that lie inside the graph.
+LAUNCHER = """
+import re, sys
+from beam_pipeline.files import open_file
+from beam_pipeline.formats.saved_model.reader import SavedModel
+tower = SavedModel(sys.argv[1], open_file).tower("user", "user_layer")
+assert tower.vocabulary.count == int(sys.argv[2]), tower.vocabulary
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
+"""
+
+
+def test_the_launcher_scans_ten_million_ids(damaged):
+    """A real SavedModel whose user vocabulary is blown up in place: the same graph, ten million ids, 0.25 GB."""
+    model, count = damaged("plain"), 10_000_000
+
+    path = model.folder / "saved_model.pb"
+    path.write_bytes(blown_up(path.read_bytes(), len(model.ids("user")), count))
+    assert path.stat().st_size > 230_000_000
+    command = [sys.executable, "-c", LAUNCHER, str(model.folder), str(count)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 400

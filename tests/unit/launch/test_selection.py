@@ -1,0 +1,24 @@
+"""Which layers are taken for the towers when none is named."""
+
+import pytest
+
+from beam_pipeline.launch.selection import discover
+
+
+@pytest.mark.parametrize(
+    ("layers", "towers"),
+    [
+        (["item_layer", "user_layer"], {"user": "user_layer", "item": "item_layer"}),
+        (["city", "item_layer", "user_layer"], {"user": "user_layer", "item": "item_layer"}),
+        (["ItemTower", "UserTower"], {"user": "UserTower", "item": "ItemTower"}),
+        (["candidate", "query"], {"user": "query", "item": "candidate"}),
+        (["user_a", "user_b"], None),
+        (["user_item", "item"], None),
+        (["a", "b"], None),
+        (["user", "item", "city"], None),
+        (["user"], None),
+        ([], None),
+    ],
+)
+def test_what_is_taken_for_the_towers(layers, towers):
+    assert discover(layers) == towers

@@ -1,0 +1,117 @@
+"""ReadEmbeddings and PublishEmbeddings in pipelines of other people."""
+
+import dataclasses
+from datetime import date
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.testing.util import assert_that, equal_to
+
+import beam_pipeline as bp
+from beam_pipeline.formats.model import Ending, Tail
+
+LAYERS = {"user": "user_layer", "item": "item_layer"}
+RUN = bp.Run("0123abcd", "weekly", "1", "two tower's é", date(2026, 3, 1), "")
+
+
+def towers_of(model, **changes):
+    with bp.open_model(model.folder) as opened:
+        return opened.towers(LAYERS, **changes)
+
+
+@pytest.mark.parametrize(("name", "fixture"), [("plain", "models"), ("special", "models"), ("static", "tables")])
+def test_read_embeddings_emits_every_id_once(request, name, fixture):
+    model = request.getfixturevalue(fixture)(name)
+    with TestPipeline(runner=FnApiRunner()) as pipeline:
+        for side, tower in towers_of(model).items():
+            read = pipeline | f"Read {side}" >> bp.ReadEmbeddings(tower)
+            pairs = read | f"List {side}" >> beam.MapTuple(lambda key, vector: (key, vector.tolist()))
+            assert_that(pairs, equal_to([*model.rows(side).items()]), label=f"Check {side}")
+
+
+def test_read_embeddings_of_a_damaged_file_fails_the_pipeline(damaged):
+    model = damaged("plain")
+    tower = towers_of(model)["user"]
+    (data,) = model.folder.glob("variables/variables.data-*")
+    content = bytearray(data.read_bytes())
+    content[tower.description.matrix.offset + 100] ^= 1
+    data.write_bytes(content)
+    pipeline = TestPipeline(runner=FnApiRunner())
+    _ = pipeline | bp.ReadEmbeddings(tower)
+    with pytest.raises(Exception, match="do not match the checkpoint's crc32c"):
+        pipeline.run().wait_until_finish()
+
+
+def publish(job, model, run=RUN, **arguments):
+    options = PipelineOptions(runner="FnApiRunner", project=job.client.project)
+    with beam.Pipeline(options=options) as pipeline:
+        published = pipeline | bp.PublishEmbeddings(
+            towers_of(model),
+            run=run,
+            dataset=f"{job.client.project}.{job.dataset}",
+            location="US",
+            temp_location=f"gs://warehouse/tmp/{job.dataset}",
+            **arguments,
+        )
+        _ = published | beam.Map(lambda launch: None)
+
+
+def test_publish_embeddings_publishes_both_towers_once(job, models):
+    publish(job, models("plain"))
+    publish(job, models("plain"))
+    for side in LAYERS:
+        assert job.rows(side) == {("2026-03-01", RUN.run_id): models("plain").rows(side)}
+    other = dataclasses.replace(RUN, run_id="other")
+    with pytest.raises(Exception, match="partition 2026-03-01 was taken by another run"):
+        publish(job, models("special"), other)
+    assert job.published() == {("2026-03-01", RUN.run_id): (3015, 2014)}
+    publish(job, models("special"), other, if_partition_taken="replace")
+    assert job.published() == {("2026-03-01", "other"): (100, 100)}
+    assert not [name for name in job.tables() if "_staging_" in name and "other" in name]
+
+
+def arguments(model, **changes):
+    return {
+        "towers": towers_of(model),
+        "run": RUN,
+        "dataset": "p.d",
+        "location": "EU",
+        "temp_location": "gs://b/tmp",
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"towers": {}}, "towers: one or more, of one model"),
+        ({"dataset": "raw_dev"}, "dataset='raw_dev': PROJECT.DATASET"),
+        ({"temp_location": "/tmp"}, "temp_location='/tmp': load files need a bucket"),
+        ({"if_partition_taken": "maybe"}, "if_partition_taken='maybe': one of fail, replace, keep"),
+        ({"run": dataclasses.replace(RUN, run_id="a'b")}, "run: .* cannot stand in the publish script"),
+    ],
+)
+def test_arguments_that_are_refused_before_anything_runs(models, changes, words):
+    with pytest.raises(bp.errors.ConfigError, match=words):
+        bp.PublishEmbeddings(**arguments(models("plain"), **changes))
+
+
+def test_towers_of_two_models_or_of_no_name_are_refused(models):
+    mixed = {"user": towers_of(models("plain"))["user"], "item": towers_of(models("retrained"))["item"]}
+    with pytest.raises(bp.errors.ConfigError, match="vectors of two trainings cannot be compared"):
+        bp.PublishEmbeddings(**arguments(models("plain"), towers=mixed))
+    named = {"User": towers_of(models("plain"))["user"]}
+    with pytest.raises(bp.errors.ConfigError, match="'User' is not a name"):
+        bp.PublishEmbeddings(**arguments(models("plain"), towers=named))
+
+
+def test_a_tower_that_goes_on_is_refused_unless_its_rows_are_wanted(models):
+    towers = towers_of(models("plain"))
+    tail = Tail(Ending.GOES_ON, (("dense", "MatMul"),))
+    user = dataclasses.replace(towers["user"], description=dataclasses.replace(towers["user"].description, tail=tail))
+    with pytest.raises(bp.errors.VectorNotServedError, match=r"goes on after the embedding of 'user_layer': dense"):
+        bp.PublishEmbeddings(**arguments(models("plain"), towers={**towers, "user": user}))
+    bp.PublishEmbeddings(**arguments(models("plain"), towers={**towers, "user": user}, embedding_rows=True))
