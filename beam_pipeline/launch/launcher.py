@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import apache_beam as beam
@@ -199,10 +201,11 @@ def _run(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: 
         cancel: the job runs outside of this process, and has to be told when this process is interrupted.
     """
     result: Any = None
+    dead: list[str] = []
     try:
         pipeline = beam.Pipeline(options=options)
         build(pipeline, job)
-        with terminal.progress(job.publication):
+        with terminal.progress(job.publication), _noticing_dead_workers(dead):
             result = pipeline.run()
             result.wait_until_finish()
     except BaseException as error:
@@ -213,11 +216,36 @@ def _run(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: 
             publication.discard(client, job.publication, job_name)
         except Exception as left:  # What stopped the job is what has to be told.
             logging.getLogger(__name__).warning("staging tables and load files are left, they expire: %s", left)
+        if dead:
+            raise PipelineError(f"the job failed: {dead[0]}; {_WHOLE}") from error
         if isinstance(error, Exception):
             raise _reason(error) from error
         raise
     rows = {tower: metrics.committed(result, f"write-rows-{tower}") for tower in job.publication.towers}
     terminal.summary(job.publication, rows)
+
+
+@contextmanager
+def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
+    """Interrupts a job of DirectRunner's multi_processing whose worker died; appends what Beam says of it.
+
+    Beam raises that in the thread that watches the worker, and waits for the worker's answer for ever.
+    """
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, RuntimeError) and "Worker subprocess exited" in str(args.exc_value):
+            if not dead:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            dead.append(str(args.exc_value))
+        else:
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _cancel(result: Any) -> None:

@@ -55,6 +55,13 @@ def beam_base_url():
     assert "BASE_URL" in inspect.getsource(BigqueryV2.__init__)
 
 
+def beam_file_systems_options():
+    from apache_beam.io.filesystems import FileSystems
+
+    assert hasattr(FileSystems, "_pipeline_options")
+    assert "cls._pipeline_options = pipeline_options" in inspect.getsource(FileSystems.set_options)
+
+
 def google_auth_default():
     import google.auth
 
@@ -124,6 +131,7 @@ USED = [
     ("apache-beam", "_write_files", "bigquery/avro.py", beam_write_files),
     ("apache-beam", "_bigquery_client", "bigquery/staging.py", beam_bigquery_client),
     ("apache-beam", "BASE_URL", "emulators/__init__.py", beam_base_url),
+    ("apache-beam", "_pipeline_options", "credentials.py", beam_file_systems_options),
     ("google-auth", "google.auth.default", "emulators/__init__.py", google_auth_default),
     ("python", "_actions", "launch/options.py", argparse_actions),
     ("python", "_ActionsContainer", "launch/options.py", argparse_actions_container),
