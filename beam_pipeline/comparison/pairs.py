@@ -104,9 +104,7 @@ def find_trainings(client: bigquery.Client, destination: Destination, towers: Se
     names = [destination.table(tower).rsplit(".", 1)[1] for tower in towers]
     tower_of = dict(zip(names, towers, strict=True))
     held: dict[tuple[str, date], int] = {}
-    for name, partition, rows in _query(
-        client, tables.partitions_sql(destination), bigquery.ArrayQueryParameter("tables", "STRING", names)
-    ):
+    for name, partition, rows in _query(client, tables.partitions_sql(destination, names)):
         if re.fullmatch(r"\d{8}", partition):
             held[tower_of[name], datetime.strptime(partition, "%Y%m%d").date()] = rows
     logged: dict[tuple[str, date], list[tuple[str, int]]] = {}

@@ -204,16 +204,22 @@ def publish(client: bigquery.Client, comparison: Comparison, launch: str) -> Ite
 
 
 def clean(client: bigquery.Client, comparison: Comparison, launch: str) -> Iterator[str]:
-    """Drops the launch's staging tables and files, and files that dead launches left; yields the launch."""
+    """Drops the launch's staging tables and files, and files that dead launches left; yields the launch.
+
+    What cannot be deleted is logged and counted: it fails no job that has published.
+    """
     destination = comparison.destination
     names = [tables.staged_comparison(destination, launch)]
     for tower in comparison.towers:
         names.append(tables.staged_change(destination, tower, launch))
         names += [tables.joined_table(destination, tower, launch, number) for number in range(len(comparison.pairs))]
     for name in names:
-        client.delete_table(name, not_found_ok=True)
-    publication.delete_files(comparison.files)
-    publication.delete_files(comparison.all_files, older_than=STAGING_LIFE)
+        with publication.left_if_denied(f"table {name}"):
+            client.delete_table(name, not_found_ok=True)
+    with publication.left_if_denied(f"folder {comparison.files}"):
+        publication.delete_files(comparison.files)
+    with publication.left_if_denied(f"files of earlier jobs in {comparison.all_files}"):
+        publication.delete_files(comparison.all_files, older_than=STAGING_LIFE)
     yield launch
 
 

@@ -121,9 +121,10 @@ class Terminal:
         """Prints how many runs of --all_runs are to be published."""
         self._print(f"runs        {count:,} to publish, {published:,} published already", flush=True)
 
-    def nothing_to_do(self, count: int) -> None:
-        """Prints that every run is published already."""
-        self._print(f"done        nothing to do: {count:,} runs are published already", flush=True)
+    def nothing_to_do(self, published: int, without_model: int) -> None:
+        """Prints that every run that has a model is published already."""
+        others = f", and {without_model:,} have no model" if without_model else ""
+        self._print(f"done        nothing to do: {published:,} runs are published already{others}", flush=True)
 
     def summary(self, publication: Publication, rows: Mapping[str, int]) -> None:
         """Prints what was published: rows per tower, partitions, seconds since the command line began."""

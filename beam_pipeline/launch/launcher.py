@@ -15,7 +15,13 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    GoogleCloudOptions,
+    PipelineOptions,
+    SetupOptions,
+    StandardOptions,
+    WorkerOptions,
+)
 from google.cloud import bigquery
 
 from beam_pipeline import __version__, command, credentials, emulators, errors, metrics, tag
@@ -76,23 +82,23 @@ def run(config: Config) -> None:
         )
         client = publication.make_client(destination)
         runs = selection.unpublished(config, found, client, destination, terminal)
-        if not runs:
-            terminal.nothing_to_do(len(found))
-            if not config.plan:
-                submit_nothing(options)
-            return
         token = uuid.uuid4().hex[:12]
-        name = cloud.job_name or _job_name(config, runs)
+        name = cloud.job_name or _job_name(config, found)
         # Here a job's name tells its temporary tables from those of another launch; on Dataflow it is left as asked.
         cloud.job_name = f"{name}-{token}" if config.waits else name
         # Of two labels with one key, Beam takes the later.
-        cloud.labels = [*_labels(config, runs), *(cloud.labels or [])]
+        cloud.labels = [*_labels(config, found), *(cloud.labels or [])]
         cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
         copies_to = publication.copies_folder(cloud.temp_location, token)
         read = (selection.read_training(config, run, copies_to, stack, terminal) for run in runs)
         trainings = [training for training in read if training]
         if not trainings:
-            raise RunNotFoundError(f"none of {len(runs):,} runs of experiment {config.experiment_name!r} has a model")
+            if len(runs) == len(found):
+                raise RunNotFoundError(f"none of {len(runs):,} runs of {config.experiment_name!r} has a model")
+            terminal.nothing_to_do(len(found) - len(runs), len(runs))
+            if not config.plan:
+                submit_nothing(options)
+            return
         what = Publication(
             destination=destination,
             trainings=tuple(trainings),
@@ -173,6 +179,7 @@ def submit_nothing(options: PipelineOptions) -> None:
     """
     if not options.view_as(GoogleCloudOptions).template_location:
         return
+    options.view_as(WorkerOptions).num_workers = 1
     pipeline = beam.Pipeline(options=options)
     _ = pipeline | "Nothing to do" >> beam.Create([])
     pipeline.run()

@@ -93,6 +93,9 @@ def test_a_run_without_a_model_is_left_out_and_a_damaged_one_stops(job, store, m
     assert job.run(None, "--experiment_name=mixed", "--all_runs") == 0
     assert f"left out    2026-03-08 evaluation ({empty}): " in capsys.readouterr().out
     assert {*job.published()} == {("2026-03-01", good)}
+    assert job.run(None, "--experiment_name=mixed", "--all_runs") == 0  # Started again, it has nothing left to do.
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "done        nothing to do: 1 runs are published already, and 1 have no model"
     model = damaged("longer")
     data = next((model.folder / "variables").glob("*.data-*"))
     data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])

@@ -371,12 +371,15 @@ def test_a_template_with_nothing_to_do_writes_an_empty_job(job, store, models):
     done = job.subprocess(
         None,
         *("--experiment_name=all published", "--all_runs", "--runner=DataflowRunner", "--region=europe-west1"),
-        *(f"--project={job.client.project}", "--no_auth", f"--sdk_container_image={IMAGE}"),
+        *(f"--project={job.client.project}", "--no_auth", f"--sdk_container_image={IMAGE}", "--num_workers=20"),
         *(f"--template_location=gs://warehouse/{folder}/job.json", f"--staging_location=gs://warehouse/{folder}"),
     )
     assert done.returncode == 0, done.stderr
     assert "nothing to do: 1 runs are published already" in done.stdout
     bucket = storage.Client().bucket("warehouse")
-    assert json.loads(bucket.blob(f"{folder}/job.json").download_as_bytes())["type"] == "JOB_TYPE_BATCH"
+    request = json.loads(bucket.blob(f"{folder}/job.json").download_as_bytes())
+    assert request["type"] == "JOB_TYPE_BATCH"
+    assert request["environment"]["workerPools"][0]["numWorkers"] == 1  # whatever a job with rows would begin with
+    assert request["labels"]["experiment"] == "all-published"
     (graph,) = [blob for blob in bucket.list_blobs(prefix=folder) if blob.name.endswith("/pipeline.pb")]
     assert b"Nothing to do" in graph.download_as_bytes()

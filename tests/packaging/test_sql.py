@@ -128,7 +128,9 @@ def of_a_comparison():
         "publish_script": [
             module.publish_script(DESTINATION, 1, PAIR, LAUNCH, changed, ["user", "item"]) for changed in ([], ["item"])
         ],
-        "partitions_sql": [module.partitions_sql(DESTINATION)],
+        "partitions_sql": [
+            module.partitions_sql(DESTINATION, ["two_tower_user_embedding", "two_tower_item_embedding"])
+        ],
         "logged_sql": [module.logged_sql(DESTINATION)],
         "runs_sql": [module.runs_sql(DESTINATION.table("item"), names[:count]) for count in range(3)],
         "compared_sql": [module.compared_sql(DESTINATION)],

@@ -34,6 +34,10 @@ from beam_pipeline import metrics
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication, partition_life
 from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import publishing
+from beam_pipeline.comparison import tables as comparison_tables
+from beam_pipeline.comparison.tables import Pair, Trained
+from beam_pipeline.comparison.work import Comparison
 from beam_pipeline.errors import PartitionTakenError, PublishError
 from beam_pipeline.reading.tally import Tally
 from beam_pipeline.training import Run, Training
@@ -260,6 +264,19 @@ def test_what_cannot_be_deleted_is_left_logged_and_counted(bucket, caplog):
         assert count == 2 + 2 + 1 + 2 + 1
         assert "table my-project.raw_prod.two_tower_user_embedding_staging_launch1: not all is deleted" in log
         assert "folder gs://bucket/tmp/embedding_loads/token/bq_load/1: not all is deleted: gs://bucket/tmp/" in log
+
+
+def test_a_comparison_leaves_what_it_cannot_delete_too(bucket, caplog):
+    trained = Trained(date(2026, 3, 1), "r1", "n", "e", {"item": 1})
+    comparison = Comparison(WHAT.destination, (Pair(trained, trained),), None, "item", "gs://bucket/tmp", "token")
+    bucket.objects[:] = ["tmp/embedding_comparisons/token/launch1/a"]
+    with serve() as (service, client):
+        staged = comparison_tables.staged_change(WHAT.destination, "item", "launch1").rsplit(".", 1)[1]
+        service.tables, service.may_delete = {staged}, False
+        with caplog.at_level("WARNING", "beam_pipeline.bigquery.publication"):
+            assert [*publishing.clean(client, comparison, "launch1")] == ["launch1"]
+    assert f"{staged}: not all is deleted" in caplog.text
+    assert "folder gs://bucket/tmp/embedding_comparisons/token: not all is deleted" in caplog.text
 
 
 def test_a_bucket_that_may_not_be_listed_fails_nothing(bucket, caplog):

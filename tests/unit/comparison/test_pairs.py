@@ -4,7 +4,8 @@ from datetime import date
 
 import pytest
 
-from beam_pipeline.comparison import pairs
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.comparison import pairs, tables
 from beam_pipeline.comparison.pairs import Towers, choose, consecutive
 from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.errors import ConfigError, TrainingMissingError
@@ -18,6 +19,13 @@ def trained(day, run, rows=None):
 
 A, B, B2, C = trained(1, "a"), trained(8, "b"), trained(8, "b2"), trained(15, "c")
 NAMES = ("user", "item")
+
+
+def test_tables_whose_partitions_are_looked_at_are_named_by_literals():
+    """By parameters BigQuery would look at every table of the dataset, and refuse more than a thousand."""
+    sql = tables.partitions_sql(Destination("example.com:p", "d", "EU", "t"), ["t_user_embedding", "t_item_embedding"])
+    assert " FROM `example.com:p.d`.INFORMATION_SCHEMA.PARTITIONS " in sql
+    assert "WHERE table_name IN ('t_user_embedding', 't_item_embedding') AND " in sql
 
 
 @pytest.mark.parametrize(
