@@ -32,14 +32,14 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
         interrupted: what is reported after Ctrl-C or SIGTERM.
 
     Returns:
-        0; 1 if an error stopped it; `INTERRUPTED`.
+        0; the error's own code if one of ours stopped it, which is 1 as a rule; 1 for any other; `INTERRUPTED`.
     """
     # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
     except PipelineError as error:
-        return _stopped(str(error), 1)
+        return _stopped(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _stopped(interrupted, INTERRUPTED)
     except Exception as error:

@@ -8,7 +8,12 @@ class PipelineError(Exception):
 
     Names in a message may come from an artifact: whatever they hold, it is one line, of bounded length, without
     anything that a terminal would take for a command.
+
+    Attributes:
+        exit_code: of a command that it stops.
     """
+
+    exit_code = 1
 
     def __init__(self, message: str = "") -> None:
         if len(message) > _LONGEST_MESSAGE:  # What it is about comes first, the remedy last.
@@ -107,3 +112,5 @@ class LabelsError(PipelineError):
 
 class UnusualError(PipelineError):
     """A comparison is unusual beside earlier ones, and was asked to fail then; its results are published."""
+
+    exit_code = 3

@@ -6,18 +6,18 @@ import argparse
 import logging
 import os
 import re
-import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beam_pipeline import __version__
-from beam_pipeline.errors import ConfigError, LabelsError, PipelineError, UnusualError
+from beam_pipeline import command as boundary
+from beam_pipeline.errors import ConfigError, LabelsError, PipelineError
 from beam_pipeline.launch import options
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _LABELS = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
 _DOLLARS_PER_TIB, _DOLLARS_PER_TIB_READ = 6.25, 1.10
 """BigQuery on demand, and its Storage Read API, US and EU (https://cloud.google.com/bigquery/pricing)."""
-
-UNUSUAL_EXIT = 3
 
 
 @dataclass(frozen=True)
@@ -248,32 +246,10 @@ def parse(argv: Sequence[str]) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line of a comparison; returns the exit code: 0, 1 with one line on stderr, or 3 if unusual."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    return _exit_code(lambda: run(config))
-
-
-def _exit_code(command: Callable[[], None]) -> int:
-    # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        command()
-    except UnusualError as error:
-        return _stopped(str(error), UNUSUAL_EXIT)
-    except PipelineError as error:
-        return _stopped(str(error), 1)
-    except KeyboardInterrupt:
-        return _stopped(f"interrupted; {_WHOLE}", 130)
-    except Exception as error:
-        logging.getLogger(__name__).info("stopped by", exc_info=error)
-        return _stopped(f"{type(error).__name__}: {error}", 1)
-    return 0
+    return boundary.exit_code(lambda: run(config), interrupted=f"interrupted; {_WHOLE}")
 
 
 _WHOLE = "the tables hold this comparison whole or not at all, start the job again"
-
-
-def _stopped(message: str, code: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return code
 
 
 def run(config: Config) -> None:
@@ -492,18 +468,11 @@ def _submit(comparison: Comparison, beam_options: Any, name: str) -> Any:
     import apache_beam as beam
 
     from beam_pipeline.comparison.pipeline import build
-    from beam_pipeline.errors import JobActiveError
+    from beam_pipeline.launch import launcher
 
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, comparison)
-    try:
-        return pipeline.run()
-    except Exception as error:
-        if "active job named" in str(error):
-            raise JobActiveError(
-                f"a job {name} is active on Dataflow already; wait until it has ended, or cancel it, and start again"
-            ) from error
-        raise
+    return launcher.submit(pipeline, name)
 
 
 def _run_here(comparison: Comparison, beam_options: Any, client: bigquery.Client, terminal: Any) -> None:
@@ -512,6 +481,7 @@ def _run_here(comparison: Comparison, beam_options: Any, client: bigquery.Client
 
     from beam_pipeline.comparison import publishing
     from beam_pipeline.comparison.pipeline import build
+    from beam_pipeline.launch import launcher
 
     try:
         pipeline = beam.Pipeline(options=beam_options)
@@ -524,26 +494,8 @@ def _run_here(comparison: Comparison, beam_options: Any, client: bigquery.Client
         except Exception as left:  # What stopped the job is what has to be reported.
             logging.getLogger(__name__).warning("staging tables and files are left, they expire: %s", left)
         if isinstance(error, Exception):
-            raise _reason(error) from error
+            raise launcher.reason(error, _WHOLE) from error
         raise
-
-
-def _reason(error: Exception) -> PipelineError:
-    """Returns the error that stopped the job, which Beam hands over as the text of a traceback."""
-    from beam_pipeline import errors
-
-    if isinstance(error, PipelineError):
-        return error
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    for line in reversed(lines):
-        named = re.match(r"beam_pipeline\.errors\.(\w+): (.*?)(?: \[while running .*\])?$", line)
-        if named:
-            return getattr(errors, named[1], PipelineError)(named[2])
-    last = lines[-1] if lines else type(error).__name__
-    if last.startswith("KeyboardInterrupt"):
-        raise KeyboardInterrupt from error
-    logging.getLogger(__name__).info("the job failed", exc_info=error)
-    return PipelineError(f"the job failed: {last}; {_WHOLE}")
 
 
 def _after(config: Config, destination: Destination, found: Sequence[Result], own: set[tuple[str, str]]) -> None:
@@ -651,7 +603,7 @@ def report(argv: Sequence[str] | None = None) -> int:
         table_suffix=found.table_suffix,
         warehouse=found.warehouse,
     )
-    return _exit_code(lambda: _report(config, found))
+    return boundary.exit_code(lambda: _report(config, found))
 
 
 def _report(config: Config, found: argparse.Namespace) -> None:

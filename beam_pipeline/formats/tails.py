@@ -216,7 +216,6 @@ class Trace:
         keeps_changed: whether rows that have become something else are followed, too.
         meetings: what was found: where towers met.
         gathered: embeddings whose rows were gathered somewhere.
-        one_hot: embeddings that were multiplied by a one-hot vector.
         words: tables that looked up words of a text.
     """
 
@@ -227,7 +226,6 @@ class Trace:
     keeps_changed: bool = True
     meetings: dict[str, Meeting] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
-    one_hot: set[int] = field(default_factory=set)
     words: set[int] = field(default_factory=set)
     _results: dict[tuple[str, tuple[Value, ...], str], tuple[Value, ...]] = field(default_factory=dict)
 
@@ -327,7 +325,6 @@ class Trace:
                 return replace(first, numbers=None, rows=_reshaped(first.rows, inputs[1], self.dimensions, label))
             return first
         if kind in _MATRIX_PRODUCTS and len(inputs) > 1 and inputs[0].is_one_hot and inputs[1].rows:
-            self.one_hot |= {use.embedding for use, _ in inputs[1].rows}
             return replace(known, rows=tuple((Use(use.embedding, place), state) for use, state in inputs[1].rows))
         carriers = [value for value in inputs if value.rows]
         if not carriers:

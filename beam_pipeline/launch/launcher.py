@@ -139,7 +139,7 @@ def run(config: Config) -> None:
         else:
             pipeline = beam.Pipeline(options=options)
             build(pipeline, job)
-            terminal.submitted(_submit(pipeline, name), config.runner)
+            terminal.submitted(submit(pipeline, name), config.runner)
 
 
 def _job_name(config: Config, runs: Sequence[Run]) -> str:
@@ -185,7 +185,12 @@ def submit_nothing(options: PipelineOptions) -> None:
     pipeline.run()
 
 
-def _submit(pipeline: beam.Pipeline, name: str) -> Any:
+def submit(pipeline: beam.Pipeline, name: str) -> Any:
+    """Submits a job, which must be the only active one of its name; returns Beam's result.
+
+    Raises:
+        JobActiveError: another launch is under way.
+    """
     try:
         return pipeline.run()
     except Exception as error:
@@ -226,7 +231,7 @@ def _run(job: Job, options: PipelineOptions, client: bigquery.Client, terminal: 
         if dead:
             raise PipelineError(f"the job failed: {dead[0]}; {_WHOLE}") from error
         if isinstance(error, Exception):
-            raise _reason(error) from error
+            raise reason(error, _WHOLE) from error
         raise
     rows = {tower: metrics.committed(result, f"write-rows-{tower}") for tower in job.publication.towers}
     terminal.summary(job.publication, rows)
@@ -288,8 +293,13 @@ _STEP = re.compile(r"(?: \[while running '[^']*'\])+$", re.MULTILINE)
 """What Beam adds to the message of an exception, once for each step that it passes."""
 
 
-def _reason(error: Exception) -> PipelineError:
-    """Returns the error that stopped the job, which Beam hands over as the text of a traceback."""
+def reason(error: Exception, whole: str) -> PipelineError:
+    """Returns the error that stopped a job, which Beam hands over as the text of a traceback.
+
+    Args:
+        error: what running the job raised.
+        whole: what is said of the tables after an error that is not ours.
+    """
     if isinstance(error, PipelineError):
         return error
     lines = [line for line in _STEP.sub("", str(error)).splitlines() if line.strip()]
@@ -300,7 +310,7 @@ def _reason(error: Exception) -> PipelineError:
     if last.startswith("KeyboardInterrupt"):
         raise KeyboardInterrupt from error
     logging.getLogger(__name__).info("the job failed", exc_info=error)
-    return PipelineError(f"the job failed: {last}; {_WHOLE}")
+    return PipelineError(f"the job failed: {last}; {whole}")
 
 
 def _last_exception(lines: list[str]) -> str:

@@ -16,7 +16,7 @@ Traceback (most recent call last):
 
 
 def reason(text):
-    return launcher._reason(RuntimeError(text))
+    return launcher.reason(RuntimeError(text), launcher._WHOLE)
 
 
 @pytest.mark.parametrize(
