@@ -28,7 +28,7 @@ from apache_beam.runners.portability.fn_api_runner.worker_handlers import BeamFn
 
 ATTEMPTS = 4
 BUNDLES_PER_WORKER = 2
-_START_SECONDS = 60
+_START_SECONDS = 25
 _LOG = logging.getLogger("retrying")
 
 
