@@ -243,21 +243,27 @@ def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
 
     Beam raises that in the thread that watches the worker, and waits for the worker's answer for ever.
     """
-    before = threading.excepthook
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread can be interrupted.
+        return
+    main, before = threading.get_ident(), threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        if isinstance(args.exc_value, RuntimeError) and "Worker subprocess exited" in str(args.exc_value):
-            if not dead:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            dead.append(str(args.exc_value))
-        else:
+        if not isinstance(args.exc_value, RuntimeError) or "Worker subprocess exited" not in str(args.exc_value):
             before(args)
+            return
+        dead.append(str(args.exc_value))
+        if len(dead) == 1:
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    # Not SIGINT: a shell starts what it runs in the background deaf to that.
+    handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     threading.excepthook = hook
     try:
         yield
     finally:
         threading.excepthook = before
+        signal.signal(signal.SIGUSR1, handler)
 
 
 def _cancel(result: Any) -> None:

@@ -194,6 +194,33 @@ def test_workers_in_other_processes(job, store, models, writer):
     assert "first vectors" not in done.stdout
 
 
+def below(pid):
+    """Yields the ids of the processes that a process has started, and theirs."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            yield int(child)
+            yield from below(child)
+
+
+def test_a_worker_process_dies(job, store, models):
+    """Beam itself waits for its answer for ever."""
+    run = store.log(models("plain"), "plain", MARCH_1)
+    command = job.command(run, "--direct_running_mode=multi_processing", "--direct_num_workers=2")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any("_staging_" in table for table in job.tables()):
+        time.sleep(0.1)
+    workers = [
+        pid
+        for pid in below(process.pid)
+        if b"runners.worker.sdk_worker_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: the job failed: Worker subprocess exited with return code" in errors
+    assert job.tables() == set()
+
+
 def test_the_job_in_a_folder_of_its_own(tmp_path, store, models):
     """The main command as the README has it: no cloud, no credentials, a dataset that is made."""
     from datetime import UTC, datetime

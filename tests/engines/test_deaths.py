@@ -97,7 +97,7 @@ def test_at_random_moments(retrying, job, store, models, run, watched):
             deaths = []
 
             def killer(over=over, deaths=deaths):
-                while not over.wait(dice.uniform(0.2, 4)):
+                while not over.wait(dice.uniform(0.5, 10)):
                     if pids := watched.workers():
                         watched.kill(dice.choice(pids))
                         deaths.append(time.monotonic())
@@ -105,7 +105,7 @@ def test_at_random_moments(retrying, job, store, models, run, watched):
             thread = threading.Thread(target=killer)
             thread.start()
             try:
-                done = run(run_id, *retrying)
+                done = run(run_id, *retrying, timeout=600)
             finally:
                 over.set()
                 thread.join()

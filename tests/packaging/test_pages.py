@@ -19,12 +19,14 @@ PAGES |= {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") fo
 
 BEAMS = """
     --runner --project --region --temp_location --job_name --setup_file --sdk_container_image --max_num_workers
-    --dataflow_kms_key
+    --dataflow_kms_key --direct_running_mode --direct_num_workers --environment_type --environment_config --job_endpoint
+    --prism_location
 """
 OTHER_PROGRAMS = """
     --location --soft-delete-duration --impersonate-service-account --service-account-email --tag --rm --user
     --entrypoint --image --sdk-language --metadata-file --template-file-gcs-location --staging-location
-    --temp-location --parameters --serve-artifacts --strict
+    --temp-location --parameters --serve-artifacts --strict --service_port --container_executable --port
+    --flink-master
 """
 REPORTS = "--output"  # of python -m beam_pipeline.report
 

@@ -28,7 +28,7 @@ from apache_beam.runners.portability.fn_api_runner.worker_handlers import BeamFn
 
 ATTEMPTS = 4
 BUNDLES_PER_WORKER = 2
-_START_SECONDS = 60
+_START_SECONDS = 25
 _LOG = logging.getLogger("retrying")
 
 
@@ -121,9 +121,10 @@ class RetryingBundles(fn_runner.BundleManager):
             try:
                 return *self._attempt(worker, bundle, expected_outputs), worker
             except Exception as error:
+                reason = error if alive(worker) else WorkerDied(f"worker {worker.worker_id} died")
                 if attempt == ATTEMPTS:
-                    raise
-                what = [line for line in str(error).splitlines() if line.strip()][-1]
+                    raise reason from None
+                what = [line for line in str(reason).splitlines() if line.strip()][-1]
                 _LOG.warning("attempt %d of a bundle failed on %s: %s", attempt, worker.worker_id, what)
             finally:
                 self._workers.give_back(worker)
