@@ -57,7 +57,9 @@ def work(tmp_path, rows, dimension, sampled):
 def test_memory_does_not_grow_with_ids_and_the_rate_holds(tmp_path):
     """The steps that see every id, on 50,000 and 500,000 of each tower, whose vectors take 26 and 256 MB."""
     (small, _), (large, rate) = (work(tmp_path, rows, 32, 20_000) for rows in (50_000, 500_000))
-    assert large - small < 40
+    # The pools of Arrow and gRPC keep a different part of what was freed each time: 20 to 65 MB were seen, where
+    # holding the vectors would take 230 MB more.
+    assert large - small < 100
     assert large < 500
     # Reading included. A core does several times as many; the machine of a test is shared.
     assert rate > 50_000
