@@ -10,7 +10,7 @@ import time
 
 STARTED = time.monotonic()
 
-from beam_pipeline.launch.options import parse  # noqa: E402
+from beam_pipeline.launch.options import parse  # noqa: E402 - its import is timed
 
 config = parse(sys.argv[1:])
 marks = []
@@ -35,7 +35,7 @@ def ends(owner, name, what):
 
 
 from beam_pipeline.bigquery import publication  # noqa: E402 - the flags come first, as in __main__
-from beam_pipeline.launch import launcher, preflight  # noqa: E402
+from beam_pipeline.launch import launcher, preflight  # noqa: E402 - likewise
 
 mark("import Beam and the Google clients")
 ends(launcher, "find_run", "import MLflow, find the run")

@@ -49,8 +49,8 @@ _STYLE: dict[Any, Any] = {
 def require() -> None:
     """Raises ConfigError if what draws the page is not installed; workers have no use for it."""
     try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
+        import jinja2  # noqa: F401 - whether it is there is all that is asked
+        import matplotlib  # noqa: F401 - likewise
     except ImportError as error:
         raise ConfigError("the page needs jinja2 and matplotlib; pip install 'beam-pipeline[report]'") from error
 
