@@ -10,7 +10,7 @@ from dataclasses import replace
 from google.cloud import bigquery
 
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError
+from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError, UnsupportedModelError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.formats.model import Artifact, Tower
@@ -76,7 +76,7 @@ def read_training(config: Config, run: Run, copies_to: str, stack: ExitStack, te
             )
         with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
             towers = _towers(config, artifact, terminal)
-    except (ArtifactMissingError, NotAModelError) as error:
+    except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
         if not config.all_runs:
             raise
         terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.

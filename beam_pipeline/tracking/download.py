@@ -47,7 +47,8 @@ def copied(model: Model, folder: str, tracking_uri: str | None, terminal: Termin
     Raises:
         ArtifactMissingError: there are no files.
         TruncatedFileError: less arrived than was announced.
-        RunNotFoundError, ConfigError: the server does not answer, or a store wants credentials or a library.
+        TrackingServerError: there is none at that place, or it does not respond.
+        ConfigError: a store wants credentials or a library.
     """
     try:
         uri = store_uri(tracking_uri)
