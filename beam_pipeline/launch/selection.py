@@ -95,7 +95,7 @@ def model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, ter
     if folder:
         return folder, folder
     to = f"{copies_to}/{run.run_id}"
-    return stack.enter_context(download.copied(model, to, config.tracking_uri, terminal)), model.uri
+    return stack.enter_context(download.copied(model, to, config.tracking_uri, terminal.copying)), model.uri
 
 
 def unnamed_layers(config: Config) -> tuple[str, ...]:
