@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
@@ -19,7 +19,6 @@ from apache_beam.io.filesystems import FileSystems
 from beam_pipeline.bigquery import publication
 from beam_pipeline.errors import ArtifactMissingError, TruncatedFileError
 from beam_pipeline.files import join
-from beam_pipeline.launch.console import Terminal
 from beam_pipeline.tracking import stores
 from beam_pipeline.tracking.runs import Model, asking, store_uri
 
@@ -32,8 +31,16 @@ _PATIENCE = 600
 _BLOCK = 4 << 20
 
 
+class Progress(Protocol):
+    """Shows how far a copy is."""
+
+    def __call__(self, files: int, size: int, to: str, done: Callable[[], int]) -> AbstractContextManager[None]:
+        """Shows, while the context lasts, how many of `size` bytes of so many files are `done`."""
+        ...
+
+
 @contextmanager
-def copied(model: Model, folder: str, tracking_uri: str | None, terminal: Terminal) -> Iterator[str]:
+def copied(model: Model, folder: str, tracking_uri: str | None, progress: Progress) -> Iterator[str]:
     """Copies a model's files into a folder, and removes them if what follows fails; gives the copy's path.
 
     What follows is the job, which removes them itself when it is done.
@@ -42,7 +49,7 @@ def copied(model: Model, folder: str, tracking_uri: str | None, terminal: Termin
         model: where they are: any place that MLflow's own client reads, with its credentials.
         folder: where to, as Beam's file systems write it.
         tracking_uri: MLflow server or store.
-        terminal: shows how far it is.
+        progress: shows how far it is.
 
     Raises:
         ArtifactMissingError: there are no files.
@@ -52,7 +59,7 @@ def copied(model: Model, folder: str, tracking_uri: str | None, terminal: Termin
     try:
         uri = store_uri(tracking_uri)
         with asking(uri, f"the files of model {model.name!r} are gone; check it", seconds=_PATIENCE, retries=3):
-            path = _Copy(model, folder, uri).run(terminal)
+            path = _Copy(model, folder, uri).run(progress)
         yield path
     except BaseException:
         try:
@@ -70,7 +77,7 @@ class _Copy:
         self._finished = self._sent = 0
         self._arriving: Path | None = None
 
-    def run(self, terminal: Terminal) -> str:
+    def run(self, progress: Progress) -> str:
         """Copies all files; returns the path of the model's folder, or of its one file."""
         files, base = list(self._files(self._model.path)), self._model.path
         if not files:  # The model is a file itself, or not there.
@@ -79,7 +86,7 @@ class _Copy:
         if not files:
             raise ArtifactMissingError(f"model {self._model.name!r} has no files at {self._model.root}")
         total = sum(file.file_size or 0 for file in files)
-        with terminal.copying(len(files), total, self._folder, self._done):
+        with progress(len(files), total, self._folder, self._done):
             for file in files:
                 # The disk holds one file at a time.
                 with tempfile.TemporaryDirectory() as temporary:
