@@ -28,7 +28,7 @@ def tag(client: bigquery.Client, destination: Destination, run_id: str, tracking
 
     Raises:
         PublishError: the run was not published.
-        RunNotFoundError: MLflow refuses.
+        TrackingError: MLflow refuses.
     """
     query = bigquery.QueryJobConfig(query_parameters=[bigquery.ScalarQueryParameter("run_id", "STRING", run_id)])
     try:

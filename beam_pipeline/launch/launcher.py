@@ -9,7 +9,13 @@ from contextlib import ExitStack, closing
 
 from beam_pipeline import command, credentials, metrics, tag
 from beam_pipeline.bigquery import publication
-from beam_pipeline.errors import ArtifactMissingError, NotAModelError, PipelineError, RunNotFoundError
+from beam_pipeline.errors import (
+    ArtifactMissingError,
+    NotAModelError,
+    PipelineError,
+    RunNotFoundError,
+    UnsupportedModelError,
+)
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.launch import execution, inspection, selection
@@ -97,7 +103,7 @@ def _trainings(
             terminal.found(model)
             folder = copies.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
             selected = selection.read_training(config, run, model, folder)
-        except (ArtifactMissingError, NotAModelError) as error:
+        except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise
             # An experiment has runs that evaluate, or were tried by hand.

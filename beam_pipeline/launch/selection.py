@@ -87,7 +87,7 @@ def read_training(config: Config, run: Run, model: Model, folder: str) -> Select
 
     Raises:
         ConfigError: the workers could not read that folder.
-        ArtifactMissingError, NotAModelError, TowerMissingError, CorruptFileError: the model is not what was asked for.
+        ArtifactError: the model is not what was asked for.
     """
     if not config.reads_local_files and not folder.startswith("gs://"):
         sharing = ", --shared_files if the workers can read it" if config.waits else ""

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
@@ -30,31 +30,27 @@ if TYPE_CHECKING:
 _PATIENCE = 600
 _BLOCK = 4 << 20
 
-
-class Progress(Protocol):
-    """Shows how far a copy is."""
-
-    def __call__(self, files: int, size: int, to: str, done: Callable[[], int]) -> AbstractContextManager[None]:
-        """Shows, while the context lasts, how many of `size` bytes of so many files are `done`."""
-        ...
+Progress = Callable[[int, int, str, Callable[[], int]], AbstractContextManager[None]]
+"""Shows the progress of a copy while a block runs: of so many files and bytes, to a folder, by the bytes done."""
 
 
 @contextmanager
 def copied(model: Model, folder: str, tracking_uri: str | None, progress: Progress) -> Iterator[str]:
-    """Copies a model's files into a folder, and removes them if what follows fails; gives the copy's path.
+    """Copies a model's files into a folder and yields the path of the copy, which is removed if the block fails.
 
-    What follows is the job, which removes them itself when it is done.
+    The block starts the job, which removes the copy itself when it is done.
 
     Args:
         model: where they are: any place that MLflow's own client reads, with its credentials.
         folder: where to, as Beam's file systems write it.
         tracking_uri: MLflow server or store.
-        progress: shows how far it is.
+        progress: called once, with the number of files, their bytes, the folder, and what returns the bytes copied.
 
     Raises:
         ArtifactMissingError: there are no files.
         TruncatedFileError: less arrived than was announced.
-        RunNotFoundError, ConfigError: the server does not answer, or a store wants credentials or a library.
+        TrackingServerError: there is none at that place, or it does not respond.
+        ConfigError: a store wants credentials or a library.
     """
     try:
         uri = store_uri(tracking_uri)
@@ -64,8 +60,8 @@ def copied(model: Model, folder: str, tracking_uri: str | None, progress: Progre
     except BaseException:
         try:
             publication.discard_copy(folder)
-        except Exception as left:  # What stopped the launch is what has to be told.
-            logging.getLogger(__name__).warning("the copied model is left, a later job sweeps it: %s", left)
+        except Exception as left:  # The error that stopped the launch is the one to report.
+            logging.getLogger(__name__).warning("the copied model remains, a later job sweeps it: %s", left)
         raise
 
 
