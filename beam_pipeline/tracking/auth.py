@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.tracking.runs import store_uri
+from beam_pipeline.tracking.client import store_uri
 
 _VARIABLE = "MLFLOW_TRACKING_AUTH"
 _NAME = "beam-pipeline-identity-token"

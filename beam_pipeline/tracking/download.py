@@ -20,7 +20,8 @@ from beam_pipeline.bigquery import publication
 from beam_pipeline.errors import ArtifactMissingError, TruncatedFileError
 from beam_pipeline.files import join
 from beam_pipeline.tracking import stores
-from beam_pipeline.tracking.runs import Model, asking, store_uri
+from beam_pipeline.tracking.client import asking, store_uri
+from beam_pipeline.tracking.models import Model
 
 if TYPE_CHECKING:
     from mlflow.entities import FileInfo
