@@ -189,13 +189,14 @@ def _sql(publication: Publication) -> str:
         f"-- run {training.run.run_id}; the numbers of the log's rows and the launch id are made by the job\n"
         + tables.publish_script(
             publication.destination,
+            number,
             training,
             "LAUNCH",
             publication.if_partition_taken,
             dict.fromkeys(publication.towers, unknown),
             publication.job_name,
         )
-        for training in publication.trainings
+        for number, training in enumerate(publication.trainings)
     )
 
 
