@@ -42,6 +42,10 @@ class TruncatedFileError(PipelineError):
     """A file of the artifact ends before bytes that its own index says it holds."""
 
 
+class FileReplacedError(PipelineError):
+    """A file of the artifact was replaced or deleted between its opening and a read."""
+
+
 class CorruptFileError(PipelineError):
     """A file of the artifact contradicts its own format."""
 
