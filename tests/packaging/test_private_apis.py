@@ -62,13 +62,6 @@ def beam_file_systems_options():
     assert "cls._pipeline_options = pipeline_options" in inspect.getsource(FileSystems.set_options)
 
 
-def beam_provision_info():
-    from apache_beam.runners.direct import direct_runner
-
-    # As Beam itself hands over the options where it falls back to this runner.
-    assert "provision_info = fn_runner.ExtendedProvisionInfo(" in inspect.getsource(direct_runner)
-
-
 def google_auth_default():
     import google.auth
 
@@ -139,7 +132,6 @@ USED = [
     ("apache-beam", "_bigquery_client", "bigquery/staging.py", beam_bigquery_client),
     ("apache-beam", "BASE_URL", "emulators/__init__.py", beam_base_url),
     ("apache-beam", "_pipeline_options", "credentials.py", beam_file_systems_options),
-    ("apache-beam", "ExtendedProvisionInfo", "workers.py", beam_provision_info),
     ("google-auth", "google.auth.default", "emulators/__init__.py", google_auth_default),
     ("python", "_actions", "launch/options.py", argparse_actions),
     ("python", "_ActionsContainer", "launch/options.py", argparse_actions_container),
