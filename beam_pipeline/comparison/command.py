@@ -10,27 +10,26 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beam_pipeline import __version__
 from beam_pipeline import command as boundary
-from beam_pipeline.errors import ConfigError, LabelsError, PipelineError
-from beam_pipeline.launch import options
+from beam_pipeline.errors import ConfigError, PipelineError
+from beam_pipeline.launch import asking, options
 
 if TYPE_CHECKING:
     from google.cloud import bigquery
 
+    from beam_pipeline.bigquery.history import Towers
     from beam_pipeline.bigquery.tables import Destination
-    from beam_pipeline.comparison.pairs import Towers
     from beam_pipeline.comparison.results import Result
     from beam_pipeline.comparison.tables import Pair
     from beam_pipeline.comparison.work import Comparison
 
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
-_LABELS = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
 _DOLLARS_PER_TIB, _DOLLARS_PER_TIB_READ = 6.25, 1.10
 """BigQuery on demand, and its Storage Read API, US and EU (https://cloud.google.com/bigquery/pricing)."""
 
@@ -112,11 +111,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--all", action="store_true", help="every pair of successive trainings that has no result yet, in one job"
     )
-    which.add_argument(
-        "--towers",
-        metavar="USERS,ITEMS",
-        help="which tower is which, where they are not called user and item; or one tower alone",
-    )
+    asking.add_towers(which)
     options.add_destination(which)
     what = result.add_argument_group("what is compared")
     what.add_argument(
@@ -136,12 +131,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("dot", "cosine"),
         help="how the model scores a user and an item (default: dot)",
     )
-    what.add_argument(
-        "--labels",
-        action="append",
-        metavar="TOWER=SELECT…",
-        help="a query for id, label and group_name of a tower's ids, repeatable; key=value is Beam's own --labels",
-    )
+    asking.add_labels(what, "; key=value is Beam's own --labels")
     then = result.add_argument_group("where to")
     then.add_argument("--report", metavar="FILE.html", help="write a page about the comparison and those before")
     then.add_argument(
@@ -181,23 +171,14 @@ def parse(argv: Sequence[str]) -> Config:
     ours = parser()
     found, rest = ours.parse_known_args(list(options.bare_switches(ours, argv)))
     options.refuse_unknown(ours, rest)
-    labels: dict[str, str] = {}
-    for text in found.labels or []:
-        # Airflow and people give Dataflow's labels by the same flag, and those are never SQL.
-        if match := _LABELS.fullmatch(text):
-            if match[1] in labels:
-                ours.error(f"--labels: tower {match[1]!r} has two queries")
-            labels[match[1]] = match[2].strip().rstrip(";")
-        else:
-            rest.append(f"--labels={text}")
+    # Airflow and people give Dataflow's labels by the same flag, and those are never SQL.
+    labels, of_beam = asking.labels(ours, found.labels or [])
+    rest += [f"--labels={text}" for text in of_beam]
     if found.all and (found.earlier or found.later):
         ours.error("--all compares every pair; leave out --from and --to")
     for name, least in (("k", 1), ("queries", 1), ("top", 0)):
         if getattr(found, name) < least:
             ours.error(f"--{name}={getattr(found, name)}: at least {least}")
-    towers = tuple(found.towers.split(",")) if found.towers else ()
-    if towers and (len({*towers}) != len(towers) or len(towers) > 2 or not all(map(options.is_tower, towers))):
-        ours.error(f"--towers={found.towers!r}: USERS,ITEMS or one tower, of lower-case letters, digits and _")
     dataset_project, dataset = options.dataset(ours, found)
     options.check_places(ours, found)
     config = Config(
@@ -211,7 +192,7 @@ def parse(argv: Sequence[str]) -> Config:
         earlier=found.earlier,
         later=found.later,
         all=found.all,
-        towers=towers,
+        towers=asking.towers(ours, found),
         ids=found.ids,
         k=found.k,
         queries=found.queries,
@@ -262,8 +243,8 @@ def run(config: Config) -> None:
     from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
     from beam_pipeline import credentials, emulators
-    from beam_pipeline.bigquery import publication
-    from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
+    from beam_pipeline.bigquery import history, publication, storage_read
+    from beam_pipeline.comparison import page, publishing, results, work
     from beam_pipeline.comparison.terminal import ComparisonTerminal
     from beam_pipeline.launch import launcher, preflight
     from beam_pipeline.launch.console import set_up_logging
@@ -293,7 +274,7 @@ def run(config: Config) -> None:
             raise ConfigError("files on the way need a bucket: --temp_location=gs://BUCKET/FOLDER")
         destination = _destination(config, project)
         client = publication.make_client(destination)
-        towers = pairs.find_towers(client, destination, config.towers)
+        towers = history.find_towers(client, destination, config.towers)
         wanted = _pairs(config, client, destination, towers, terminal)
         if not wanted:
             if not config.plan:
@@ -322,16 +303,16 @@ def run(config: Config) -> None:
             kms_key=config.kms_key,
             fail_if_unusual=config.fail_if_unusual and not config.local,
         )
-        _check_labels(client, comparison)
+        history.check_labels(client, comparison.labels, comparison.towers)
         findings = preflight.Findings()
         findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}")
         preflight.examine_projects(findings, destination)
         preflight.examine_bucket(findings, comparison.bucket, destination, config.kms_key)
-        reader = reading.make_client()
+        reader = storage_read.make_client()
         for tower in comparison.towers:
             # A session costs nothing until it is read.
             fields = [f"{tower}_id"]
-            reading.open_streams(
+            storage_read.open_streams(
                 reader,
                 destination.job_project,
                 destination.table(tower),
@@ -382,9 +363,10 @@ def _destination(config: Config, project: str) -> Destination:
 def _pairs(
     config: Config, client: bigquery.Client, destination: Destination, towers: Towers, terminal: Any
 ) -> list[Pair]:
+    from beam_pipeline.bigquery import history
     from beam_pipeline.comparison import pairs
 
-    trainings = pairs.find_trainings(client, destination, towers.names)
+    trainings = history.find_trainings(client, destination, towers.names)
     if config.all:
         done = pairs.compared(client, destination)
         wanted = pairs.consecutive(trainings, towers.names, done, terminal.skipped)
@@ -400,28 +382,6 @@ def _pairs(
 def _ids(wanted: str, towers: Towers) -> tuple[str, ...]:
     chosen = {"item": [towers.items], "user": [towers.users], "both": [towers.users, towers.items], "none": []}[wanted]
     return tuple(tower for tower in chosen if tower)
-
-
-def _check_labels(client: bigquery.Client, comparison: Comparison) -> None:
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.cloud import bigquery
-
-    from beam_pipeline.comparison import tables
-
-    for tower, query in comparison.labels.items():
-        if tower not in comparison.towers:
-            raise LabelsError(
-                f"--labels={tower}=…: there is no tower {tower!r}; towers are {', '.join(comparison.towers)}"
-            )
-        sql = tables.double_labels_sql(query)
-        try:
-            client.query(sql, job_config=bigquery.QueryJobConfig(dry_run=True))  # A mistake costs nothing.
-            twice = [row.values() for row in client.query_and_wait(sql)]
-        except GoogleAPICallError as error:
-            reason = (error.message or str(error)).strip().splitlines()[0]
-            raise LabelsError(f"--labels={tower}=…: the query for id, label and group_name fails: {reason}") from error
-        for name, times in twice:
-            raise LabelsError(f"--labels={tower}=…: the query gives id {name!r} {times} times; an id has one label")
 
 
 def _estimate(findings: Any, client: bigquery.Client, comparison: Comparison) -> None:
@@ -595,46 +555,20 @@ def report(argv: Sequence[str] | None = None) -> int:
     options.add_tracking(ours)
     found = ours.parse_args(argv)
     dataset_project, dataset = options.dataset(ours, found)
-    config = Config(
-        project=found.project,
-        dataset=dataset,
-        dataset_project=dataset_project,
-        table_prefix=found.table_prefix,
-        table_suffix=found.table_suffix,
-        warehouse=found.warehouse,
-    )
-    return boundary.exit_code(lambda: _report(config, found))
+    return boundary.exit_code(lambda: _report(found, dataset_project, dataset))
 
 
-def _report(config: Config, found: argparse.Namespace) -> None:
-    from google.cloud import bigquery
-
-    from beam_pipeline import emulators
-    from beam_pipeline.bigquery import publication
+def _report(found: argparse.Namespace, dataset_project: str | None, dataset: str) -> None:
     from beam_pipeline.comparison import page, results
     from beam_pipeline.tracking import auth
 
     require_writable(found.output)
     page.require()
     auth.authorize(found.tracking_uri, found.tracking_audience)
-    with ExitStack() as stack:
-        if config.warehouse:
-            stack.enter_context(_warehouse(config.warehouse))
-        if emulators.emulated():
-            emulators.connect()
-        destination = _destination(config, config.dataset_project or config.project or bigquery.Client().project)
-        client = publication.make_client(destination)
+    with asking.connected(found, dataset_project, dataset) as (client, destination):
         last = results.date_of(client, destination, found.later) if found.later else None
         told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)
         html = page.render(told, destination)
         write(found.output, html)
         if found.log_run:
             log_run([result for result in told if result.pair == told[-1].pair], html, found.tracking_uri)
-
-
-def _warehouse(directory: str) -> AbstractContextManager[Any]:
-    from beam_pipeline import emulators
-
-    if not Path(directory).is_dir():
-        raise ConfigError(f"there is no warehouse at {directory}")
-    return emulators.Warehouse(directory)

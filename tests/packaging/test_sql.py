@@ -16,10 +16,11 @@ import pytest
 from google.cloud import bigquery
 from towers import described
 
-from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery import history, tables
+from beam_pipeline.bigquery.history import Trained
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import tables as comparison_tables
-from beam_pipeline.comparison.tables import Pair, Trained
+from beam_pipeline.comparison.tables import Pair
 from beam_pipeline.launch.options import IF_TAKEN
 from beam_pipeline.reading.tally import Tally
 from beam_pipeline.training import Run, Training
@@ -113,12 +114,11 @@ LABELS = "SELECT id, genre AS label, genre AS group_name FROM catalogue.songs --
 
 def of_a_comparison():
     """Returns name → statements of all functions in comparison/tables.py that make SQL."""
-    module, names = comparison_tables, ["mlflow_run_name", "mlflow_experiment_name"]
+    module = comparison_tables
     joins = [module.join_sql(DESTINATION, "item", PAIR, labels) for labels in (None, LABELS)]
     expires, keys = datetime(2026, 3, 1, tzinfo=UTC), (None, "projects/p/locations/l/keyRings/r/cryptoKeys/k")
     return {
         "join_sql": joins,
-        "double_labels_sql": [module.double_labels_sql(LABELS)],
         "create_joined_sql": [
             module.create_joined_sql("p.raw_prod.t", join, expires, key, {"a": "b"}) for join in joins for key in keys
         ],
@@ -128,15 +128,24 @@ def of_a_comparison():
         "publish_script": [
             module.publish_script(DESTINATION, 1, PAIR, LAUNCH, changed, ["user", "item"]) for changed in ([], ["item"])
         ],
-        "partitions_sql": [
-            module.partitions_sql(DESTINATION, ["two_tower_user_embedding", "two_tower_item_embedding"])
-        ],
-        "logged_sql": [module.logged_sql(DESTINATION)],
-        "runs_sql": [module.runs_sql(DESTINATION.table("item"), names[:count]) for count in range(3)],
         "compared_sql": [module.compared_sql(DESTINATION)],
         "results_sql": [module.results_sql(DESTINATION)],
         "percentiles_sql": [module.percentiles_sql(DESTINATION)],
         "usual_sql": [module.usual_sql(DESTINATION, "item")],
+    }
+
+
+def of_a_history():
+    """Returns name → statements of all functions in bigquery/history.py that make SQL."""
+    names = ["mlflow_run_name", "mlflow_experiment_name"]
+    return {
+        "labels_sql": [history.labels_sql(LABELS)],
+        "double_labels_sql": [history.double_labels_sql(LABELS)],
+        "partitions_sql": [
+            history.partitions_sql(DESTINATION, ["two_tower_user_embedding", "two_tower_item_embedding"])
+        ],
+        "logged_sql": [history.logged_sql(DESTINATION)],
+        "runs_sql": [history.runs_sql(DESTINATION.table("item"), names[:count]) for count in range(3)],
     }
 
 
@@ -343,6 +352,12 @@ def test_google_accepts_what_a_comparison_makes(google, name):
             assert {*kinds[2:-1]} <= {"ResolvedDeleteStmt", "ResolvedInsertStmt"}
 
 
+@pytest.mark.parametrize("name", of_a_history())
+def test_google_accepts_what_reads_a_history(google, name):
+    for sql in of_a_history()[name]:
+        assert google.check(sql), sql
+
+
 def test_a_publish_script_is_one_transaction(google):
     for script in made_by("publish_script"):
         begin, lock, *within, commit = google.check(script)
@@ -375,7 +390,9 @@ def test_sql_is_made_in_tables_alone(google):
     """What has placeholders is made by functions that the tests above find; what has none is checked as it is."""
     for file, function, has_placeholders, sql in in_code():
         if file == "comparison/tables.py":
-            assert function in {*of_a_comparison(), "_labels"}, f"add {function}() of {file} to of_a_comparison()"
+            assert function in of_a_comparison(), f"add {function}() of {file} to of_a_comparison()"
+        elif file == "history.py":
+            assert function in of_a_history(), f"add {function}() of {file} to of_a_history()"
         elif file == "tables.py":
             assert function in sql_functions(), f"{function}() in tables.py makes SQL: end its name in _sql or _script"
         elif "pragma_version" in sql:  # DuckDB's
