@@ -106,6 +106,18 @@ class TrainingMissingError(PipelineError):
     """The tables hold no such training, or not the towers or columns that a comparison needs."""
 
 
+class IdMissingError(PipelineError):
+    """A training has no vector of the id whose neighbours are wanted."""
+
+
+class ZeroVectorError(PipelineError):
+    """A vector of zeros has no cosine."""
+
+
+class SearchError(PipelineError):
+    """BigQuery refused a search."""
+
+
 class LabelsError(PipelineError):
     """A query for labels fails, or gives an id twice."""
 

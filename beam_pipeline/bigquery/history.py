@@ -17,6 +17,9 @@ from google.cloud import bigquery
 from beam_pipeline.bigquery.tables import PARTITION_COLUMN, Destination, literal
 from beam_pipeline.errors import ConfigError, IncompatibleTableError, LabelsError, TrainingMissingError
 
+DOLLARS_PER_TIB = 6.25
+"""BigQuery on demand, US and EU (https://cloud.google.com/bigquery/pricing)."""
+
 _NAMED = 10  # trainings in a message
 
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from beam_pipeline.comparison.work import Comparison
 
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
-_DOLLARS_PER_TIB, _DOLLARS_PER_TIB_READ = 6.25, 1.10
-"""BigQuery on demand, and its Storage Read API, US and EU (https://cloud.google.com/bigquery/pricing)."""
+_DOLLARS_PER_TIB_READ = 1.10
+"""BigQuery's Storage Read API, US and EU (https://cloud.google.com/bigquery/pricing)."""
 
 
 @dataclass(frozen=True)
@@ -387,6 +387,7 @@ def _ids(wanted: str, towers: Towers) -> tuple[str, ...]:
 def _estimate(findings: Any, client: bigquery.Client, comparison: Comparison) -> None:
     from google.cloud import bigquery
 
+    from beam_pipeline.bigquery import history
     from beam_pipeline.comparison import tables
 
     size = 0
@@ -402,8 +403,9 @@ def _estimate(findings: Any, client: bigquery.Client, comparison: Comparison) ->
     tib = size / (1 << 40)
     findings.ok(
         "cost",
-        f"joining reads {size / 1e9:,.2f} GB: about ${tib * _DOLLARS_PER_TIB:.2f} at ${_DOLLARS_PER_TIB}/TiB; reading "
-        f"what was joined, items twice: at most ${2 * tib * _DOLLARS_PER_TIB_READ:.2f} at "
+        f"joining reads {size / 1e9:,.2f} GB: about ${tib * history.DOLLARS_PER_TIB:.2f} at "
+        f"${history.DOLLARS_PER_TIB}/TiB; reading what was joined, items twice: "
+        f"at most ${2 * tib * _DOLLARS_PER_TIB_READ:.2f} at "
         f"${_DOLLARS_PER_TIB_READ:.2f}/TiB",
     )
 

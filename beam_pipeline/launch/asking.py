@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from google.cloud import bigquery
 
     from beam_pipeline.bigquery.tables import Destination
+
+DISTANCES = ("COSINE", "DOT_PRODUCT", "EUCLIDEAN")
+"""How near two vectors are, as VECTOR_SEARCH calls it."""
 
 _QUERY = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
 
@@ -60,6 +64,14 @@ def labels(ours: argparse.ArgumentParser, given: Iterable[str]) -> tuple[dict[st
         else:
             queries[match[1]] = match[2].strip().rstrip(";")
     return queries, rest
+
+
+def to_date(text: str) -> date:
+    """Returns the date of a flag's value, for argparse."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
 
 
 @contextmanager
