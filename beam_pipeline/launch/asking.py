@@ -93,16 +93,15 @@ def connected(
 
     from beam_pipeline import emulators
     from beam_pipeline.bigquery import publication
-    from beam_pipeline.launch import preflight
+    from beam_pipeline.launch import session
 
     with ExitStack() as stack:
         if found.warehouse:
             if not Path(found.warehouse).is_dir():
                 raise ConfigError(f"there is no warehouse at {found.warehouse}")
             stack.enter_context(emulators.Warehouse(found.warehouse))
-        if emulators.emulated():
-            emulators.connect()
-        destination = preflight.find_destination(
+        emulators.connect_if_emulated()
+        destination = session.find_destination(
             dataset_project or found.project or bigquery.Client().project,
             dataset,
             found.table_prefix,

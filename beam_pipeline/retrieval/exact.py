@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from beam_pipeline.bigquery import storage_read
 from beam_pipeline.bigquery.tables import PARTITION_COLUMN, literal
-from beam_pipeline.errors import BadVectorError, ZeroVectorError
+from beam_pipeline.errors import DimensionChangedError, ZeroVectorError
 from beam_pipeline.retrieval.sql import Search
 
 
@@ -27,7 +27,7 @@ def find(search: Search, vector: Sequence[float]) -> list[tuple[str, float]]:
 
     Raises:
         ZeroVectorError: a vector has no cosine.
-        BadVectorError: a vector has another length.
+        DimensionChangedError: a vector has another length.
     """
     return nearest(_pages(search), search, np.asarray(vector, float))
 
@@ -69,7 +69,9 @@ def _matrix(column: pa.Array, dimension: int) -> np.ndarray:
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     if (lengths != dimension).any():
         other = lengths[lengths != dimension][0]
-        raise BadVectorError(f"there are vectors of {other} values beside the id's own of {dimension}: no distance")
+        raise DimensionChangedError(
+            f"there are vectors of {other} values beside the id's own of {dimension}: no distance"
+        )
     values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
     return values.reshape(-1, dimension)
 

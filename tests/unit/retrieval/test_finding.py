@@ -11,7 +11,7 @@ from vector_search import VectorSearch
 
 from beam_pipeline.bigquery.history import Trained
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.errors import BadVectorError, IdMissingError, SearchError, ZeroVectorError
+from beam_pipeline.errors import DimensionChangedError, IdMissingError, SearchError, ZeroVectorError
 from beam_pipeline.retrieval import exact, finding, sql
 from beam_pipeline.retrieval.sql import Search
 
@@ -131,7 +131,7 @@ def test_zero_vectors(bigquery, vectors):
 
 
 def test_vectors_of_another_length(vectors):
-    with pytest.raises(BadVectorError, match="there are vectors of 2 values beside the id's own of 6"):
+    with pytest.raises(DimensionChangedError, match="there are vectors of 2 values beside the id's own of 6"):
         exactly(search(), {"item": {**vectors["item"], "short": np.ones(2)}}, 1)
 
 
