@@ -116,6 +116,7 @@ examples:
 other commands, each with a --help of its own:
   beam-pipeline compare      what changed between two trainings
   beam-pipeline report       a page about the comparisons in the result tables
+  beam-pipeline search       nearest items, recommendations, similar users in one training
   beam-pipeline tag          tag an MLflow run with what was published of it
   beam-pipeline emulators    serve the folder of --warehouse, to query it
 

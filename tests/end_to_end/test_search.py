@@ -1,6 +1,8 @@
 """Searches in real tables of an emulator: as VECTOR_SEARCH would answer, and what cannot be answered."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +133,26 @@ def test_the_query_and_its_cost_are_printed_without_a_search(search, history, ca
     assert search("--user=user-00003", "--plan") == 0
     assert "reads       every vector of the partition" in capsys.readouterr().out
     assert search("--user=none", "--plan") == 1
+
+
+def test_neighbours_in_the_last_five_trainings(search, history, model, ids, capsys):
+    """The recipe of docs/search.md that an emulator can run."""
+    for week in range(5):
+        history.publish(f"2026-02-0{week + 1}", f"before{week}", model, ids=ids)
+    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    (recipe,) = [sql for sql in re.findall(r"```sql\n(.*?)```", page, re.DOTALL) if "COSINE_DISTANCE" in sql]
+    assert recipe.count("2026-02-08") == 2
+    for name, value in (
+        ("raw_prod.", f"{history.dataset}."),
+        ("2026-02-08", "2026-02-02"),
+        ("item-jazz-007", "item-00007"),
+    ):
+        recipe = recipe.replace(name, value)
+    found = {}
+    for day, name, distance in history.query(recipe):
+        found.setdefault(str(day), {})[name] = distance
+    assert [*found] == ["2026-02-03", "2026-02-04", "2026-02-05", "2026-03-01", DAY]
+    near = brute_force(model, ids, "item", "item-00007", "item", "COSINE")
+    for neighbours in found.values():
+        assert [*neighbours] == [*near][:10]
+    assert found[DAY] == pytest.approx({name: near[name] for name in [*near][:10]})
