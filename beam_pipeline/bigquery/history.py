@@ -14,11 +14,19 @@ from typing import Any
 from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import bigquery
 
-from beam_pipeline.bigquery.tables import PARTITION_COLUMN, Destination, literal
+from beam_pipeline import emulators
+from beam_pipeline.bigquery.tables import (
+    PARTITION_COLUMN,
+    Destination,
+    dimension_sql,
+    literal,
+    schema_fields,
+    split_name,
+)
 from beam_pipeline.errors import ConfigError, IncompatibleTableError, LabelsError, TrainingMissingError
 
 DOLLARS_PER_TIB = 6.25
-"""BigQuery on demand, US and EU (https://cloud.google.com/bigquery/pricing)."""
+"""BigQuery on demand, US and EU (https://cloud.google.com/bigquery/pricing); loads, copies and DELETEs are free."""
 
 _NAMED = 10  # trainings in a message
 
@@ -228,6 +236,40 @@ def check_labels(client: bigquery.Client, labels: Mapping[str, str], towers: Seq
             raise LabelsError(f"--labels={tower}=…: the query gives id {name!r} {times} times; an id has one label")
 
 
+def vector_lengths(client: bigquery.Client, destination: Destination, tower: str) -> dict[date, int]:
+    """Returns date → length of a vector in each partition that holds rows.
+
+    The log says so without reading a vector; where it has no entry, one row is looked at.
+    """
+    name = destination.table(tower)
+    partitions = query(client, partitions_sql(destination, [split_name(name)[2]]))
+    days = [datetime.strptime(partition, "%Y%m%d").date() for _, partition, _ in partitions if partition.isdigit()]
+    try:
+        logged = dict(query(client, dimensions_sql(destination, tower)))
+    except NotFound:
+        logged = {}
+    found = {day: logged.get(day) or vector_length(client, name, tower, day) for day in sorted(days)}
+    return {day: length for day, length in found.items() if length}
+
+
+def vector_length(client: bigquery.Client, table: str, tower: str, day: date) -> int | None:
+    """Returns the length of a vector in a partition; None if its rows are gone meanwhile.
+
+    One row is listed, which is free: a query, LIMIT 1 or not, is billed for the vectors of the whole partition. The log
+    would cost its 10 MB, and does not know what was deleted or written by others since.
+    """
+    if emulators.emulated():  # They do not know `table$day`, and bill nobody.
+        parameter = bigquery.ScalarQueryParameter("day", "DATE", day)
+        for (length,) in query(client, dimension_sql(table, tower), parameter):
+            return int(length)
+        return None
+    partition = bigquery.TableReference.from_string(f"{table}${day:%Y%m%d}")
+    vectors = [column for column in schema_fields(tower) if column.name == f"{tower}_embedding"]
+    for (vector,) in client.list_rows(partition, selected_fields=vectors, max_results=1):
+        return len(vector)
+    return None
+
+
 def query(client: bigquery.Client, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """Returns all rows of a query with these parameters."""
     config = bigquery.QueryJobConfig(query_parameters=list(parameters))
@@ -257,6 +299,14 @@ def logged_sql(destination: Destination) -> str:
         f"FROM `{destination.log}` WHERE TRUE "  # without one, QUALIFY is an error
         "QUALIFY ROW_NUMBER() OVER (PARTITION BY train_date, tower, mlflow_run_id ORDER BY published_at DESC) = 1 "
         "ORDER BY published_at DESC"
+    )
+
+
+def dimensions_sql(destination: Destination, tower: str) -> str:
+    """Returns a query for the length of the vectors that were published last of each date."""
+    return (
+        f"SELECT {PARTITION_COLUMN}, dimension FROM `{destination.log}` WHERE tower = {literal(tower)} "
+        f"QUALIFY ROW_NUMBER() OVER (PARTITION BY {PARTITION_COLUMN} ORDER BY published_at DESC) = 1"
     )
 
 

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from beam_pipeline.bigquery.tables import Destination
 
-DISTANCES = ("COSINE", "DOT_PRODUCT", "EUCLIDEAN")
-"""How near two vectors are, as VECTOR_SEARCH calls it."""
-
 _QUERY = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
 
 

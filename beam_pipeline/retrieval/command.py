@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--k", type=int, default=10, help="how many (default: %(default)s)")
     what.add_argument(
         "--distance",
-        choices=asking.DISTANCES,
+        choices=options.DISTANCES,
         help="how near is measured (default: DOT_PRODUCT for a user's items, as the model scores them; else COSINE)",
     )
     asking.add_towers(what)

@@ -15,13 +15,12 @@ import pytest
 from google.cloud import bigquery
 from towers import described
 
-from beam_pipeline.bigquery import history, tables
+from beam_pipeline.bigquery import history, indexes, tables
 from beam_pipeline.bigquery.history import Trained
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import tables as comparison_tables
 from beam_pipeline.comparison.tables import Pair
-from beam_pipeline.launch.asking import DISTANCES
-from beam_pipeline.launch.options import IF_TAKEN
+from beam_pipeline.launch.options import DISTANCES, IF_TAKEN
 from beam_pipeline.reading.tally import Tally
 from beam_pipeline.retrieval import sql as search_sql
 from beam_pipeline.retrieval.sql import Search
@@ -174,6 +173,7 @@ def of_a_history():
             history.partitions_sql(DESTINATION, ["two_tower_user_embedding", "two_tower_item_embedding"])
         ],
         "logged_sql": [history.logged_sql(DESTINATION)],
+        "dimensions_sql": [history.dimensions_sql(DESTINATION, "item")],
         "runs_sql": [history.runs_sql(DESTINATION.table("item"), names[:count]) for count in range(3)],
     }
 
@@ -194,6 +194,17 @@ def of_a_search():
             for name in ("search_sql", "vector_sql", "zero_vectors_sql")
         },
         "found_labels_sql": [search_sql.found_labels_sql(LABELS)],
+    }
+
+
+def of_indexes():
+    """Returns name → statements of all functions in bigquery/indexes.py that make SQL."""
+    of_tower = [(DESTINATION.table(tower), tower) for tower in TOWERS]
+    return {
+        "create_index_sql": [
+            indexes.create_index_sql(table, tower, distance) for table, tower in of_tower for distance in DISTANCES
+        ],
+        "indexes_sql": [indexes.indexes_sql(table) for table, _ in of_tower],
     }
 
 
@@ -431,6 +442,13 @@ def test_google_accepts_what_reads_a_history(google, name):
         assert google.check(sql), sql
 
 
+@pytest.mark.parametrize("name", of_indexes())
+def test_google_accepts_what_is_said_of_indexes(google, name):
+    for sql in of_indexes()[name]:
+        (kind,) = google.check(sql)
+        assert kind == ("ResolvedCreateIndexStmt" if name.startswith("create") else "ResolvedQueryStmt")
+
+
 @pytest.mark.parametrize("name", of_a_search())
 def test_google_accepts_what_searches(google, name):
     for sql in of_a_search()[name]:
@@ -465,6 +483,8 @@ def test_sql_is_made_in_tables_alone(google):
             assert function in of_a_comparison(), f"add {function}() of {file} to of_a_comparison()"
         elif file == "history.py":
             assert function in of_a_history(), f"add {function}() of {file} to of_a_history()"
+        elif file == "indexes.py":
+            assert function in of_indexes(), f"add {function}() of {file} to of_indexes()"
         elif file == "sql.py":
             assert function in of_a_search(), f"add {function}() of {file} to of_a_search()"
         elif file == "tables.py":
