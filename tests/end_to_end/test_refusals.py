@@ -159,7 +159,7 @@ def test_fewer_ids_than_rows_is_fine(job, store, damaged):
 def test_a_missing_dataset(job, store, models, capsys):
     run = store.log(models("longer"), "longer", MARCH_1)
     line = refused(job, capsys, run, "--dataset=raw_nowhere")
-    assert "raw_nowhere does not exist; make it where the bucket is: bq --location=EU mk --dataset" in line
+    assert "raw_nowhere does not exist; create it where the bucket is: bq --location=EU mk --dataset" in line
     assert "raw_nowhere" not in {dataset.dataset_id for dataset in job.client.list_datasets()}
 
 
