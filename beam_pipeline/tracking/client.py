@@ -16,7 +16,7 @@ from beam_pipeline.tracking.stores import shown
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-# MLflow's own defaults (7 retries, 120 s each) let a wrong host take many minutes to fail.
+# MLflow's own defaults (7 retries, 120 s each) take many minutes to fail at a wrong host.
 _PATIENCE = 10
 
 
@@ -33,8 +33,8 @@ def connected(tracking_uri: str | None, missing: str, check: str) -> Iterator[Co
 
     Args:
         tracking_uri: MLFLOW_TRACKING_URI unless it is named.
-        missing: the message where MLflow has no such thing, to be continued with where.
-        check: what to check then.
+        missing: start of the message if MLflow has no such thing; the place follows.
+        check: the flag to check in that case.
 
     Raises:
         ConfigError: MLflow is not installed, or the server rejected the credentials.
@@ -88,7 +88,7 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
 
     Args:
         uri: server or store, as `store_uri` returns it.
-        missing: the message where MLflow has no such thing.
+        missing: the message if MLflow has no such thing.
         seconds: longest silence of the server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise; None for a short
             request.
         retries: of a failed request, unless MLFLOW_HTTP_REQUEST_MAX_RETRIES says otherwise.
@@ -96,7 +96,7 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
     Raises:
         ConfigError: the server rejected the credentials.
         RunNotFoundError: there is no such thing.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
     """
     from mlflow.exceptions import MlflowException
 

@@ -27,7 +27,7 @@ _RUNS_URI = re.compile(r"runs:/+([^/]+)/(.+?)/*")
 _LOGGED_URI = re.compile(r"models:/(m-[^/@]+)")
 _REGISTERED_URI = re.compile(r"models:/([^/]+)/([0-9]+)|models:/([^/]+)@([^/@]+)")
 
-# What a folder holds that is a model, by itself or as MLflow lays it out.
+# Files by which a folder is known to be a model, as TensorFlow or MLflow lays it out.
 _MARKS = ("MLmodel", "saved_model.pb")
 
 
@@ -39,7 +39,7 @@ class Model:
         name: for a person: its folder in the run, the name it was logged by, or its URI.
         root: URI of a folder, as MLflow has it.
         path: the model's folder (or file) below it; empty for the folder itself. Not quoted, unlike the URI.
-        notable: whether it was found otherwise than by its name in the run.
+        notable: whether it was found by anything but its name in the run.
     """
 
     name: str
@@ -69,7 +69,7 @@ def find_model(
         ArtifactMissingError: the run has no such model, or its upload was not finished.
         UnsupportedModelError: it is an HDF5 file.
         ConfigError: it has several, which are listed; or its store cannot be read from here.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
     """
     with connected(tracking_uri, f"the artifacts of run {run.run_id} are not", model_uri or "the run") as (client, uri):
         if model_uri:
@@ -123,8 +123,8 @@ def resolve(client: MlflowClient, model_uri: str) -> tuple[str, Model]:
         )
     if not run_id:
         raise ConfigError(
-            f"{model_uri} was logged outside of any run, and the run says the experiment and the date; log the model "
-            "in a run, or register it with run_id"
+            f"{model_uri} was logged outside of any run, and the experiment and the date come from the run; log "
+            "the model in a run, or register it with run_id"
         )
     return run_id, Model(model.name, model.root, model.path, notable=True)
 
@@ -150,7 +150,7 @@ class Artifacts:
     def __init__(self, run: Run, uri: str) -> None:
         self.run = run
         self.requests = 0
-        # Not the client's own list_artifacts, which mixes in the models that are logged elsewhere.
+        # Not the client's list_artifacts, which mixes in the models that are logged elsewhere.
         self._repository = stores.repository(run.artifact_uri, uri)
 
     def listed(self, folder: str = "") -> list[FileInfo]:
@@ -259,7 +259,7 @@ def _require_mounted(client: MlflowClient, run: Run, root: str) -> None:
 
 
 def _logged_models(client: MlflowClient, run: Run) -> list[entities.LoggedModel]:
-    """Returns the models that MLflow 3 keeps beside the run, those too whose files are not all there."""
+    """Returns the models that MLflow 3 keeps beside the run, including those whose upload was not finished."""
     from mlflow.exceptions import MlflowException
 
     found: list[entities.LoggedModel] = []

@@ -1,4 +1,4 @@
-"""Runs in MLflow: which one is meant, and what a job adds to it."""
+"""Runs in MLflow: the ones to publish, and the tags and metrics that a job adds to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def find_run(
 
     Raises:
         RunNotFoundError: no such run, experiment or model, or none is FINISHED.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
         ConfigError: MLflow is not installed, the server wants credentials, or no run is behind the model.
         PipelineError: what `find_latest_run` raises.
     """
@@ -76,7 +76,7 @@ def find_latest_run(
 
     Raises:
         RunNotFoundError: no such experiment, or no FINISHED run.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
         ArtifactMissingError: none of the latest runs has the model, or the upload of the latest was not finished.
         UnsupportedModelError: the latest has it as an HDF5 file.
         ConfigError: MLflow is not installed, a store wants credentials or a library, or the latest has several models.
@@ -130,7 +130,7 @@ def find_runs(
 
     Raises:
         RunNotFoundError: no such experiment, or no such run.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
         ConfigError: MLflow is not installed, or the server wants credentials.
     """
     with connected(tracking_uri, f"no experiment {experiment_name!r}", "--experiment_name") as (client, uri):
@@ -178,7 +178,7 @@ def tag_run(run_id: str, tags: dict[str, str], tracking_uri: str | None = None) 
 
     Raises:
         RunNotFoundError: there is no such run.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
         ConfigError: it rejected the credentials.
     """
     with connected(tracking_uri, f"no run {run_id!r}", "--run_id") as (client, _):
@@ -193,7 +193,7 @@ def log_comparison(
 
     Raises:
         RunNotFoundError: there is no such run.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
         ConfigError: it rejected the credentials.
     """
     with connected(tracking_uri, f"no run {run_id!r}", "--to") as (client, _):

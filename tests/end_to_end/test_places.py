@@ -571,6 +571,6 @@ def test_no_identity_token(job, server, served, tmp_path, monkeypatch, capsys):
     plain = "--tracking_uri=http://mlflow.example.com"
     assert "is for a tracking server at https://, not at http" in refused(job, capsys, served.run, audience, plain)
     both = uri.replace("//", "//me:guess@")
-    assert "a password in --tracking_uri do not go together" in refused(job, capsys, served.run, audience, both)
+    assert "a password in --tracking_uri cannot be combined" in refused(job, capsys, served.run, audience, both)
     monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "kubernetes")
-    assert "and MLFLOW_TRACKING_AUTH do not go together" in refused(job, capsys, served.run, audience, uri)
+    assert "and MLFLOW_TRACKING_AUTH cannot be combined" in refused(job, capsys, served.run, audience, uri)
