@@ -352,12 +352,12 @@ def parser() -> argparse.ArgumentParser:
         "--partition_expiration_days",
         type=int,
         metavar="DAYS",
-        help="set when a table is made (default: kept forever, whatever the dataset's default)",
+        help="set when a table is created (default: kept forever, whatever the dataset's default)",
     )
     target.add_argument(
         "--require_partition_filter",
         action="store_true",
-        help="set when a table is made: queries must name a train_date",
+        help="set when a table is created: queries must name a train_date",
     )
     target.add_argument(
         "--kms_key",
@@ -391,7 +391,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="text",
         choices=("text", "json"),
-        help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job would go",
+        help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job "
+        "could run",
     )
     modes.add_argument(
         "--inspect",
@@ -408,7 +409,7 @@ def parser() -> argparse.ArgumentParser:
         "--writer",
         default="columnar",
         choices=("columnar", "rows"),
-        help="columnar: batches straight to Avro blocks; rows: Beam's stock WriteToBigQuery, ten times slower, same "
+        help="columnar: batches straight to Avro blocks; rows: Beam's built-in WriteToBigQuery, ten times slower, same "
         "tables (default: columnar)",
     )
     beam = result.add_argument_group(
