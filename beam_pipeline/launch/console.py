@@ -16,7 +16,7 @@ from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.launch.findings import Findings
 from beam_pipeline.launch.plan import Plan, as_json, as_sql
 from beam_pipeline.launch.selection import LeftOut
-from beam_pipeline.tracking.runs import Model
+from beam_pipeline.tracking.models import Model
 from beam_pipeline.training import Run
 
 _EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
