@@ -141,6 +141,18 @@ class TrainingMissingError(DestinationError):
     """The tables hold no such training, or not the towers or columns that a comparison needs."""
 
 
+class IdMissingError(DestinationError):
+    """A training has no vector of the id whose neighbours are wanted."""
+
+
+class ZeroVectorError(DestinationError):
+    """A vector of zeros has no cosine."""
+
+
+class SearchError(DestinationError):
+    """BigQuery refused a search."""
+
+
 class UnusualError(PipelineError):
     """A comparison is unusual beside earlier ones, and was asked to fail then; its results are published."""
 
