@@ -59,13 +59,17 @@ def test_a_checksum_is_of_its_algorithm_and_covers_what_is_before_the_ids(encodi
     value = {"crc32": zlib.crc32, "crc32c": encodings.checksums.google_crc32c.value}[algorithm](data)
 
     def read(content):
-        ids = Vocabulary("ids", Span(6, len(data)), encoding, 1, checksum=Checksum(algorithm, value, Span(0, len(data))))
+        ids = Vocabulary(
+            "ids", Span(6, len(data)), encoding, 1, checksum=Checksum(algorithm, value, Span(0, len(data)))
+        )
         return list(encodings.cuts(opened(content), ids, 2))
 
     assert read(data) == [(2, len(data))]
     for at in (0, 7):
         damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-        assert refusal(ChecksumError, read, damaged).startswith(f"ids: the ids at byte 6 do not match their {algorithm}")
+        assert refusal(ChecksumError, read, damaged).startswith(
+            f"ids: the ids at byte 6 do not match their {algorithm}"
+        )
 
 
 def test_an_entry_of_one_byte_at_the_end():
