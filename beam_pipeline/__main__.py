@@ -22,9 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in _COMMANDS:
         return int(importlib.import_module(_COMMANDS[arguments[0]]).main(arguments[1:]))
 
-    if argv is None:  # In a process of its own: a caller may need it.
-        # Beam and MLflow import pandas where it is installed, a tenth of the start, for what no job does.
-        sys.modules.setdefault("pandas", None)  # type: ignore[arg-type] # None makes an import fail.
     from beam_pipeline.launch.options import parse
 
     config = parse(arguments)

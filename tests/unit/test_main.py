@@ -63,16 +63,6 @@ def test_help_imports_nothing_that_takes_seconds():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "pandas"), [("", "NoneType"), ("sys.argv[1:]", "module")])
-def test_pandas_is_left_out_of_a_process_of_its_own(arguments, pandas):
-    script = (
-        "import sys\nfrom beam_pipeline.__main__ import main\nsys.argv = ['beam_pipeline', '--misspelt']\n"
-        f"try:\n    main({arguments})\nexcept SystemExit:\n    print(type(sys.modules['pandas']).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{pandas}\n"
-
-
 def test_the_module_runs(tmp_path):
     command = [sys.executable, "-m", "beam_pipeline", "emulators", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"})
