@@ -77,6 +77,10 @@ class TruncatedFileError(ArtifactError):
     """A file of the artifact ends before bytes that its own index says it holds."""
 
 
+class FileReplacedError(ArtifactError):
+    """A file of the artifact was replaced or deleted between its opening and a read."""
+
+
 class CorruptFileError(ArtifactError):
     """A file of the artifact contradicts its own format."""
 

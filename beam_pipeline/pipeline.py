@@ -1,6 +1,6 @@
 """The job graph.
 
-for each tower:  ReadTower ─► WriteStaging
+for each tower:  CutTower ─► WriteStaging
 Launch ─► Prepare ─► (the writes) ─► Check, Audit ─► Shape ─► Publish ─► Clean
 """
 
@@ -13,13 +13,12 @@ import apache_beam as beam
 from apache_beam.pvalue import PCollection
 from apache_beam.typehints.decorators import no_annotations
 
-from beam_pipeline import emulators
+from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication, Tallies
-from beam_pipeline.bigquery.staging import WriteStaging
-from beam_pipeline.reading import transforms
+from beam_pipeline.bigquery.staging import COPIES, FILES, LOADS, WriteStaging
 from beam_pipeline.reading.tally import Report, Tally, tally
-from beam_pipeline.reading.transforms import ReadTower
+from beam_pipeline.reading.transforms import PIECES, REPORTS, CutTower
 from beam_pipeline.training import Training
 
 
@@ -61,6 +60,7 @@ class _StepFn(beam.DoFn):
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
     def process(self, launch: str, *inputs: Any) -> Iterator[str]:
         self._step(self._client, self._publication, launch, *inputs)
+        metrics.end_phase(f"the job, until {self._step.__name__.strip('_')} has ended")
         yield launch
 
 
@@ -82,13 +82,13 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
     waits, load_files, reports = [], [], []
     trainings = job.publication.trainings
     for tower in job.publication.towers:
-        read = pipeline | f"Read {tower}" >> ReadTower({t.run.run_id: t.towers[tower] for t in trainings})
-        written = read["batches"] | f"Write {tower}" >> WriteStaging(
+        cut = pipeline | f"Cut {tower}" >> CutTower({t.run.run_id: t.towers[tower] for t in trainings})
+        written = cut[PIECES] | f"Write {tower}" >> WriteStaging(
             tower, job.publication, beam.pvalue.AsSingleton(prepared), job.writer
         )
-        reports.append(read[transforms.REPORTS])
-        waits += [written.destination_load_jobid_pairs, written.destination_copy_jobid_pairs]
-        load_files.append(written.destination_file_pairs)
+        reports += [cut[REPORTS], written[REPORTS]]
+        waits += [written[LOADS], written[COPIES]]
+        load_files.append(written[FILES])
     tallies = beam.pvalue.AsSingleton(
         pipeline
         | "All" >> beam.Create([None])

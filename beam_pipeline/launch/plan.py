@@ -97,6 +97,7 @@ def as_sql(publication: Publication) -> str:
         f"-- run {training.run.run_id}; the job fills in the launch id and the numbers of the log's rows\n"
         + tables.publish_script(
             publication.destination,
+            number,
             training,
             "LAUNCH",
             publication.if_partition_taken,
@@ -104,7 +105,7 @@ def as_sql(publication: Publication) -> str:
             publication.job_name,
             latest_tables=publication.latest_tables,
         )
-        for training in publication.trainings
+        for number, training in enumerate(publication.trainings)
     )
 
 
