@@ -308,6 +308,7 @@ def publish_script(
         if_partition_taken: "fail", "replace" or "keep".
         tallies: tower → what was read of it, for the log.
         job_name: of the Beam job, for the log.
+        latest_tables: also replace the latest tables, unless a newer training is published.
     """
     run, towers = training.run, [*training.towers]
     day, run_id = literal(run.train_date), literal(run.run_id)

@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 
 import pytest
-from job import DESTINATION_TABLES, MARCH_1, MARCH_2
+from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 
 from beam_pipeline import rollback
 
@@ -41,6 +41,13 @@ def test_the_newest_training_is_in_both(job, store, models):
     assert job.run(first, *FLAGS) == 0
     assert latest(job) == wanted
     assert {*job.published()} == {("2026-03-01", first), ("2026-03-02", second)}
+
+
+def test_a_table_of_another_kind_is_refused_before_anything_is_written(job, store, models, capsys):
+    run = store.log(models("plain"), "first", MARCH_1)
+    job.query(f"CREATE TABLE {job.dataset}.two_tower_item_embedding_latest (train_date STRING)")
+    message = "two_tower_item_embedding_latest cannot be used: column train_date is STRING, not DATE"
+    assert message in refused(job, capsys, run, *FLAGS)
 
 
 def test_an_older_run_fills_no_table_that_begins_later(job, store, models):
