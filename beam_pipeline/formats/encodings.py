@@ -189,10 +189,13 @@ def _varint_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, i
         yield count, span.end
 
 
-def _int64_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
-    for start in range(span.start, span.end, 8 * rows):
-        end = min(start + 8 * rows, span.end)
-        yield (end - start) // 8, end
+def _integer_cuts(size: int) -> Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]:
+    def cuts_of_size(_: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
+        for start in range(span.start, span.end, size * rows):
+            end = min(start + size * rows, span.end)
+            yield (end - start) // size, end
+
+    return cuts_of_size
 
 
 def varints(data: bytes) -> np.ndarray:
@@ -264,7 +267,8 @@ def _decode_strings(data: bytes) -> pa.Array:
 
 _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]] = {
     Encoding.PROTOBUF: _string_cuts,
-    Encoding.INT64: _int64_cuts,
+    Encoding.INT32: _integer_cuts(4),
+    Encoding.INT64: _integer_cuts(8),
     Encoding.VARINTS: _varint_cuts,
 }
 _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
@@ -272,6 +276,7 @@ _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
     Encoding.INTEGER_LINES: _decode_integer_lines,
     Encoding.JSON: _decode_json,
     Encoding.PROTOBUF: _decode_strings,
+    Encoding.INT32: lambda data: _decode_integers(np.frombuffer(data[: len(data) // 4 * 4], "<i4")),
     Encoding.INT64: lambda data: _decode_integers(np.frombuffer(data[: len(data) // 8 * 8], "<i8")),
     Encoding.VARINTS: lambda data: _decode_integers(varints(data).view("<i8")),
 }

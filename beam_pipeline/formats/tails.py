@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from beam_pipeline.errors import CorruptFileError
 from beam_pipeline.formats.model import Ending, Tail
+from beam_pipeline.formats.protobuf import Span
 
 _MAX_DEPTH = 60
 """Functions that call each other; a model inside of a model is some ten."""
@@ -28,8 +29,9 @@ _LOOPS = frozenset({"While", "StatelessWhile"})
 _PASSING = frozenset(
     {
         "BroadcastTo", "Cast", "CheckNumerics", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "ParallelConcat",
-        "PlaceholderWithDefault", "PreventGradient", "RaggedTensorToTensor", "ReadVariableOp", "Reshape", "Slice",
-        "Snapshot", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile", "Transpose", "Unpack",
+        "PlaceholderWithDefault", "PreventGradient", "RaggedTensorToTensor", "ReadVariableOp", "Reshape",
+        "Scann>TensorsToScann", "Slice", "Snapshot", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice",
+        "Tile", "Transpose", "Unpack",
     }
 )  # fmt: skip
 """Operations that leave the values of a row as they are."""
@@ -54,6 +56,21 @@ _OF_NORMS = frozenset(
 )  # fmt: skip
 _OF_SCORES = frozenset({"Add", "AddV2", "BiasAdd", "Mean", "Sum", *_MULTIPLICATIONS, *_DIVISIONS})
 """Operations after which a sum of products is still a score."""
+_SEARCHES = frozenset({"Scann>ScannSearch", "Scann>ScannSearchBatched"})
+"""Operations that compare something with all rows of a matrix and number the best (scann/scann_ops/cc/ops)."""
+_TOP = frozenset({"ApproxTopK", "ArgMax", "TopK", "TopKV2"})
+_WHOLE = frozenset(
+    {"Cast", "CheckNumerics", "EnsureShape", "ExpandDims", "Identity", "PreventGradient", "ReadVariableOp", "Snapshot",
+     "Scann>TensorsToScann", "Squeeze", "StopGradient"}
+)  # fmt: skip
+"""Operations after which the rows of a matrix, or the elements of a list, are still all there and in their order."""
+_EACH_SCORE = frozenset(
+    {
+        "Add", "AddV2", "BiasAdd", "Exp", "Log", "LogSoftmax", "Neg", "Reshape", "Sigmoid", "Softmax", "Sub", "Tanh",
+        "Transpose", *_MULTIPLICATIONS, *_DIVISIONS, *_SELECTS, *_WHOLE,
+    }
+)  # fmt: skip
+"""Operations after which the scores of all rows are still all there and in their order."""
 _SPLITS = frozenset(
     {"StringNGrams", "StringSplit", "StringSplitV2", "UnicodeDecode", "UnicodeDecodeWithOffsets", "WordpieceTokenize"}
 )
@@ -109,6 +126,11 @@ class Value:
         is_gathered: whether it was gathered from something that is not followed, such as a bias per id.
         meetings: where towers met on the way to it.
         products: the meetings that it is the product of, not summed yet or not added to.
+        matrix: the matrix that it is, with all of its rows.
+        is_transposed: whether it is that transposed.
+        scores: the matrices with all rows of which something was multiplied.
+        best: the matrices whose best rows it numbers.
+        ids: the list of ids that it is, all of them: the number of an object, or where in the file its tensor is.
     """
 
     rows: tuple[tuple[Use, State], ...] = ()
@@ -119,6 +141,11 @@ class Value:
     is_gathered: bool = False
     meetings: frozenset[str] = frozenset()
     products: frozenset[str] = frozenset()
+    matrix: int | None = None
+    is_transposed: bool = False
+    scores: frozenset[int] = frozenset()
+    best: frozenset[int] = frozenset()
+    ids: int | Span | None = None
 
     @property
     def is_scalar(self) -> bool:
@@ -145,6 +172,7 @@ class Operation:
         value: of a constant.
         bodies: functions that it calls.
         is_transposed: whether a matrix product takes its second matrix transposed.
+        is_first_transposed: whether it takes its first matrix transposed.
     """
 
     name: str
@@ -153,6 +181,7 @@ class Operation:
     value: Value = UNKNOWN
     bodies: tuple[str, ...] = ()
     is_transposed: bool = False
+    is_first_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +249,7 @@ class Trace:
         meetings: the operations where towers met, found so far.
         gathered: embeddings whose rows were gathered somewhere.
         words: tables that looked up words of a text.
+        indexes: matrix → the lists from which ids of its best rows were taken.
     """
 
     function: Callable[[str], Function | None]
@@ -230,6 +260,7 @@ class Trace:
     meetings: dict[str, Meeting] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
     words: set[int] = field(default_factory=set)
+    indexes: dict[int, set[int | Span]] = field(default_factory=dict)
     _results: dict[tuple[str, tuple[Value, ...], str], tuple[Value, ...]] = field(default_factory=dict)
 
     def returned(self, name: str, arguments: Sequence[Value]) -> Returned:
@@ -274,7 +305,7 @@ class Trace:
                 stack += [source for source, _ in operation.inputs if source not in begun]
                 continue
             inputs = [_output(values, source) for source in operation.inputs]
-            self.steps.take(sum(len(value.rows) for value in inputs))
+            self.steps.take(sum(len(value.rows) + len(value.scores) + len(value.best) for value in inputs))
             values[node] = self._apply(operation, inputs, f"{name}:{node}", scope, depth)
         return tuple(_output(values, source) for source in function.outputs)
 
@@ -293,7 +324,38 @@ class Trace:
         result = self._result(operation, inputs, place, (layer, kind))
         if result.rows and not self.keeps_changed:
             result = replace(result, rows=tuple(each for each in result.rows if each[1].shape != Shape.CHANGED))
-        return (result,)
+        return (self._indexed(operation, inputs, result),)
+
+    def _indexed(self, operation: Operation, inputs: list[Value], result: Value) -> Value:
+        """Adds what concerns a search index: a matrix, the scores of its rows, the best of them, and their ids."""
+        kind = operation.kind
+        matrix, is_transposed, ids = None, False, None
+        scores, best = frozenset[int](), frozenset[int]()
+        if kind in _MATRIX_PRODUCTS:
+            scores = compared(operation, inputs)
+        elif kind in _TOP and inputs:
+            best = inputs[0].scores
+        elif kind in _SEARCHES:
+            best = compared(operation, inputs)
+        elif kind in GATHERS and len(inputs) > 1:
+            if inputs[0].ids is not None:
+                for each in inputs[1].best:
+                    self.indexes.setdefault(each, set()).add(inputs[0].ids)
+        elif inputs:
+            first = inputs[0]
+            if kind in _WHOLE:
+                matrix, is_transposed, ids = first.matrix, first.is_transposed, first.ids
+            elif kind == "Transpose":
+                matrix, is_transposed = first.matrix, not first.is_transposed
+            elif kind in (*_MULTIPLICATIONS, *_DIVISIONS, SCALING):
+                matrices = [value for value in inputs if value.matrix is not None]
+                if len({(value.matrix, value.is_transposed) for value in matrices}) == 1:
+                    matrix, is_transposed = matrices[0].matrix, matrices[0].is_transposed
+            if kind in _EACH_SCORE:
+                scores = frozenset().union(*(value.scores for value in inputs))
+            if kind in _PASSING or kind in _SELECTS:
+                best = frozenset().union(*(value.best for value in inputs))
+        return replace(result, matrix=matrix, is_transposed=is_transposed, scores=scores, best=best, ids=ids)
 
     def _apply_bodies(self, operation: Operation, inputs: list[Value], layer: str, depth: int) -> tuple[Value, ...]:
         if operation.kind in _LOOPS:
@@ -370,8 +432,8 @@ class Trace:
                 self.meetings[product].is_biased |= kind in ("Add", "AddV2")
         if any(value.products for value in inputs):
             return replace(known, products=frozenset().union(*(value.products for value in inputs)))
-        if self._do_meet(kind, carriers):
-            return self._meet(carriers, place, label, known, is_summed=kind in _MATRIX_PRODUCTS)
+        if kind in _SEARCHES or self._do_meet(kind, carriers):
+            return self._meet(carriers, place, label, known, is_summed=kind in _MATRIX_PRODUCTS | _SEARCHES)
         if kind in ("TopKV2", "TopK") and any(state.shape == Shape.SCORES for _, state in carriers[0].rows):
             # The matrix is an index of the other tower's vectors.
             rows = tuple((use, _before_scores(state)) for use, state in carriers[0].rows)
@@ -420,6 +482,15 @@ class Trace:
         return replace(known, meetings=known.meetings | {key}, products=frozenset([key]))
 
 
+def compared(operation: Operation, inputs: Sequence[Value]) -> frozenset[int]:
+    """Returns the matrices with all rows of which a matrix product compares something."""
+    found = set[int]()
+    for value, is_turned in zip(inputs, (not operation.is_first_transposed, operation.is_transposed), strict=False):
+        if value.matrix is not None and value.is_transposed != is_turned:
+            found.add(value.matrix)
+    return frozenset(found)
+
+
 def _output(values: Mapping[str, tuple[Value, ...]], source: tuple[str, int]) -> Value:
     outputs = values.get(source[0], ())
     if not outputs:
@@ -433,11 +504,17 @@ def _either(values: Sequence[Value]) -> Value:
     for value in values:
         for use, state in value.rows:
             states[use] = max(states.get(use, state), state, key=lambda one: one.shape)
+    same = len({(value.matrix, value.is_transposed, value.ids) for value in values}) == 1
     return Value(
         rows=tuple(states.items()),
         is_text=any(value.is_text for value in values),
         meetings=frozenset().union(*(value.meetings for value in values)),
         products=frozenset().union(*(value.products for value in values)),
+        matrix=values[0].matrix if same else None,
+        is_transposed=same and values[0].is_transposed,
+        scores=frozenset().union(*(value.scores for value in values)),
+        best=frozenset().union(*(value.best for value in values)),
+        ids=values[0].ids if same else None,
     )
 
 
@@ -510,7 +587,7 @@ def _advanced(operation: Operation, states: Sequence[State], inputs: Sequence[Va
                 return State(Shape.SQUARES, operations)
             if kind == "EuclideanNorm" and _is_last(others):
                 return State(Shape.FACTOR, operations)
-            if kind == "MatMul" and operation.is_transposed and inputs[0].rows:
+            if (kind == "MatMul" and operation.is_transposed and inputs[0].rows) or compared(operation, inputs):
                 return State(Shape.SCORES, operations)
         elif shape == Shape.SQUARES and kind in _REDUCTIONS and _is_last(others):
             return State(Shape.FACTOR, operations)

@@ -102,6 +102,10 @@ class KerasFile:
         """Returns all layers that are towers, outermost ones only."""
         return self._layers.tower_names()
 
+    def index_layers(self) -> list[str]:
+        """Returns none: indexes are read in SavedModels alone."""
+        return []
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()

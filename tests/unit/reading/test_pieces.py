@@ -238,7 +238,7 @@ def test_every_entry_once_with_its_row(encoding_and_names, random, entries, bloc
     tower, _, open_file = unordered(encoding, names, rows, 100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encodings, "_BLOCK", block)
-        patch.setattr(entries_module, "_VARINT_BLOCK", block)
+        patch.setattr(pieces, "_VARINT_BLOCK", block)
         assert read_entries(tower, open_file, entries) == list(zip(names, rows, strict=True))
 
 
