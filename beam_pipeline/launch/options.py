@@ -91,6 +91,7 @@ class Config(JobConfig):
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
     vector_index: str | None = None
+    latest_tables: bool = False
     include_oov: bool = False
     embedding_rows: bool = False
     writer: str = "columnar"
@@ -120,6 +121,7 @@ examples:
 other commands, each with a --help of its own:
   beam-pipeline compare      what changed between two trainings
   beam-pipeline report       a page about the comparisons in the result tables
+  beam-pipeline rollback     put an earlier training into the latest tables again
   beam-pipeline search       nearest items, recommendations, similar users in one training
   beam-pipeline tag          tag an MLflow run with what was published of it
   beam-pipeline emulators    serve the folder of --warehouse, to query it
@@ -372,6 +374,12 @@ def parser() -> argparse.ArgumentParser:
         help="create a vector index of each tower's table unless it has one, by this distance: VECTOR_SEARCH uses it "
         "within a training (default: none)",
     )
+    target.add_argument(
+        "--latest_tables",
+        action="store_true",
+        help="also keep each tower's newest training in a table of its own, PREFIX_TOWER_embedding_latestSUFFIX, "
+        "replaced in the same transaction; an older run never replaces a newer one",
+    )
     safety = result.add_argument_group("safety")
     safety.add_argument(
         "--if_partition_taken",
@@ -481,6 +489,7 @@ def parse(argv: Sequence[str]) -> Config:
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
         vector_index=found.vector_index,
+        latest_tables=found.latest_tables,
         include_oov=found.include_oov,
         embedding_rows=found.embedding_rows,
         writer=found.writer,

@@ -115,6 +115,11 @@ ARGUMENTS = {
     ("table", "bigquery.Table"): [first_version("user")],
     ("wanted", "Sequence[bigquery.SchemaField]"): [tables.schema_fields("user"), tables.LOG_SCHEMA],
     ("partitioned", "bool"): [True, False],
+    ("latest_tables", "bool"): [True, False],
+    ("towers", "Sequence[str]"): [TOWERS],
+    ("train_date", "date"): [RUN.train_date],
+    ("run_id", "str"): [RUN.run_id],
+    ("condition", "str"): ["TRUE"],
 }
 """Values for the parameters of the functions in tables.py that make SQL, by name and annotation.
 
@@ -207,7 +212,10 @@ def of_indexes():
     of_tower = [(DESTINATION.table(tower), tower) for tower in TOWERS]
     return {
         "create_index_sql": [
-            indexes.create_index_sql(table, tower, distance) for table, tower in of_tower for distance in DISTANCES
+            indexes.create_index_sql(table, tower, distance, partitioned=partitioned)
+            for table, tower in of_tower
+            for distance in DISTANCES
+            for partitioned in (True, False)
         ],
         "indexes_sql": [indexes.indexes_sql(table) for table, _ in of_tower],
     }
@@ -331,6 +339,7 @@ class GoogleSql:
         found = {DESTINATION.log: tables.LOG_SCHEMA, DESTINATION.lock: tables.LOCK_SCHEMA}
         for tower in TOWERS:
             found[DESTINATION.table(tower)] = tables.schema_fields(tower)
+            found[DESTINATION.latest(tower)] = tables.schema_fields(tower)
             found[DESTINATION.staging(tower, LAUNCH)] = tables.staging_fields(tower)
             found[comparison_tables.change_table(DESTINATION, tower)] = comparison_tables.change_schema(tower)
             staged = comparison_tables.staged_change(DESTINATION, tower, LAUNCH)
@@ -461,7 +470,7 @@ def test_google_accepts_what_searches(google, name):
 
 
 def test_a_publish_script_is_one_transaction(google):
-    for script in made_by("publish_script"):
+    for script in [*made_by("publish_script"), *made_by("rollback_script")]:
         begin, lock, *within, commit = google.check(script)
         assert (begin, lock, commit) == ("ResolvedBeginStmt", "ResolvedUpdateStmt", "ResolvedCommitStmt")
         assert {*within} <= {"ResolvedQueryStmt", "ResolvedDeleteStmt", "ResolvedInsertStmt"}  # no DDL, no second BEGIN
