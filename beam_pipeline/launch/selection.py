@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
@@ -98,7 +98,7 @@ def read_training(config: Config, run: Run, model: Model, folder: str) -> Select
     with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
         layers = config.towers
         if config.discover:
-            layers = discover(artifact.tower_layers()) or layers
+            layers = discover(artifact.tower_layers(), artifact.index_layers()) or layers
         towers = _towers(config, artifact, layers)
     # A folder that is no copy says where the model is more plainly than its URI.
     model_uri = readable_folder(model) or model.uri
@@ -144,22 +144,33 @@ def _towers(config: Config, artifact: Artifact, layers: Mapping[str, str]) -> tu
     return cover([replace(tower, tail=tails[tower.name]) for tower in towers])
 
 
-def discover(layers: Sequence[str]) -> dict[str, str] | None:
+def discover(layers: Sequence[str], indexes: Collection[str] = ()) -> dict[str, str] | None:
     """Returns tower → layer for a model whose layers were not named, if there is no doubt about them.
 
-    These are the default layers where the model has them; else the only two layers there are, if the name of one says
-    user (or query) and that of the other item (or candidate). The name is the layer's own: `user_layer.city_embedding`
-    is a part of a tower, not the tower of users.
+    These are the default layers where the model has them; else the only two layers there are beside search indexes, if
+    the name of one says user (or query) and that of the other item (or candidate); else the only layer there is beside
+    one index, which is what the index is asked with. The name is the layer's own: `user_layer.city_embedding` is a
+    part of a tower, not the tower of users.
+
+    Args:
+        layers: of the model.
+        indexes: those of them that are search indexes.
     """
     if {*DEFAULT_TOWERS.values()} <= {*layers}:
         return dict(DEFAULT_TOWERS)
-    found = {
-        tower: [layer for layer in layers if any(word in _own_name(layer) for word in words)]
-        for tower, words in _SAYS.items()
-    }
-    if len(layers) == 2 and all(len(those) == 1 for those in found.values()) and found["user"] != found["item"]:
+    beside = [layer for layer in layers if layer not in indexes]
+    found = {tower: [layer for layer in beside if _says(layer, tower)] for tower in _SAYS}
+    if len(beside) == 2 and all(len(those) == 1 for those in found.values()) and found["user"] != found["item"]:
         return {tower: those[0] for tower, those in found.items()}
+    if len(beside) == len(indexes) == 1:
+        (query,), (index,) = beside, indexes
+        if not _says(query, "item") and not _says(index, "user"):
+            return {"user": query, "item": index}
     return None
+
+
+def _says(layer: str, tower: str) -> bool:
+    return any(word in _own_name(layer) for word in _SAYS[tower])
 
 
 def _own_name(layer: str) -> str:
