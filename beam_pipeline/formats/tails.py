@@ -1,7 +1,7 @@
-"""What a model does with the rows of an embedding after they are gathered, whatever format its graph came from.
+"""How a model uses the rows of an embedding after they are gathered, whatever format its graph came from.
 
 The graph is followed from the arguments of a call to its outputs. Of every tensor the trace knows which embeddings'
-rows it holds and in which state: the row itself, the row times a factor of its own, something else. Where two towers
+rows it holds and in which state: the row itself, the row times a factor of the row, something else. Where two towers
 meet, or where a call returns, the state says whether the row is the vector that the model serves.
 
 Operations have TensorFlow's names (https://www.tensorflow.org/mlir/tf_ops); readers of other formats translate.
@@ -45,7 +45,7 @@ _DIVISIONS = frozenset({"Div", "DivNoNan", "RealDiv"})
 _MATRIX_PRODUCTS = frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "MatMul", "Dot"})
 _DIFFERENCES = frozenset({"SquaredDifference", "Sub"})
 _PAIRINGS = _MULTIPLICATIONS | _MATRIX_PRODUCTS | _DIFFERENCES
-"""What two vectors of one embedding are compared by, as those of two items."""
+"""Operations that compare two vectors of one embedding, such as the vectors of two items."""
 _POWERS = frozenset({"Abs", "Pow", "Square"})
 _REDUCTIONS = frozenset({"EuclideanNorm", "Max", "Mean", "Sum"})
 _OF_NORMS = frozenset(
@@ -55,7 +55,7 @@ _OF_NORMS = frozenset(
     }
 )  # fmt: skip
 _OF_SCORES = frozenset({"Add", "AddV2", "BiasAdd", "Mean", "Sum", *_MULTIPLICATIONS, *_DIVISIONS})
-"""What leaves a sum of products a score."""
+"""Operations after which a sum of products is still a score."""
 _SEARCHES = frozenset({"Scann>ScannSearch", "Scann>ScannSearchBatched"})
 """Operations that compare something with all rows of a matrix and number the best (scann/scann_ops/cc/ops)."""
 _TOP = frozenset({"ApproxTopK", "ArgMax", "TopK", "TopKV2"})
@@ -82,14 +82,14 @@ SCALING = "Normalize"
 
 
 class Shape(IntEnum):
-    """What has become of a row; the larger, the further it is from the row."""
+    """What a tensor holds of a row; the larger, the further it is from the row."""
 
     ROW = 0
     SCALED = 1
     FACTOR = 2
     """A number of the row alone, such as its norm."""
     SQUARES = 3
-    """Something of each value, on the way to such a number."""
+    """A function of each value, on the way to such a number."""
     SCORES = 4
     """Products with the rows of another matrix, which an index sorts."""
     OPAQUE = 5
@@ -100,7 +100,7 @@ _VECTORS = tuple(shape for shape in Shape if shape != Shape.FACTOR)
 
 
 class State(NamedTuple):
-    """What has become of a row, and by which operations, each as (layer, operation)."""
+    """The shape that a row has taken, and the operations that it passed, each as (layer, operation)."""
 
     shape: Shape
     operations: tuple[tuple[str, str], ...] = ()
@@ -199,7 +199,7 @@ class Meeting:
 
     Attributes:
         operation: layer and operation.
-        states: what each tower's rows had become.
+        states: the state of each tower's rows at that operation.
         is_summed: whether a product was summed up to a dot product.
         is_biased: whether something of an id was added to it.
     """
@@ -219,14 +219,18 @@ class Returned:
 
 
 class Steps:
-    """What may still be done before a graph is taken for one that means harm."""
+    """A limit on the work that a graph may cause: a crafted one could take days."""
 
     def __init__(self, path: str, limit: int) -> None:
         self._path = path
         self._left = limit
 
     def take(self, number: int) -> None:
-        """Raises CorruptFileError when more was done than any model takes."""
+        """Counts steps.
+
+        Raises:
+            CorruptFileError: they are more than any real model takes.
+        """
         self._left -= number
         if self._left < 0:
             raise CorruptFileError(f"{self._path}: its functions depend on each other too often; log the model again")
@@ -241,8 +245,8 @@ class Trace:
         dimensions: values in a row, of each embedding that is followed.
         are_rivals: whether two embeddings belong to different towers, which meet.
         steps: bounds the work.
-        keeps_changed: whether rows that have become something else are followed, too.
-        meetings: what was found: where towers met.
+        keeps_changed: whether rows that were changed are followed, too.
+        meetings: the operations where towers met, found so far.
         gathered: embeddings whose rows were gathered somewhere.
         words: tables that looked up words of a text.
         indexes: matrix → the lists from which ids of its best rows were taken.
@@ -260,7 +264,7 @@ class Trace:
     _results: dict[tuple[str, tuple[Value, ...], str], tuple[Value, ...]] = field(default_factory=dict)
 
     def returned(self, name: str, arguments: Sequence[Value]) -> Returned:
-        """Returns what becomes of the rows in a call of a function."""
+        """Returns the states of the rows that a call of a function returns."""
         values = self._call(name, tuple(arguments), "", 0)
         states: dict[Use, State] = {}
         for value in values:
@@ -424,7 +428,7 @@ class Trace:
     ) -> Value:
         kind = operation.kind
         for value in inputs:
-            for product in value.products:  # A bias that is followed as an embedding of its own.
+            for product in value.products:  # A bias that is followed as another embedding.
                 self.meetings[product].is_biased |= kind in ("Add", "AddV2")
         if any(value.products for value in inputs):
             return replace(known, products=frozenset().union(*(value.products for value in inputs)))
@@ -540,7 +544,7 @@ def _changed(values: Sequence[Value], label: tuple[str, str]) -> tuple[tuple[Use
 
 
 def _arrived(state: State) -> State:
-    """Returns what a state is where vectors are compared or returned: what was on its way to a scale is not."""
+    """Returns a state where vectors are compared or returned: a scale that was not finished is a change."""
     return State(Shape.CHANGED, state.operations) if state.shape in (Shape.SQUARES, Shape.SCORES) else state
 
 
@@ -553,7 +557,7 @@ def _before_scores(state: State) -> State:
 def _reshaped(
     rows: tuple[tuple[Use, State], ...], target: Value, dimensions: Mapping[int, int], label: tuple[str, str]
 ) -> tuple[tuple[Use, State], ...]:
-    """A list of rows that is made one long row is no row any more."""
+    """Returns the rows after a reshape: rows that were joined into one long row are changed."""
     last = target.numbers[-1] if target.numbers else -1
     return tuple(
         (use, state)
@@ -564,7 +568,7 @@ def _reshaped(
 
 
 def _advanced(operation: Operation, states: Sequence[State], inputs: Sequence[Value], label: tuple[str, str]) -> State:
-    """Returns what an operation makes of a row that is in one or several of its inputs."""
+    """Returns the state of a row after an operation that has it in one or several of its inputs."""
     kind, shapes = operation.kind, [state.shape for state in states]
     others = [value for value in inputs if not value.rows]
     operations = _extended(_merged(states), label)
@@ -622,7 +626,7 @@ def _is_last(others: Sequence[Value]) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a call makes of one embedding: its states in the outputs, and where it meets another tower, in which."""
+    """The states of one embedding's rows in a call: in the outputs, and where they meet another tower."""
 
     outputs: tuple[tuple[Use, State], ...]
     meetings: tuple[tuple[Meeting, Use, State], ...]
@@ -636,7 +640,7 @@ class _Seen:
 def tail(
     embedding: int,
     calls: Iterable[Sequence[Returned]],
-    own: Iterable[Sequence[Returned]],
+    tower_calls: Iterable[Sequence[Returned]],
     meetings: Mapping[str, Meeting],
 ) -> Tail:
     """Returns how a tower goes on after its embedding.
@@ -644,11 +648,11 @@ def tail(
     Args:
         embedding: the tower's.
         calls: what the model's calls return; of each all variants that were saved, such as with and without dropout.
-        own: the same of calls of the tower's own layer.
+        tower_calls: the same of calls of the tower's layer alone.
         meetings: where towers met in them.
     """
     seen = [_served(embedding, variants, meetings) for variants in calls]
-    of_layer = [state for one in own for _, state in _served(embedding, one, meetings).outputs]
+    of_layer = [state for variants in tower_calls for _, state in _served(embedding, variants, meetings).outputs]
     if of_layer and all(state.shape >= Shape.SCORES for state in of_layer):
         return _tail(max(of_layer), [])
     met = [each for call in seen for each in call.meetings]
@@ -687,14 +691,14 @@ def rivals(towers: Iterable[tuple[int, set[int]]]) -> Rivals:
 def taking_part(calls: Iterable[Sequence[Returned]], meetings: Mapping[str, Meeting]) -> set[int]:
     """Returns the embeddings whose rows reach an output, or a place where towers meet."""
     found = set[int]()
-    for returned in (one for variants in calls for one in variants):
+    for returned in (each for variants in calls for each in variants):
         states = [*returned.states, *(each for key in returned.meetings for each in meetings[key].states.items())]
         found |= {use.embedding for use, _ in states}
     return found
 
 
 def _served(embedding: int, variants: Sequence[Returned], meetings: Mapping[str, Meeting]) -> _Seen:
-    """Returns what the variant does that changes least: others have dropout, which serving has not."""
+    """Returns the variant that changes the rows least: others have dropout, which serving does not."""
     seen = [
         _Seen(
             tuple((use, state) for use, state in returned.states if use.embedding == embedding),
@@ -713,10 +717,10 @@ def _served(embedding: int, variants: Sequence[Returned], meetings: Mapping[str,
 def _tail(state: State, meetings: Sequence[Meeting]) -> Tail:
     endings = {Shape.ROW: Ending.EMBEDDING, Shape.SCALED: Ending.SCALED, Shape.OPAQUE: Ending.UNKNOWN}
     ending = endings.get(state.shape, Ending.GOES_ON)
-    reason = f"{state.operations[-1][1]} cannot be looked into" if ending == Ending.UNKNOWN else ""
+    reason = f"{state.operations[-1][1]} is opaque: its code is not in the graph" if ending == Ending.UNKNOWN else ""
     if any(meeting.is_summed and not meeting.is_biased for meeting in meetings):
         return Tail(ending, state.operations, reason=reason)
-    # As a rule one; a model may compare in several ways.
+    # Usually there is one; a model may compare in several ways.
     others = [meeting for meeting in meetings if not meeting.is_summed]
     meeting = "/".join(part for part in others[0].operation if part) if others else ""
     return Tail(ending, state.operations, meeting, is_biased=bool(meetings) and not others, reason=reason)

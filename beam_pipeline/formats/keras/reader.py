@@ -26,7 +26,7 @@ class KerasFile:
     """A `.keras` file.
 
     Attributes:
-        path: where it lies.
+        path: of the file.
     """
 
     def __init__(self, path: str, open_file: OpenFile, layers: Iterable[str] = ()) -> None:
