@@ -35,7 +35,7 @@ class Training:
 
     Attributes:
         run: the run.
-        model_uri: where the model lies.
+        model_uri: where the model lies; of several models, separated by commas.
         towers: what is read of it, by name.
     """
 

@@ -184,7 +184,17 @@ def keras_rs_model():
     return keras_3.Model(ids, retrieval(users(ids))), users, answered(retrieval)
 
 
+def alone(ids, *more):
+    """Returns a tower that is a model of its own, whatever its ids are called."""
+    model = tower(ids, *more)
+    answers = np.asarray(model(tf.constant(ids)))
+    return model, tower(USERS), dict(zip(ids, answers, strict=True))
+
+
 MODELS = {
+    "alone": lambda: alone(ITEMS),
+    "alone_users": lambda: alone(USERS),
+    "alone_dense": lambda: alone(ITEMS, L.Dense(DIMENSION)),
     "tfrs": lambda: tfrs_model(ITEMS),
     "tfrs_integers": lambda: tfrs_model(NUMBERS),
     "tfrs_numbered": lambda: tfrs_model(None),
