@@ -87,6 +87,9 @@ setup(
             "tf-keras>=2.16",
         ],
         "test": [
+            # Search indexes as people save them.
+            "tensorflow-recommenders>=0.7.7",
+            "keras-rs>=0.4",
             "pytest>=8",
             # A job that hangs (a client that retries for minutes) fails with a stack trace instead.
             "pytest-timeout>=2.3",

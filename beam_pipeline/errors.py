@@ -3,6 +3,8 @@
 Four parents say where to look: `ArtifactError`, `TrackingError`, `DestinationError` and `UsageError`.
 """
 
+from collections.abc import Sequence
+
 _LONGEST_MESSAGE = 2000
 
 
@@ -31,6 +33,18 @@ class UsageError(PipelineError):
 
 class ConfigError(UsageError):
     """Options that contradict each other, or an environment that cannot run the job."""
+
+
+class SeveralModelsError(ConfigError):
+    """A run has several models, and none was named.
+
+    Attributes:
+        names: of the models.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = (*names,)
 
 
 class JobActiveError(UsageError):

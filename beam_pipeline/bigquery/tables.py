@@ -369,7 +369,7 @@ def _log_entry(
         "mlflow_experiment_name": text(run.experiment_name),
         "mlflow_run_id": literal(run.run_id),
         "mlflow_run_name": text(run.run_name),
-        "model_uri": text(training.model_uri),
+        "model_uri": text(tower.model_uri or training.model_uri),
         "tower": literal(tower.name),
         "table_name": text(destination.table(tower.name)),
         "row_count": literal(tally.ids),

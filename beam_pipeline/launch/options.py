@@ -325,8 +325,9 @@ def parser() -> argparse.ArgumentParser:
         "--tower",
         action="append",
         metavar="NAME=LAYER",
-        help="a tower and the attribute path of the layer that holds its lookup and its embedding, or of an embedding "
-        "that a lookup feeds; repeat for each, or separate them by commas "
+        help="a tower and the attribute path of the layer that holds its lookup and its embedding, of an embedding "
+        "that a lookup feeds, or of a search index; repeat for each, or separate them by commas; PATH:LAYER for a "
+        "tower that is in a model of its own, of which PATH is the --artifact_path, PATH: for its only tower "
         f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     towers.add_argument(
@@ -534,7 +535,7 @@ def _towers(ours: argparse.ArgumentParser, given: list[str] | None) -> dict[str,
     towers: dict[str, str] = {}
     for text in ",".join(given).split(","):  # A template takes a parameter once.
         name, _, layer = text.partition("=")
-        if not layer or not _TOWER.fullmatch(name):
+        if not layer or layer.startswith(":") or not _TOWER.fullmatch(name):
             ours.error(f"--tower={text!r}: NAME=LAYER, with a NAME of lower-case letters, digits and _")
         if name in towers:
             ours.error(f"--tower={text!r}: tower {name!r} is named twice")
