@@ -35,6 +35,10 @@ _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
 
+FlagGroup = argparse._ActionsContainer
+"""A parser, or a group of its flags: what has `add_argument`."""
+
+
 @dataclass(frozen=True)
 class JobConfig:
     """What is asked of every job: where its tables are, where it runs, as whom. Each attribute is a flag.
@@ -166,7 +170,7 @@ def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, width, subsequent_indent=indent)
 
 
-def add_tracking(group: argparse._ActionsContainer) -> None:
+def add_tracking(group: FlagGroup) -> None:
     """Adds the flags that say where MLflow is."""
     group.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
     group.add_argument(
@@ -177,7 +181,7 @@ def add_tracking(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_destination(group: argparse._ActionsContainer) -> None:
+def add_destination(group: FlagGroup) -> None:
     """Adds the flags that say where the tables are."""
     # No default of its own: only an --env that was given contradicts --dataset.
     group.add_argument("--env", choices=ENVS, help=f"dataset raw_ENV (default: {ENVS[0]})")
@@ -194,7 +198,7 @@ def add_destination(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_impersonation(group: argparse._ActionsContainer) -> None:
+def add_impersonation(group: FlagGroup) -> None:
     """Adds Beam's flag that says as whom to act."""
     group.add_argument(
         "--impersonate_service_account",
