@@ -3,8 +3,6 @@
 Four parents say where to look: `ArtifactError`, `TrackingError`, `DestinationError` and `UsageError`.
 """
 
-from collections.abc import Sequence
-
 _LONGEST_MESSAGE = 2000
 
 
@@ -42,9 +40,9 @@ class SeveralModelsError(ConfigError):
         names: of the models.
     """
 
-    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, names: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.names = (*names,)
+        self.names = names
 
 
 class JobActiveError(UsageError):

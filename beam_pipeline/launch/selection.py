@@ -61,6 +61,7 @@ def wanted_runs(config: Config) -> tuple[list[Run], list[LeftOut]]:
             run_name=config.run_name,
             artifact_path=config.artifact_path or next(filter(None, map(_path, config.towers.values())), None),
             tracking_uri=config.tracking_uri,
+            is_one_for_each_tower=lambda names: _pair_of(config, names) is not None,
         )
         return [latest], [LeftOut(run, reason) for run, reason in passed]
     return [find_run(run_id=config.run_id, model_uri=config.model_uri, tracking_uri=config.tracking_uri)], []
@@ -155,7 +156,7 @@ def models_of(config: Config, run: Run) -> dict[str, Model]:
             for path in dict.fromkeys(paths.values())
         }
     except SeveralModelsError as error:
-        pair = _pair(error.names) if config.discover and len(error.names) == 2 else None
+        pair = _pair_of(config, error.names)
         if pair is None:
             raise
         models = {
@@ -163,6 +164,12 @@ def models_of(config: Config, run: Run) -> dict[str, Model]:
         }
         return {name: replace(model, notable=True) for name, model in models.items()}
     return {name: found[path] for name, path in paths.items()}
+
+
+def _pair_of(config: Config, names: Sequence[str]) -> dict[str, str] | None:
+    """Returns tower → name where a run's models are one for each tower, and no tower or model was named."""
+    named = not config.discover or config.artifact_path is not None
+    return _pair(names) if len(names) == 2 and not named else None
 
 
 def _path(layer: str) -> str | None:

@@ -213,7 +213,7 @@ def choose_model(client: MlflowClient, artifacts: Artifacts, artifact_path: str 
         raise SeveralModelsError(
             f"run {run.run_id} has {several}: {choices}; choose with --artifact_path=NAME or --model_uri=models:/m-ID, "
             "or one for each tower with --tower=TOWER=NAME:LAYER",
-            [] if named else [*folders, *(model.name for model in ready)],
+            () if named else (*folders, *(model.name for model in ready)),
         )
     for model in logged:
         if model not in ready and (artifact_path is None or model.name == name):

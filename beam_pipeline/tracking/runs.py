@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -71,6 +71,7 @@ def find_latest_run(
     run_name: str | None = None,
     artifact_path: str | None = None,
     tracking_uri: str | None = None,
+    is_one_for_each_tower: Callable[[Sequence[str]], bool] = lambda _: False,
 ) -> tuple[Run, list[tuple[Run, str]]]:
     """Returns an experiment's latest FINISHED run (of that name) that has the model, and the later runs without it.
 
@@ -78,7 +79,8 @@ def find_latest_run(
     was passed over. A model that cannot be published (its upload was not finished, it is an HDF5 file, it is one of
     several) is an error instead, since nobody would notice that an older training is published in its place.
 
-    The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests.
+    The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests. Of several models
+    `is_one_for_each_tower` says, by their names, that they are meant together.
 
     Raises:
         RunNotFoundError: no such experiment, or no FINISHED run.
@@ -103,9 +105,9 @@ def find_latest_run(
                     return run, passed
                 passed.append((run, f"{model.name} holds neither a SavedModel nor a .keras file"))
             except SeveralModelsError as error:
-                if len(error.names) == 2:  # Perhaps one for each tower: whoever reads them knows.
-                    return run, passed
-                raise
+                if not is_one_for_each_tower(error.names):
+                    raise
+                return run, passed
             except UnfinishedUploadError:
                 raise
             except ArtifactMissingError as error:
