@@ -103,6 +103,10 @@ setup(
             # What the rotation between two trainings is compared with.
             "scipy>=1.11",
         ],
+        "mutants": [
+            # Changes the code in one place at a time and runs the tests that reach it: `make mutants`.
+            "mutmut>=3.8",
+        ],
         "bench": [
             # The script that is measured against.
             "pandas>=2",

@@ -235,12 +235,14 @@ def _require_active(experiment: entities.Experiment, uri: str) -> None:
 
 def _run(run: entities.Run, experiment: entities.Experiment) -> Run:
     info = run.info
+    started = datetime.fromtimestamp(info.start_time / 1000, UTC)
     return Run(
         run_id=info.run_id,
         run_name=info.run_name or "",
         experiment_id=experiment.experiment_id,
         experiment_name=experiment.name,
-        train_date=datetime.fromtimestamp(info.start_time / 1000, UTC).date(),
+        train_date=started.date(),
+        started=started,
         artifact_uri=info.artifact_uri,
         status=info.status,
     )
