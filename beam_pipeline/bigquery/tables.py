@@ -326,13 +326,7 @@ def publish_script(
             for tower in towers
         ]
     # What is the same in every row is not staged.
-    of_run = [
-        day,
-        literal(run.experiment_id),
-        text(run.experiment_name),
-        run_id,
-        text(run.run_name),
-    ]
+    of_run = [day, literal(run.experiment_id), text(run.experiment_name), run_id, text(run.run_name)]
     for tower in towers:
         columns = [column["name"] for column in schema(tower)]
         # By the partition column alone a DELETE drops the whole partition, which costs nothing.

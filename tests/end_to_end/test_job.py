@@ -100,7 +100,7 @@ def test_the_multi_load_path(job, store, models, monkeypatch):
     for writer in ("columnar", "rows"):
         monkeypatch.setattr(staging, "MAX_FILE_BYTES", 20_000)
         monkeypatch.setattr(
-            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 100_000}
+            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 40_000}
         )
         monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", 10_000)
         assert job.run(run, f"--writer={writer}") == 0
@@ -190,7 +190,7 @@ def test_a_publication_that_fails_is_not_in_the_log(job, store, models):
     assert job.query(f"SELECT DISTINCT mlflow_run_id FROM {job.dataset}.two_tower_embedding_log") == [(first,)]
 
 
-@pytest.mark.parametrize(("writer", "partition_bytes"), [("columnar", None), ("columnar", 100_000), ("rows", None)])
+@pytest.mark.parametrize(("writer", "partition_bytes"), [("columnar", None), ("columnar", 40_000), ("rows", None)])
 def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch, writer, partition_bytes):
     """Emulators keep no key: what is asked for is looked at on its way.
 
