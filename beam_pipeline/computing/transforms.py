@@ -1,0 +1,274 @@
+"""The transform: a tower's ids in, computed batches and what was seen of them out; Beam's RunInference between them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult, RunInference
+from apache_beam.pvalue import PBegin, TaggedOutput
+from apache_beam.typehints.decorators import no_annotations
+
+from beam_pipeline import emulators, metrics
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.computing import columns as inputs
+from beam_pipeline.computing import model
+from beam_pipeline.computing.sources import Context
+from beam_pipeline.computing.tower import ComputedTower, Seen, checked_norms
+from beam_pipeline.errors import ModelCallError, PipelineError
+from beam_pipeline.reading.rows import Batch
+
+SEEN = "seen"
+
+_KEPT_MODELS = 2
+"""Models that a process keeps: those of two towers that are computed side by side."""
+
+_TOGETHER = 16
+"""Shares that stay together where there are several runs, so that a worker does not load a model for each."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Ids, and what else a tower is called with.
+
+    Attributes:
+        run_id: of which run's model.
+        ids: Arrow string array [n].
+        table: the columns of the tower's inputs.
+    """
+
+    run_id: str
+    ids: pa.Array
+    table: pa.RecordBatch
+
+    def __len__(self) -> int:
+        """Returns the number of ids, which RunInference counts."""
+        return len(self.ids)
+
+
+class Models:
+    """The models of a process, loaded when they are first called and shared by its threads and transforms."""
+
+    _lock = threading.Lock()
+    _loaded: ClassVar[OrderedDict[str, model.LoadedModel]] = OrderedDict()
+
+    def __init__(self, towers: Mapping[str, ComputedTower]) -> None:
+        self._towers = towers
+
+    def part(self, run_id: str) -> model.Part:
+        """Returns what computes the tower of a run."""
+        tower = self._towers[run_id]
+        with self._lock:
+            loaded = self._loaded.pop(tower.model_path, None) or model.load(tower.model_path)
+            self._loaded[tower.model_path] = loaded
+            while len(self._loaded) > _KEPT_MODELS:
+                self._loaded.popitem(last=False)
+        part = loaded.part(tower.name, tower.layer)
+        if (part.signature.inputs, part.signature.dimension) != (tower.signature.inputs, tower.signature.dimension):
+            raise ModelCallError(
+                f"tower {tower.name!r}: {tower.model_path} changed since the job was started; start it again"
+            )
+        return part
+
+
+class TowerHandler(ModelHandler[Chunk, PredictionResult, Models]):
+    """Calls a tower with chunks; an element is a batch already.
+
+    Beam's own handler for TensorFlow loads with Keras, which no longer reads SavedModels, and needs TensorFlow Hub.
+    """
+
+    def __init__(self, towers: Mapping[str, ComputedTower]) -> None:
+        super().__init__()
+        self._towers = towers
+
+    def load_model(self) -> Models:
+        """Returns the models of this process; a single one is loaded at once."""
+        emulators.connect_if_emulated()
+        models = Models(self._towers)
+        if len(self._towers) == 1:
+            models.part(next(iter(self._towers)))
+        return models
+
+    def run_inference(
+        self, batch: Any, model: Models, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[PredictionResult]:
+        """Returns the vectors of a chunk, or what is wrong with it: a retry would not mend that."""
+        part, tower = model.part(batch.run_id), self._towers[batch.run_id]
+        try:
+            return [PredictionResult(batch, compute(part, batch, tower))]
+        except PipelineError as problem:
+            return [PredictionResult(batch, problem)]
+
+    def should_skip_batching(self) -> bool:
+        """Returns True: a chunk is as large as a batch should be."""
+        return True
+
+    def get_num_bytes(self, batch: Any) -> int:
+        """Returns the bytes of a chunk, for Beam's metrics."""
+        return int(batch.table.nbytes)
+
+    def get_metrics_namespace(self) -> str:
+        """Returns the namespace of Beam's metrics of the model."""
+        return f"{metrics.NAMESPACE}_inference"
+
+
+def compute(part: model.Part, chunk: Chunk, tower: ComputedTower) -> np.ndarray:
+    """Returns the vectors [n, dimension] of a chunk's ids.
+
+    Raises:
+        FeaturesError: a value is not what the tower takes.
+        ModelCallError: the model fails; the first of the ids is named.
+    """
+    vectors: np.ndarray | None = None
+    for rows, values in inputs.arrays(chunk.table, tower.columns, chunk.ids):
+        try:
+            found = part(values)
+        except ModelCallError as error:
+            first = chunk.ids[int(rows[0]) if rows is not None else 0].as_py()
+            raise ModelCallError(f"tower {tower.name!r}: {error}; ids from {first!r} on") from error
+        expected = len(chunk) if rows is None else len(rows)
+        if len(found) != expected:
+            raise ModelCallError(
+                f"tower {tower.name!r}: the model returned {len(found):,} vectors for {expected:,} ids"
+            )
+        if rows is None:
+            return found
+        if vectors is None:
+            vectors = np.empty((len(chunk), tower.dimension), found.dtype)
+        vectors[rows] = found
+    return np.empty((0, tower.dimension), np.float32) if vectors is None else vectors
+
+
+class _CutFn(beam.DoFn):
+    def __init__(self, towers: dict[str, ComputedTower], destination: Destination | None, kms_key: str | None) -> None:
+        self._towers = towers
+        self._destination = destination
+        self._kms_key = kms_key
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
+
+    @no_annotations
+    def process(self, run_ids: Sequence[str], launch: str = "") -> Iterator[Any]:
+        """Cuts a source once for all the runs that it is the source of."""
+        tower = self._towers[run_ids[0]]
+        try:
+            together: list[Any] = []
+            for share, rows in tower.source.cut(tower.columns, self._context(tower, launch)):
+                for run_id in run_ids:
+                    yield TaggedOutput(SEEN, Seen(run_id, tower.name, expected=rows))
+                together.append(share)
+                if len(together) == (1 if len(self._towers) == 1 else _TOGETHER):
+                    yield from ((run_id, tuple(together)) for run_id in run_ids)
+                    together = []
+            if together:
+                yield from ((run_id, tuple(together)) for run_id in run_ids)
+        except PipelineError as problem:
+            yield TaggedOutput(SEEN, Seen(run_ids[0], tower.name, problem=problem))
+
+    def _context(self, tower: ComputedTower, launch: str) -> Context:
+        if self._destination is None:
+            return Context()
+        from beam_pipeline.bigquery import publication
+
+        return Context(
+            publication.make_client(self._destination),
+            features_table(self._destination, tower.name, launch),
+            self._kms_key,
+        )
+
+
+def features_table(destination: Destination, tower: str, launch: str) -> str:
+    """Returns the table for the result of a tower's query, named so that it is dropped with the staging tables."""
+    return f"{destination.staging(tower, launch)}_features"
+
+
+class _ReadFn(beam.DoFn):
+    def __init__(self, towers: dict[str, ComputedTower]) -> None:
+        self._towers = towers
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
+
+    def process(self, element: tuple[str, tuple[Any, ...]]) -> Iterator[Any]:
+        run_id, shares = element
+        tower = self._towers[run_id]
+        try:
+            for share in shares:
+                for table in tower.source.read(share, tower.columns):
+                    if table.num_rows:
+                        yield Chunk(run_id, inputs.ids_of(table, tower.columns), table)
+        except PipelineError as problem:
+            yield TaggedOutput(SEEN, Seen(run_id, tower.name, problem=problem))
+
+
+class _CheckFn(beam.DoFn):
+    def __init__(self, towers: dict[str, ComputedTower]) -> None:
+        self._towers = towers
+
+    def process(self, element: Any) -> Iterator[Any]:
+        chunk, vectors = element.example, element.inference  # of a PredictionResult
+        tower = self._towers[chunk.run_id]
+        try:
+            if isinstance(vectors, PipelineError):
+                raise vectors
+            norms = checked_norms(vectors, chunk.ids, tower.name)
+        except PipelineError as problem:
+            yield TaggedOutput(SEEN, Seen(chunk.run_id, tower.name, problem=problem))
+            return
+        metrics.count("read-rows", len(chunk))
+        yield TaggedOutput(SEEN, Seen(chunk.run_id, tower.name, ids=len(chunk), bytes=vectors.nbytes, norms=norms))
+        yield Batch(chunk.run_id, chunk.ids, vectors)
+
+
+@dataclass
+class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
+    """Computes a tower of one or more runs: nothing in; batches and what was seen out, as "batches" and "seen".
+
+    Cutting a source is sequential; reading and computing are parallel, a share at a time, and fused. What is wrong with
+    ids, features or vectors is reported, not raised: a retry would not mend it.
+
+    Attributes:
+        towers: run id → the tower in that run's model.
+        destination: where the result of a query is kept for a while; None where no source is a query.
+        launch: the launch id, a side input; None as with `destination`.
+        kms_key: Cloud KMS key of that result.
+    """
+
+    towers: dict[str, ComputedTower]
+    destination: Destination | None = None
+    launch: Any = None
+    kms_key: str | None = None
+
+    def expand(self, pbegin: PBegin) -> Any:
+        """Applies the transform."""
+        by_source: dict[Any, list[str]] = {}
+        for run_id, tower in self.towers.items():
+            by_source.setdefault((tower.source, tower.columns), []).append(run_id)
+        launch = () if self.launch is None else (self.launch,)
+        cut = (
+            pbegin
+            | "Create" >> beam.Create([tuple(run_ids) for run_ids in by_source.values()])
+            | "Cut"
+            >> beam.ParDo(_CutFn(self.towers, self.destination, self.kms_key), *launch).with_outputs(
+                SEEN, main="shares"
+            )
+        )
+        read = (
+            cut.shares
+            | "Spread" >> beam.Reshuffle()
+            | "Read" >> beam.ParDo(_ReadFn(self.towers)).with_outputs(SEEN, main="chunks")
+        )
+        checked = (
+            read.chunks
+            | "Compute" >> RunInference(TowerHandler(self.towers))
+            | "Check" >> beam.ParDo(_CheckFn(self.towers)).with_outputs(SEEN, main="batches")
+        )
+        seen = (cut[SEEN], read[SEEN], checked[SEEN]) | "Seen" >> beam.Flatten()
+        return {"batches": checked.batches, SEEN: seen}
