@@ -207,7 +207,7 @@ class Artifact(Protocol):
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
-            NotAModelError: it holds them in a form that cannot be read.
+            UnsupportedModelError: it holds them in a form that cannot be read.
             CorruptFileError: the files contradict each other.
         """
         ...
