@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -93,6 +95,7 @@ class LoadedModel:
         self._path = path
         self._model = model
         self._is_keras = is_keras
+        self._parts: dict[str, Part] = {}
 
     def part(self, tower: str, layer: str) -> Part:
         """Returns the part that computes a tower.
@@ -104,11 +107,14 @@ class LoadedModel:
         Raises:
             TowerMissingError: it is not there, cannot be called, or does not return a vector for each row.
         """
+        if layer in self._parts:
+            return self._parts[layer]
         found = self._find(layer)
         try:
             if found is None:
                 raise _UnfitError("is not there")
-            return replace(self._callable(found), model=self._model)
+            self._parts[layer] = replace(self._callable(found), model=self._model)
+            return self._parts[layer]
         except _UnfitError as error:
             raise TowerMissingError(
                 f"tower {tower!r}: {layer!r} of {self._path} {error}; parts that compute a vector: "
@@ -175,6 +181,27 @@ def tensorflow() -> Any:
     import tensorflow as module
 
     return module
+
+
+_KEPT = 2
+"""Models that a process keeps: those of two towers that are computed side by side."""
+
+_lock = threading.Lock()
+_loaded: OrderedDict[str, LoadedModel] = OrderedDict()
+
+
+def loaded(path: str) -> LoadedModel:
+    """Returns a model that all threads and transforms of this process share; it is loaded when it is first asked for.
+
+    Args:
+        path: as `load` takes it.
+    """
+    with _lock:
+        found = _loaded.pop(path, None) or load(path)
+        _loaded[path] = found
+        while len(_loaded) > _KEPT:
+            _loaded.popitem(last=False)
+        return found
 
 
 def load(path: str) -> LoadedModel:

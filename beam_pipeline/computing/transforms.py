@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -25,9 +23,6 @@ from beam_pipeline.errors import ModelCallError, PipelineError
 from beam_pipeline.reading.rows import Batch
 
 SEEN = "seen"
-
-_KEPT_MODELS = 2
-"""Models that a process keeps: those of two towers that are computed side by side."""
 
 _TOGETHER = 16
 """Shares that stay together where there are several runs, so that a worker does not load a model for each."""
@@ -53,10 +48,7 @@ class Chunk:
 
 
 class Models:
-    """The models of a process, loaded when they are first called and shared by its threads and transforms."""
-
-    _lock = threading.Lock()
-    _loaded: ClassVar[OrderedDict[str, model.LoadedModel]] = OrderedDict()
+    """The parts that compute a tower, by run; the models are loaded when they are first called."""
 
     def __init__(self, towers: Mapping[str, ComputedTower]) -> None:
         self._towers = towers
@@ -64,12 +56,7 @@ class Models:
     def part(self, run_id: str) -> model.Part:
         """Returns what computes the tower of a run."""
         tower = self._towers[run_id]
-        with self._lock:
-            loaded = self._loaded.pop(tower.model_path, None) or model.load(tower.model_path)
-            self._loaded[tower.model_path] = loaded
-            while len(self._loaded) > _KEPT_MODELS:
-                self._loaded.popitem(last=False)
-        part = loaded.part(tower.name, tower.layer)
+        part = model.loaded(tower.model_path).part(tower.name, tower.layer)
         if (part.signature.inputs, part.signature.dimension) != (tower.signature.inputs, tower.signature.dimension):
             raise ModelCallError(
                 f"tower {tower.name!r}: {tower.model_path} changed since the job was started; start it again"
@@ -140,9 +127,9 @@ def compute(part: model.Part, chunk: Chunk, tower: ComputedTower) -> np.ndarray:
         if rows is None:
             return found
         if vectors is None:
-            vectors = np.empty((len(chunk), tower.dimension), found.dtype)
+            vectors = np.empty((len(chunk), tower.matrix.dimension), found.dtype)
         vectors[rows] = found
-    return np.empty((0, tower.dimension), np.float32) if vectors is None else vectors
+    return np.empty((0, tower.matrix.dimension), np.float32) if vectors is None else vectors
 
 
 class _CutFn(beam.DoFn):

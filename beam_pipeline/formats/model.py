@@ -137,6 +137,7 @@ class Ending(Enum):
     SCALED = "scales only"
     GOES_ON = "goes on"
     UNKNOWN = "cannot be told"
+    COMPUTED = "is computed to its end"
 
 
 @dataclass(frozen=True)
