@@ -100,6 +100,11 @@ def measure(args):
         }
         workers, flags = pool(args.boot, environment) if args.prism else (None, [])
         ways = {"in the launcher's process": []}
+        for count in args.workers[1:]:
+            ways[f"{count} threads of it"] = [
+                "--direct_running_mode=multi_threading",
+                f"--direct_num_workers={count}",
+            ]
         for count in args.workers:
             ways[f"{count} worker processes"] = [
                 "--direct_running_mode=multi_processing",

@@ -35,6 +35,7 @@ cancels one of them; it starts over, and sees what the other has published.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
@@ -52,6 +53,7 @@ from google.cloud import bigquery
 
 from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.indexes import ensure_index
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
@@ -108,6 +110,7 @@ class Publication:
         partition_expiration_days: for tables that are made; None keeps partitions forever.
         require_partition_filter: for tables that are made: queries must name a partition.
         kms_key: Cloud KMS key of every table and job; None leaves it to the dataset.
+        vector_index: distance of the vector index of each tower's history; None creates none.
     """
 
     destination: Destination
@@ -119,6 +122,7 @@ class Publication:
     partition_expiration_days: int | None = None
     require_partition_filter: bool = False
     kms_key: str | None = None
+    vector_index: str | None = None
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -191,7 +195,7 @@ def prepare(client: bigquery.Client, publication: Publication, launch: str) -> N
     now = datetime.now(UTC)
     oldest = min(training.run.train_date for training in publication.trainings)
     for tower in publication.towers:
-        table = bigquery.Table(publication.destination.staging(tower, launch), schema=tables.schema_fields(tower))
+        table = bigquery.Table(publication.destination.staging(tower, launch), schema=tables.staging_fields(tower))
         table.time_partitioning = bigquery.TimePartitioning(
             type_="DAY",
             field=tables.PARTITION_COLUMN,
@@ -218,19 +222,20 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
     # BigQuery keeps results for a day. Not in the client's defaults: DDL and scripts, which have none, refuse a key.
     keyed = bigquery.QueryJobConfig(destination_encryption_configuration=publication.encryption)
     found = {
-        (run_id, tower): (rows, ids)
+        (day, number, tower): (rows, ids)
         for tower in publication.towers
-        for run_id, rows, ids in client.query_and_wait(
+        for day, number, rows, ids in client.query_and_wait(
             tables.audit_sql(publication.destination, tower, launch), job_config=keyed
         )
     }
-    for run, tower in ((training.run, tower) for training in publication.trainings for tower in publication.towers):
+    runs = [training.run for training in publication.trainings]
+    for (number, run), tower in itertools.product(enumerate(runs), publication.towers):
         tally = tallies[run.run_id, tower]
-        rows, ids = found.pop((run.run_id, tower), (0, 0))
+        rows, ids = found.pop((run.train_date, number, tower), (0, 0))
         if rows == ids == tally.ids:
             continue
         if rows == tally.ids:
-            query = tables.duplicates_sql(publication.destination, tower, launch, run)
+            query = tables.duplicates_sql(publication.destination, tower, launch, run, number)
             ((name, times),) = client.query_and_wait(query, job_config=keyed)
             raise BadIdError(
                 f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
@@ -241,14 +246,16 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
             "ids; nothing was published: start the job again, and report it if it happens twice"
         )
     if found:
-        raise AuditError(f"rows of another run were loaded: {', '.join(map(str, found))}; nothing was published")
+        others = ", ".join(f"{tower} of {day}, training {number}" for day, number, tower in found)
+        raise AuditError(f"rows of another training were loaded: {others}; nothing was published")
 
 
 def shape(client: bigquery.Client, publication: Publication, _launch: str) -> None:
-    """Creates the destination tables, or adds the columns that they lack; changes nothing else.
+    """Creates the destination tables and their indexes, or adds the columns that they lack; changes nothing else.
 
     Raises:
         IncompatibleTableError: a table exists that cannot be used.
+        PublishError: BigQuery refuses the vector index.
     """
     destination = publication.destination
     for tower in publication.towers:
@@ -266,6 +273,8 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
         table = create_table(client, wanted, publication.encryption)
         require_compatible(table, tower)
         add_columns(client, table, fields)
+        if publication.vector_index:
+            ensure_index(client, destination.table(tower), tower, publication.vector_index)
     log = bigquery.Table(destination.log, schema=tables.LOG_SCHEMA)
     log.description = "One row for each run, tower and publication, written in the transaction that published them."
     add_columns(client, create_table(client, log, publication.encryption), tables.LOG_SCHEMA)
@@ -312,6 +321,7 @@ def publish(
     for number, training in enumerate(publication.trainings):
         script = tables.publish_script(
             publication.destination,
+            number,
             training,
             launch,
             publication.if_partition_taken,

@@ -1,8 +1,4 @@
-"""Reads joined tables through BigQuery's Storage Read API, as Arrow pages into NumPy arrays; no Beam.
-
-Beam's own source decodes Avro into a dictionary per row, or, with Arrow, an object per value; of the pages themselves a
-core reads several times as many rows (docs/comparison.md has the rates).
-"""
+"""Turns Arrow pages of joined tables into NumPy arrays; no Beam."""
 
 from __future__ import annotations
 
@@ -14,9 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 
-from beam_pipeline.bigquery.storage_read import make_client as make_client
-from beam_pipeline.bigquery.storage_read import open_streams as open_streams
-from beam_pipeline.bigquery.storage_read import read as read
+from beam_pipeline.bigquery.storage_read import read
 from beam_pipeline.comparison.measures import Rows
 from beam_pipeline.errors import BadVectorError
 
@@ -25,6 +19,7 @@ GROUPED_FIELDS = (*FIELDS, "group_name")
 
 BLOCK_ROWS = 8192
 """Rows that are measured at once: matrix products of few rows cost more per row, those of many more memory."""
+
 
 def read_blocks(
     client: BigQueryReadClient, stream: str, before: int, after: int, rows: int = BLOCK_ROWS

@@ -57,7 +57,7 @@ class Part:
     model: Any = None
 
     def __call__(self, inputs: Sequence[Any]) -> np.ndarray:
-        """Returns the vectors [n, dimension] of n rows, as floats of the width that the model computes with.
+        """Returns the vectors [n, dimension] of n rows, as floats of the signature's type.
 
         Args:
             inputs: a NumPy array for each input, strings as objects; for a ragged one (values, row splits).
@@ -77,9 +77,7 @@ class Part:
             output = self.function(tensors).numpy()
         except (tf.errors.OpError, ValueError, TypeError) as error:
             raise ModelCallError(f"the model fails: {_reason(error)}") from error
-        if output.dtype.kind != "f":  # bfloat16 is a type of its own
-            output = output.astype(np.float32)
-        vectors: np.ndarray = output.reshape(len(output), -1)
+        vectors: np.ndarray = output.reshape(len(output), -1).astype(self.signature.dtype, copy=False)
         if vectors.shape[1] != self.signature.dimension:
             raise ModelCallError(
                 f"the model returned vectors of {vectors.shape[1]:,} values, its signature says "
@@ -299,7 +297,7 @@ def _saved_part(found: Any) -> Part:
             continue
         try:
             inputs = tuple(_input(name, leaf) for name, leaf in leaves if isinstance(leaf, tf.TypeSpec))
-            dimension = _dimension(each.structured_outputs)
+            dimension, dtype = _output(each.structured_outputs)
         except _UnfitError as error:
             reasons.append(error)
             continue
@@ -308,7 +306,7 @@ def _saved_part(found: Any) -> Part:
             filled_args, filled_kwargs = _filled(structure, iter(tensors), tf.TypeSpec)
             return _only(function(*filled_args, **filled_kwargs))
 
-        return Part(Signature(inputs, dimension, f"tensorflow {tf.__version__}"), call)
+        return Part(Signature(inputs, dimension, dtype, f"tensorflow {tf.__version__}"), call)
     raise reasons[0] if reasons else _UnfitError("is there for training only")
 
 
@@ -342,9 +340,9 @@ def _keras_part(found: Any) -> Part:
         function = tf.function(call, input_signature=specs).get_concrete_function()
     except Exception as error:  # whatever its layers raise
         raise _UnfitError(f"cannot be called ({_reason(error)})") from error
-    dimension = _dimension(tf.nest.map_structure(tf.type_spec_from_value, function.structured_outputs))
+    dimension, dtype = _output(tf.nest.map_structure(tf.type_spec_from_value, function.structured_outputs))
     return Part(
-        Signature(inputs, dimension, f"tensorflow {tf.__version__}, keras {keras.__version__}"),
+        Signature(inputs, dimension, dtype, f"tensorflow {tf.__version__}, keras {keras.__version__}"),
         lambda tensors: _only(function(*tensors)),
     )
 
@@ -392,8 +390,8 @@ def _input(name: str, spec: Any) -> Input:
     return Input(name, spec.dtype.name, shape, is_ragged)
 
 
-def _dimension(outputs: Any) -> int:
-    """Returns the length of the vectors that a function returns."""
+def _output(outputs: Any) -> tuple[int, str]:
+    """Returns the length of the vectors that a function returns, and the type that holds their values."""
     tf = tensorflow()
     leaves = [(name, leaf) for name, leaf in _leaves(outputs, tf.TypeSpec) if isinstance(leaf, tf.TypeSpec)]
     if len(leaves) != 1:
@@ -411,7 +409,7 @@ def _dimension(outputs: Any) -> int:
         raise _UnfitError(f"returns {shape.rank - 1}-dimensional arrays for each row, not a vector")
     if shape[-1] is None:
         raise _UnfitError("returns vectors whose length is not known before it is called")
-    return int(shape[-1])
+    return int(shape[-1]), "float64" if spec.dtype.name == "float64" else "float32"
 
 
 def _only(output: Any) -> Any:

@@ -33,11 +33,13 @@ class Signature:
     Attributes:
         inputs: by name, in the order in which they are passed.
         dimension: values in a vector that it returns.
+        dtype: the type that holds them, "float32" or "float64".
         library: what computes it, and which version, such as "tensorflow 2.21.0".
     """
 
     inputs: tuple[Input, ...]
     dimension: int
+    dtype: str = "float32"
     library: str = ""
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The transform: a tower's ids in, computed batches and what was seen of them out; Beam's RunInference between them."""
+"""The transform: a tower's ids in, computed batches and reports out; Beam's RunInference between them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.computing import columns as inputs
 from beam_pipeline.computing import model
 from beam_pipeline.computing.sources import Context
-from beam_pipeline.computing.tower import ComputedTower, Seen, checked_norms
+from beam_pipeline.computing.tower import ComputedTower
 from beam_pipeline.errors import ModelCallError, PipelineError
 from beam_pipeline.reading.rows import Batch
+from beam_pipeline.reading.tally import Report
+from beam_pipeline.reading.transforms import REPORTS
 
-SEEN = "seen"
+BATCHES = "batches"
 
 _TOGETHER = 16
 """Shares that stay together where there are several runs, so that a worker does not load a model for each."""
@@ -149,7 +151,7 @@ class _CutFn(beam.DoFn):
             together: list[Any] = []
             for share, rows in tower.source.cut(tower.columns, self._context(tower, launch)):
                 for run_id in run_ids:
-                    yield TaggedOutput(SEEN, Seen(run_id, tower.name, expected=rows))
+                    yield TaggedOutput(REPORTS, Report(run_id, tower.name, None, announced=rows))
                 together.append(share)
                 if len(together) == (1 if len(self._towers) == 1 else _TOGETHER):
                     yield from ((run_id, tuple(together)) for run_id in run_ids)
@@ -157,7 +159,7 @@ class _CutFn(beam.DoFn):
             if together:
                 yield from ((run_id, tuple(together)) for run_id in run_ids)
         except PipelineError as problem:
-            yield TaggedOutput(SEEN, Seen(run_ids[0], tower.name, problem=problem))
+            yield TaggedOutput(REPORTS, Report(run_ids[0], tower.name, None, problem=problem))
 
     def _context(self, tower: ComputedTower, launch: str) -> Context:
         if self._destination is None:
@@ -192,31 +194,20 @@ class _ReadFn(beam.DoFn):
                     if table.num_rows:
                         yield Chunk(run_id, inputs.ids_of(table, tower.columns), table)
         except PipelineError as problem:
-            yield TaggedOutput(SEEN, Seen(run_id, tower.name, problem=problem))
+            yield TaggedOutput(REPORTS, Report(run_id, tower.name, None, problem=problem))
 
 
-class _CheckFn(beam.DoFn):
-    def __init__(self, towers: dict[str, ComputedTower]) -> None:
-        self._towers = towers
-
-    def process(self, element: Any) -> Iterator[Any]:
-        chunk, vectors = element.example, element.inference  # of a PredictionResult
-        tower = self._towers[chunk.run_id]
-        try:
-            if isinstance(vectors, PipelineError):
-                raise vectors
-            norms = checked_norms(vectors, chunk.ids, tower.name)
-        except PipelineError as problem:
-            yield TaggedOutput(SEEN, Seen(chunk.run_id, tower.name, problem=problem))
-            return
-        metrics.count("read-rows", len(chunk))
-        yield TaggedOutput(SEEN, Seen(chunk.run_id, tower.name, ids=len(chunk), bytes=vectors.nbytes, norms=norms))
-        yield Batch(chunk.run_id, chunk.ids, vectors)
+def _batch(result: Any, tower: str) -> Any:
+    """Returns the batch of a PredictionResult, or the report of what is wrong with it."""
+    chunk, vectors = result.example, result.inference
+    if isinstance(vectors, PipelineError):
+        return TaggedOutput(REPORTS, Report(chunk.run_id, tower, None, problem=vectors))
+    return Batch(chunk.run_id, chunk.ids, vectors)
 
 
 @dataclass
 class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
-    """Computes a tower of one or more runs: nothing in; batches and what was seen out, as "batches" and "seen".
+    """Computes a tower of one or more runs: nothing in; batches and reports out, as "batches" and "reports".
 
     Cutting a source is sequential; reading and computing are parallel, a share at a time, and fused. What is wrong with
     ids, features or vectors is reported, not raised: a retry would not mend it.
@@ -235,6 +226,7 @@ class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
 
     def expand(self, pbegin: PBegin) -> Any:
         """Applies the transform."""
+        name = next(iter(self.towers.values())).name
         by_source: dict[Any, list[str]] = {}
         for run_id, tower in self.towers.items():
             by_source.setdefault((tower.source, tower.columns), []).append(run_id)
@@ -244,18 +236,18 @@ class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
             | "Create" >> beam.Create([tuple(run_ids) for run_ids in by_source.values()])
             | "Cut"
             >> beam.ParDo(_CutFn(self.towers, self.destination, self.kms_key), *launch).with_outputs(
-                SEEN, main="shares"
+                REPORTS, main="shares"
             )
         )
         read = (
             cut.shares
             | "Spread" >> beam.Reshuffle()
-            | "Read" >> beam.ParDo(_ReadFn(self.towers)).with_outputs(SEEN, main="chunks")
+            | "Read" >> beam.ParDo(_ReadFn(self.towers)).with_outputs(REPORTS, main="chunks")
         )
-        checked = (
+        computed = (
             read.chunks
             | "Compute" >> RunInference(TowerHandler(self.towers))
-            | "Check" >> beam.ParDo(_CheckFn(self.towers)).with_outputs(SEEN, main="batches")
+            | "Batch" >> beam.Map(_batch, name).with_outputs(REPORTS, main=BATCHES)
         )
-        seen = (cut[SEEN], read[SEEN], checked[SEEN]) | "Seen" >> beam.Flatten()
-        return {"batches": checked.batches, SEEN: seen}
+        reports = (cut[REPORTS], read[REPORTS], computed[REPORTS]) | "Reports" >> beam.Flatten()
+        return {BATCHES: computed[BATCHES], REPORTS: reports}

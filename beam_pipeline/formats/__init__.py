@@ -46,11 +46,11 @@ def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) 
         UnsupportedModelError: it is in a form that cannot be read.
         CorruptFileError: a file contradicts its format.
     """
-    path = find_model(folder, open_file)
+    path = model_path(folder, open_file)
     return KerasFile(path, open_file, layers) if path.endswith(".keras") else SavedModel(path, open_file)
 
 
-def find_model(folder: str, open_file: OpenFile) -> str:
+def model_path(folder: str, open_file: OpenFile) -> str:
     """Returns the path of the SavedModel, or of the `.keras` file, in a folder.
 
     Args:

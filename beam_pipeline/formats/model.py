@@ -63,7 +63,7 @@ class Matrix:
         rows: number of rows.
         dimension: values in a row.
         dtype: "float32", "float64", "float16" or "bfloat16".
-        checksum: covers all its bytes, and perhaps others of the same file.
+        checksum: covers all its bytes, and perhaps others of the same file; None if the artifact has none.
     """
 
     path: str
@@ -71,7 +71,7 @@ class Matrix:
     rows: int
     dimension: int
     dtype: str
-    checksum: Checksum
+    checksum: Checksum | None
 
     @property
     def row_bytes(self) -> int:
@@ -193,6 +193,16 @@ class Tower:
     vocabulary: Vocabulary
     rest: tuple[Span, ...] = ()
     tail: Tail = Tail(Ending.UNKNOWN)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether its vectors lie in no file, and how many there are is known only once its ids were read."""
+        return False
+
+    @property
+    def computed_by(self) -> str:
+        """The library that computes its vectors, and its version; empty if they are read."""
+        return ""
 
     @property
     def vector_source(self) -> str:

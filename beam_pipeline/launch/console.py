@@ -61,8 +61,9 @@ class Terminal:
             self._run(training.run, training.model_uri)
             for name, tower in training.towers.items():
                 matrix = tower.matrix
+                rows = "computed" if tower.is_computed else f"{matrix.rows:,} rows"
                 self._print(
-                    f"{name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
+                    f"{name:<11} {rows} × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
                     f"{publication.destination.table(name)}",
                 )
         self.findings(plan.findings)
@@ -170,14 +171,15 @@ class Terminal:
     ) -> None:
         started, text = time.monotonic(), TextColumn("{task.description}", markup=False)
         with Progress(text, BarColumn(bar_width=20), console=self._console, auto_refresh=False) as progress:
-            task, finished, visible = progress.add_task("", total=max(total, 1), visible=False), False, False
+            task, shown, finished = progress.add_task("", total=max(total, 1), visible=False), 0, False
             while not finished:
                 finished = done.wait(_EVERY_TERMINAL)
                 now = count()
-                # Nothing is counted here while workers in other processes do the work.
-                visible = visible or now > 0
-                description = line(now, max(time.monotonic() - started, 1e-9))
-                progress.update(task, completed=now, description=description, visible=visible, refresh=True)
+                # Nothing is counted here while workers in other processes do the work, and then nothing is shown.
+                if now != shown:
+                    shown = now
+                    description = line(now, max(time.monotonic() - started, 1e-9))
+                    progress.update(task, completed=now, description=description, visible=True, refresh=True)
 
     def _show_lines(
         self, count: Callable[[], int], _total: int, line: Callable[[int, float], str], done: threading.Event

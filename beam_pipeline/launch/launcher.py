@@ -79,7 +79,14 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
         folder = stack.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
-        terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, config.towers))
+        terminal.inspected(
+            run,
+            folder,
+            [
+                *inspection.describe(artifact, folder, open_file, config.towers),
+                *selection.computed_parts(config, folder),
+            ],
+        )
 
 
 def _unpublished(config: Config, runs: Sequence[Run], session: Session, terminal: Terminal) -> Sequence[Run]:
@@ -102,7 +109,7 @@ def _trainings(
             model = selection.model_of(config, run)
             terminal.found(model)
             folder = copies.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
-            selected = selection.read_training(config, run, model, folder)
+            selected = selection.read_training(config, run, model, folder, session)
         except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise

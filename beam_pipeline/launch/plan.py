@@ -60,6 +60,7 @@ def make_plan(
         partition_expiration_days=config.partition_expiration_days,
         require_partition_filter=config.require_partition_filter,
         kms_key=config.kms_key,
+        vector_index=config.vector_index,
     )
     cloud = given.view_as(GoogleCloudOptions)
     findings = preflight.examine(
@@ -95,13 +96,14 @@ def as_sql(publication: Publication) -> str:
         f"-- run {training.run.run_id}; the job fills in the launch id and the numbers of the log's rows\n"
         + tables.publish_script(
             publication.destination,
+            number,
             training,
             "LAUNCH",
             publication.if_partition_taken,
             dict.fromkeys(publication.towers, unknown),
             publication.job_name,
         )
-        for training in publication.trainings
+        for number, training in enumerate(publication.trainings)
     )
 
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
+from beam_pipeline.computing import model as computing
+from beam_pipeline.computing.tower import ComputedTower, computed_tower
 from beam_pipeline.errors import ConfigError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats import model_path, open_artifact
 from beam_pipeline.formats.model import Artifact, Tower
 from beam_pipeline.launch import preflight
 from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
@@ -82,7 +84,7 @@ def unpublished(config: Config, runs: Sequence[Run], session: Session) -> tuple[
     return left, replaced, len(published)
 
 
-def read_training(config: Config, run: Run, model: Model, folder: str) -> Selected:
+def read_training(config: Config, run: Run, model: Model, folder: str, session: Session | None = None) -> Selected:
     """Returns the training of a run whose model can be read in a folder.
 
     Raises:
@@ -99,7 +101,11 @@ def read_training(config: Config, run: Run, model: Model, folder: str) -> Select
         layers = config.towers
         if config.discover:
             layers = discover(artifact.tower_layers()) or layers
-        towers = _towers(config, artifact, layers)
+        read = {name: layer for name, layer in layers.items() if name not in config.compute}
+        found = {tower.name: tower for tower in (_towers(config, artifact, read) if read else ())}
+        for name in config.compute:
+            found[name] = _computed(config, session, artifact, folder, name, layers[name])
+        towers = [found[name] for name in layers]
     # A folder that is no copy says where the model is more plainly than its URI.
     model_uri = readable_folder(model) or model.uri
     return Selected(Training(run, model_uri, by_name(towers)), layers if layers != config.towers else None)
@@ -136,6 +142,31 @@ def unnamed_layers(config: Config) -> tuple[str, ...]:
     A layer that was named otherwise has to be there under its name: it may be misspelt.
     """
     return tuple(config.towers.values()) if dict(config.towers) == DEFAULT_TOWERS else ()
+
+
+def computed_parts(config: Config, folder: str) -> Iterator[str]:
+    """Yields lines about the parts of a model that --compute could name, if it was given, and loads it for that."""
+    if not config.compute:
+        return
+    model = computing.loaded(model_path(folder, open_file))
+    for name in config.compute:
+        yield f"computed    {name} by {config.towers[name]}: {model.part(name, config.towers[name]).signature}"
+    yield from (f"could be    {part}" for part in model.parts())
+
+
+def _computed(
+    config: Config, session: Session | None, artifact: Artifact, folder: str, name: str, layer: str
+) -> ComputedTower:
+    """Returns a tower that the workers compute."""
+    return computed_tower(
+        name,
+        layer,
+        model_path(folder, open_file),
+        artifact,
+        config.features.get(name),
+        session.client if session else None,
+        session.destination.job_project if session else "",
+    )
 
 
 def _towers(config: Config, artifact: Artifact, layers: Mapping[str, str]) -> tuple[Tower, ...]:

@@ -122,12 +122,12 @@ def test_truncated_weights(job, store, damaged, capsys):
 def test_weights_cut_while_the_job_runs(job, store, models, tmp_path):
     run = store.log(models("plain"), "cut", MARCH_1)
     hook = """
-from beam_pipeline.reading import transforms
-original = transforms.read_piece
-def read_piece(run_id, piece, tower, open_file, *rest):
+from beam_pipeline.reading import rows
+original = rows.read_piece
+def read_piece(run_id, piece, tower, open_file):
     open(tower.matrix.path, "r+b").truncate(1000)
-    return original(run_id, piece, tower, open_file, *rest)
-transforms.read_piece = read_piece
+    return original(run_id, piece, tower, open_file)
+rows.read_piece = read_piece
 """
     process = job.hooked(tmp_path, hook, run)
     _, err = process.communicate(timeout=100)
@@ -159,7 +159,7 @@ def test_fewer_ids_than_rows_is_fine(job, store, damaged):
 def test_a_missing_dataset(job, store, models, capsys):
     run = store.log(models("longer"), "longer", MARCH_1)
     line = refused(job, capsys, run, "--dataset=raw_nowhere")
-    assert "raw_nowhere does not exist; make it where the bucket is: bq --location=EU mk --dataset" in line
+    assert "raw_nowhere does not exist; create it where the bucket is: bq --location=EU mk --dataset" in line
     assert "raw_nowhere" not in {dataset.dataset_id for dataset in job.client.list_datasets()}
 
 
