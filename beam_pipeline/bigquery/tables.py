@@ -363,7 +363,7 @@ def _log_entry(
         "bytes_read": literal(tally.bytes),
         "checksum": literal(f"{checksum.algorithm}:{checksum.value:08x}") if checksum else "NULL",
         "vector_source": literal(tower.vector_source),
-        "computed_by": literal(tower.computed_by) if tower.computed_by else "NULL",
+        "computed_by": text(tower.computed_by) if tower.computed_by else "NULL",
         "job_name": text(job_name),
         "launch": literal(launch),
         "pipeline_version": literal(__version__),

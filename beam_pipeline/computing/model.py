@@ -401,7 +401,7 @@ def _output(outputs: Any) -> tuple[int, str]:
     shape = getattr(spec, "shape", None)
     if shape is None or shape.rank is None or not isinstance(spec, tf.TensorSpec):
         raise _UnfitError("does not say what it returns; save it with an output of known shape")
-    if shape.rank < 2:
+    if shape.rank < 2 or shape[-1] == 1:
         raise _UnfitError("returns one number for each row, not a vector")
     if not spec.dtype.is_floating:
         raise _UnfitError(f"returns values of type {spec.dtype.name}, not floats")
@@ -453,4 +453,5 @@ def _signatures(model: Any) -> Mapping[str, Any]:
 def _reason(error: Exception) -> str:
     """Returns an error's first line; TensorFlow's own have the graph below it."""
     lines = [line.strip() for line in str(getattr(error, "message", None) or error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith("Graph execution error")), type(error).__name__)
+    line = next((line for line in lines if not line.startswith("Graph execution error")), type(error).__name__)
+    return line if len(line) < 200 else line.partition(". ")[0]
