@@ -370,6 +370,19 @@ def _log_entry(
     }
 
 
+def create_features_sql(table: str, select: str, kms_key: str | None) -> str:
+    """Returns the statement that keeps the result of a query for features in a table for two days at most."""
+    options = ["expiration_timestamp = TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL 48 HOUR)"]
+    if kms_key:
+        options.append(f"kms_key_name = '{kms_key}'")
+    return f"CREATE OR REPLACE TABLE `{table}` OPTIONS ({', '.join(options)}) AS\n{select}"
+
+
+def count_sql(table: str) -> str:
+    """Returns a query for the number of a table's rows."""
+    return f"SELECT COUNT(*) FROM `{table}`"
+
+
 TAKEN_MARK = "partition taken:"
 """How the publish script's own error about a taken partition begins."""
 

@@ -56,7 +56,7 @@ def of_ids(tower: str, signature: Signature) -> Columns:
         raise FeaturesError(
             f"tower {tower!r} takes {', '.join(map(str, signature.inputs))}, not an id alone; give the columns "
             f"{', '.join(dict.fromkeys([column, *(each.name for each in signature.inputs)]))}: "
-            f"--features {tower}='SELECT …' or --features {tower}=gs://…/*.parquet"
+            f"--features {tower}=QUERY or --features {tower}=gs://…/*.parquet"
         )
     return Columns(tower, column, (column,), signature.inputs)
 

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 from google.api_core.exceptions import GoogleAPICallError
 from google.cloud import bigquery
 
-from beam_pipeline.bigquery import storage_read
-from beam_pipeline.bigquery.tables import literal
+from beam_pipeline.bigquery import storage_read, tables
 from beam_pipeline.computing.columns import Columns
 from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, FeaturesError
 from beam_pipeline.files import ByteFile, open_file
@@ -186,8 +185,8 @@ class Query:
     sql: str
     project: str
 
-    def schema(self, client: bigquery.Client, tower: str) -> tuple[pa.Schema, int]:
-        """Returns the columns, and the bytes that the query reads; nothing is run.
+    def schema(self, client: bigquery.Client, tower: str) -> pa.Schema:
+        """Returns the columns; nothing is run.
 
         Raises:
             FeaturesError: BigQuery refuses it.
@@ -196,15 +195,15 @@ class Query:
             job = client.query(self.sql, job_config=bigquery.QueryJobConfig(dry_run=True, use_query_cache=False))
         except GoogleAPICallError as error:
             raise _failed(tower, error) from error
-        return arrow_schema(job.schema or []), int(job.total_bytes_processed or 0)
+        return arrow_schema(job.schema or [])
 
     def cut(self, columns: Columns, context: Context) -> Iterator[tuple[Any, int]]:
         """Runs the query and yields streams of its result; the rows of all are those of the first."""
         client = context.client
         assert client is not None
         try:
-            client.query_and_wait(features_sql(context.table, self.sql, context.kms_key))
-            rows = next(iter(client.query_and_wait(f"SELECT COUNT(*) FROM `{context.table}`")))[0]
+            client.query_and_wait(tables.create_features_sql(context.table, self.sql, context.kms_key))
+            rows = next(iter(client.query_and_wait(tables.count_sql(context.table))))[0]
         except GoogleAPICallError as error:
             raise _failed(columns.tower, error) from error
         reader = storage_read.make_client()
@@ -220,14 +219,6 @@ class Query:
     def __str__(self) -> str:
         text = " ".join(self.sql.split())
         return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def features_sql(table: str, select: str, kms_key: str | None) -> str:
-    """Returns the statement that keeps a query's result in a table, the same one however often it runs."""
-    options = ["expiration_timestamp = TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL 48 HOUR)"]
-    if kms_key:
-        options.append(f"kms_key_name = {literal(kms_key)}")
-    return f"CREATE OR REPLACE TABLE `{table}` OPTIONS ({', '.join(options)}) AS\n{select}"
 
 
 def arrow_schema(fields: Sequence[bigquery.SchemaField]) -> pa.Schema:

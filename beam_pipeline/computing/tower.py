@@ -85,8 +85,8 @@ def computed_tower(
             source = Vocabulary(artifact.tower(name, layer))
         except (TowerMissingError, UnsupportedModelError) as error:
             raise FeaturesError(
-                f"{error}; to compute tower {name!r}, its ids can also be given: --features {name}='SELECT "
-                f"{id_column(name)} FROM …'"
+                f"{error}; to compute tower {name!r}, give its ids: --features {name}=SOURCE, a "
+                f"query or Parquet files with the column {id_column(name)}"
             ) from error
     elif is_query(features):
         query = Query(features, project)

@@ -353,7 +353,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="NAME=SOURCE",
         help="where a computed tower's ids (column NAME_id) and other inputs come from, columns named like the inputs: "
-        "'SELECT ...' in BigQuery, or Parquet files (gs://BUCKET/PATH/*.parquet); repeatable, or a JSON object "
+        "a query in BigQuery, or Parquet files (gs://BUCKET/PATH/*.parquet); repeatable, or a JSON object "
         "(default: the ids of the tower's lookup)",
     )
     target = result.add_argument_group("destination")
@@ -573,7 +573,7 @@ def _features(ours: argparse.ArgumentParser, given: list[str] | None, compute: S
         if name not in compute:
             ours.error(f"--features={name}=…: features are for a tower that is computed; add --compute={name}")
         if not is_query(source) and not source.endswith(".parquet"):
-            ours.error(f"--features={name}={source!r}: a query (SELECT …) or Parquet files (….parquet, with * and ?)")
+            ours.error(f"--features={name}={source!r}: a query or Parquet files (….parquet, with * and ?)")
         features[name] = source
     return features
 

@@ -32,7 +32,9 @@ def test_deep_towers_are_computed_from_their_vocabularies(job, store, deep, caps
     assert "code of the artifact runs there (tensorflow" in capsys.readouterr().out
     for tower in ("user", "item"):
         assert_computed(job, run, deep("deep"), tower)
-    log = job.query("SELECT tower, row_count, dimension, checksum, vector_source, computed_by FROM {log} ORDER BY tower")
+    log = job.query(
+        "SELECT tower, row_count, dimension, checksum, vector_source, computed_by FROM {log} ORDER BY tower"
+    )
     assert [row[:5] for row in log] == [("item", 40, 16, None, "computed"), ("user", 60, 16, None, "computed")]
     assert log[0][5].startswith("tensorflow 2.")
     assert job.tables() == DESTINATION_TABLES

@@ -115,6 +115,8 @@ ARGUMENTS = {
     ("table", "bigquery.Table"): [first_version("user")],
     ("wanted", "Sequence[bigquery.SchemaField]"): [tables.schema_fields("user"), tables.LOG_SCHEMA],
     ("partitioned", "bool"): [True, False],
+    ("select", "str"): ["SELECT user_id, user_embedding FROM `p.raw_prod.two_tower_user_embedding`"],
+    ("kms_key", "str | None"): [None, "projects/p/locations/eu/keyRings/r/cryptoKeys/k"],
 }
 """Values for the parameters of the functions in tables.py that make SQL, by name and annotation.
 

@@ -78,7 +78,9 @@ def features():
     times = [number / 60 for number in range(len(USERS))]
     members = [number % 3 == 0 for number in range(len(USERS))]
     lasts = [[ITEMS[(number + each) % len(ITEMS)] for each in range(3)] for number in range(len(USERS))]
-    histories = [[ITEMS[(number * each) % len(ITEMS)] for each in range(1 + number % 4)] for number in range(len(USERS))]
+    histories = [
+        [ITEMS[(number * each) % len(ITEMS)] for each in range(1 + number % 4)] for number in range(len(USERS))
+    ]
 
     class Users(tf.keras.Model):
         def __init__(self):
