@@ -139,6 +139,7 @@ class Ending(Enum):
     SCALED = "scales only"
     GOES_ON = "goes on"
     UNKNOWN = "cannot be told"
+    COMPUTED = "is computed to its end"
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,16 @@ class Tower:
     tail: Tail = Tail(Ending.UNKNOWN)
     source: str = "embedding"
     model_uri: str = ""
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether its vectors lie in no file, and how many there are is known only once its ids were read."""
+        return False
+
+    @property
+    def computed_by(self) -> str:
+        """The library that computes its vectors, and its version; empty if they are read."""
+        return ""
 
     @property
     def vector_source(self) -> str:

@@ -88,7 +88,8 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
             towers = {
                 name: layer.rpartition(":")[2] for name, layer in config.towers.items() if folders[name] == folder
             }
-            terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, towers))
+            described = inspection.describe(artifact, folder, open_file, towers)
+            terminal.inspected(run, folder, [*described, *selection.computed_parts(config, folder, towers)])
 
 
 def _folders(
@@ -123,7 +124,7 @@ def _trainings(
         try:
             models = selection.models_of(config, run)
             folders = _folders(config, run, models, copies_to, copies, terminal)
-            selected = selection.read_training(config, run, models, folders)
+            selected = selection.read_training(config, run, models, folders, session)
         except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise

@@ -286,9 +286,13 @@ def _estimate(findings: Findings, publication: Publication) -> None:
         for tower in training.towers.values():
             span = tower.vocabulary.span
             rows += tower.matrix.rows
-            vectors += tower.matrix.size
+            vectors += 0 if tower.is_computed else tower.matrix.size
             size += tower.matrix.rows * (fixed + 2 + 8 * tower.matrix.dimension) + span.end - span.start
-    findings.ok("size", f"at most {rows:,} rows, {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
+    unknown = any(
+        tower.is_computed and not tower.matrix.rows for t in publication.trainings for tower in t.towers.values()
+    )
+    more = " and those of features," if unknown else ","
+    findings.ok("size", f"at most {rows:,} rows{more} {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
     if publication.latest_tables:  # Copied from the history, after as much was deleted.
         size *= 3
     cost = size / (1 << 40) * history.DOLLARS_PER_TIB

@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
+from beam_pipeline.computing import model as computing
+from beam_pipeline.computing.tower import ComputedTower, computed_tower
 from beam_pipeline.errors import ConfigError, SeveralModelsError, TowerMissingError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats import model_path, open_artifact
 from beam_pipeline.formats.model import Artifact, Tower
 from beam_pipeline.launch import preflight
 from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
@@ -84,7 +86,9 @@ def unpublished(config: Config, runs: Sequence[Run], session: Session) -> tuple[
     return left, replaced, len(published)
 
 
-def read_training(config: Config, run: Run, models: Mapping[str, Model], folders: Mapping[str, str]) -> Selected:
+def read_training(
+    config: Config, run: Run, models: Mapping[str, Model], folders: Mapping[str, str], session: Session
+) -> Selected:
     """Returns the training of a run whose models can be read in folders.
 
     Args:
@@ -92,6 +96,7 @@ def read_training(config: Config, run: Run, models: Mapping[str, Model], folders
         run: the run.
         models: tower → its model, as `models_of` returns them.
         folders: tower → folder of its model.
+        session: of the launch, which counts the rows of --features.
 
     Raises:
         ConfigError: the workers could not read such a folder.
@@ -108,13 +113,20 @@ def read_training(config: Config, run: Run, models: Mapping[str, Model], folders
                 own = {name: _only_layer(artifact, name, models[name], config) for name in names}
             else:
                 own = _layers(config, artifact)
-            for tower in _towers(config, artifact, own):
-                path = f"{models[tower.name].name}:" if len(together) > 1 else ""
-                layers[tower.name] = f"{path}{own[tower.name]}"
-                towers[tower.name] = replace(
-                    tower, layer=layers[tower.name], model_uri=_model_uri(models[tower.name]) if path else ""
-                )
-    found = by_name(cover([towers[name] for name in config.towers]))
+            read = {name: layer for name, layer in own.items() if name not in config.compute}
+            of_workers = [name for name in names if name in config.compute]
+            computed = [_computed(config, session, artifact, folder, name, own[name]) for name in of_workers]
+            for tower in (*_towers(config, artifact, read), *computed):
+                model = models[tower.name]
+                layers[tower.name] = own[tower.name]
+                if len(together) > 1:
+                    layers[tower.name] = f"{model.name}:{own[tower.name]}"
+                    # Workers find what they compute by its path in its own model.
+                    layer = tower.layer if tower.is_computed else layers[tower.name]
+                    tower = replace(tower, layer=layer, model_uri=_model_uri(model))
+                towers[tower.name] = tower
+    covered = by_name(cover([tower for tower in towers.values() if not tower.is_computed]))
+    found = {name: covered.get(name, towers[name]) for name in config.towers}
     model_uri = ", ".join(dict.fromkeys(_model_uri(models[name]) for name in config.towers))
     discovered = config.discover and (len(together) > 1 or layers != config.towers)
     return Selected(Training(run, model_uri, found), layers if discovered else None)
@@ -229,6 +241,32 @@ def unnamed_layers(config: Config) -> tuple[str, ...]:
     A layer that was named otherwise has to be there under its name: it may be misspelt.
     """
     return tuple(config.towers.values()) if dict(config.towers) == DEFAULT_TOWERS else ()
+
+
+def computed_parts(config: Config, folder: str, towers: Mapping[str, str]) -> Iterator[str]:
+    """Yields lines about the parts of a model that --compute could name, if it was given, and loads it for that."""
+    if not config.compute:
+        return
+    model = computing.loaded(model_path(folder, open_file))
+    for name in config.compute:
+        if name in towers:
+            yield f"computed    {name} by {towers[name]}: {model.part(name, towers[name]).signature}"
+    yield from (f"could be    {part}" for part in model.parts())
+
+
+def _computed(
+    config: Config, session: Session, artifact: Artifact, folder: str, name: str, layer: str
+) -> ComputedTower:
+    """Returns a tower that the workers compute."""
+    return computed_tower(
+        name,
+        layer,
+        model_path(folder, open_file),
+        artifact,
+        config.features.get(name),
+        session.client,
+        session.destination.job_project,
+    )
 
 
 def _towers(config: Config, artifact: Artifact, layers: Mapping[str, str]) -> tuple[Tower, ...]:
