@@ -325,7 +325,7 @@ def _keras_part(found: Any) -> Part:
         raise _UnfitError("does not say what it takes; a Functional or Sequential model with an Input does")
     specs = [tf.TensorSpec(each.shape, each.dtype, name=each.name) for each in named]
     inputs = tuple(_input(spec.name, spec) for spec in specs)
-    structure = getattr(found, "_inputs_struct", None)
+    structure = found.input
 
     def call(*tensors: Any) -> Any:
         if isinstance(structure, dict):

@@ -244,6 +244,7 @@ BEAMS = {"sdk_container_image"}
 WHICH = {
     **{key: [] for key in ("run_id", "experiment_name", "model_uri")},
     "all_runs": ["--experiment_name=e"],
+    "features": ["--run_id=1", "--compute=user"],
     **{key: ["--experiment_name=e", "--all_runs"] for key in ("since", "until")},
 }
 """Flags that say which model, for a flag that does not go with --run_id."""
