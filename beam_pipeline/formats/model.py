@@ -187,6 +187,7 @@ class Tower:
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
         tail: what the model does with the rows.
         source: "embedding", or "index" if the rows are those of a search index.
+        model_uri: where its model lies, if the towers of a training are of several.
     """
 
     name: str
@@ -196,6 +197,7 @@ class Tower:
     rest: tuple[Span, ...] = ()
     tail: Tail = Tail(Ending.UNKNOWN)
     source: str = "embedding"
+    model_uri: str = ""
 
     @property
     def vector_source(self) -> str:

@@ -30,6 +30,7 @@ from beam_pipeline.training import Run, Training
 
 _MOST_PARTITIONS = 4000  # of one load job
 _DAY_MS = 24 * 3600 * 1000
+_STAGED_BYTES = 8 + 8  # of a row, beside id and vector: DATE and INTEGER
 
 
 def examine(
@@ -67,6 +68,8 @@ def examine(
         except GoogleAPICallError as error:
             reason = f"BigQuery did not answer for {destination.table(tower)}: {first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
+    if publication.latest_tables:
+        _examine_latest(findings, client, publication)
     indexes.examine(findings, client, publication)
     bucket.examine(findings, publication.bucket, destination, publication.kms_key)
     _examine_keys(findings, publication, region, dataflow_kms_key)
@@ -135,6 +138,20 @@ def _examine_table(
     _examine_partitions(findings, client, publication, tower, [training for training, _ in of_runs])
     if not allow_dimension_change:
         _examine_length(findings, client, publication.destination, of_runs[-1][1])
+
+
+def _examine_latest(findings: Findings, client: bigquery.Client, publication: Publication) -> None:
+    for tower in publication.towers:
+        name, check = publication.destination.latest(tower), f"latest {tower}"
+        try:
+            require_compatible(client.get_table(name), tower, partitioned=False)
+            findings.ok(check, f"{name} exists, and will hold this training if no newer one is published")
+        except NotFound:
+            findings.ok(check, f"{name} will be created")
+        except IncompatibleTableError as error:
+            findings.stop(check, error)
+        except GoogleAPICallError as error:
+            findings.stop(check, ConfigError(f"BigQuery did not answer for {name}: {first_line(error)}"))
 
 
 def _examine_age(
@@ -263,7 +280,7 @@ def _key_location(key: str) -> str:
 
 
 def _estimate(findings: Findings, publication: Publication) -> None:
-    rows = vectors = size = 0
+    rows = vectors = size = read = 0
     for training in publication.trainings:
         constants = tables.run_values(training.run).values()
         fixed = sum(2 + len(value.encode()) if isinstance(value, str) else 8 for value in constants)
@@ -271,12 +288,14 @@ def _estimate(findings: Findings, publication: Publication) -> None:
             span = tower.vocabulary.span
             rows += tower.matrix.rows
             vectors += tower.matrix.size
-            size += tower.matrix.rows * (fixed + 2 + 8 * tower.matrix.dimension) + span.end - span.start
+            varying = tower.matrix.rows * (2 + 8 * tower.matrix.dimension) + span.end - span.start
+            size += tower.matrix.rows * fixed + varying
+            read += tower.matrix.rows * _STAGED_BYTES + varying
     findings.ok("size", f"at most {rows:,} rows, {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
-    cost = size / (1 << 40) * history.DOLLARS_PER_TIB
-    findings.ok(
-        "cost", f"publishing reads {_bytes(size)}: about ${cost:.2f} at ${history.DOLLARS_PER_TIB}/TiB; loading is free"
-    )
+    if publication.latest_tables:  # Copied from the history, after as much was deleted.
+        read += 2 * size
+    cost = f"about ${read / (1 << 40) * history.DOLLARS_PER_TIB:.2f} at ${history.DOLLARS_PER_TIB}/TiB"
+    findings.ok("cost", f"publishing reads {_bytes(read)}: {cost}; loading is free")
 
 
 def _bytes(count: int) -> str:
