@@ -145,7 +145,7 @@ def test_what_a_person_sees(job, store, models):
         "ok    bucket       gs://warehouse in US",
         "note  permissions  not asked: emulators have none",
         "ok    size         at most 5,031 rows, 161 kB of vectors to read, 719 kB in BigQuery",
-        "ok    cost         publishing reads 719 kB: about $0.00 at $6.25/TiB; loading is free",
+        "ok    cost         publishing reads 452 kB: about $0.00 at $6.25/TiB; loading is free",
     ]
     assert re.fullmatch(r"rows        5,031 of 5,031 \(100%\), [\d,]+ rows/s", out[-4])
     assert out[-3] == f"published   {table}_user_embedding, partition 2026-03-01: 3,015 rows"
