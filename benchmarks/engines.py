@@ -126,7 +126,7 @@ def measure(args):
 
 def one(args, model, work, fake, environment, name, engine):
     """Measures one run and prints its line."""
-    fake.reset(args.rows, model["run_id"])
+    fake.reset(args.rows)
     command = [sys.executable, "-m", "beam_pipeline", f"--run_id={model['run_id']}", "--project=local"]
     command += ["--dataset=raw_dev", "--temp_location=gs://bench/tmp", f"--tracking_uri={bench.tracking_uri(work)}"]
     peaks = Peaks(f"BENCH_BUCKET={environment['BENCH_BUCKET']}")

@@ -32,6 +32,8 @@ class Encoding(Enum):
     """A string tensor of a checkpoint: all lengths (varints), their masked crc32c, then the bytes of all ids."""
     INTEGER_LINES = "integer lines"
     """One integer per line; an id is its decimal digits, as with all integers."""
+    INT32 = "int32"
+    """Integers of four bytes, little-endian."""
     INT64 = "int64"
     """Integers of eight bytes, little-endian."""
     VARINTS = "varints"
@@ -185,6 +187,8 @@ class Tower:
         vocabulary: its ids.
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
         tail: what the model does with the rows.
+        source: "embedding", or "index" if the rows are those of a search index, or "computed".
+        model_uri: where its model lies, if the towers of a training are of several.
     """
 
     name: str
@@ -193,6 +197,8 @@ class Tower:
     vocabulary: Vocabulary
     rest: tuple[Span, ...] = ()
     tail: Tail = Tail(Ending.UNKNOWN)
+    source: str = "embedding"
+    model_uri: str = ""
 
     @property
     def is_computed(self) -> bool:
@@ -207,7 +213,7 @@ class Tower:
     @property
     def vector_source(self) -> str:
         """What the published vectors are: what the model serves, or rows after which its tower goes on."""
-        return "embedding_rows" if self.tail.ending == Ending.GOES_ON else "embedding"
+        return "embedding_rows" if self.tail.ending == Ending.GOES_ON else self.source
 
 
 class Artifact(Protocol):
@@ -236,6 +242,10 @@ class Artifact(Protocol):
 
     def tower_layers(self) -> list[str]:
         """Returns what could be given as `layer`: all layers that are towers."""
+        ...
+
+    def index_layers(self) -> list[str]:
+        """Returns those of them that are search indexes: their vectors and ids are those of the items they find."""
         ...
 
     def close(self) -> None:

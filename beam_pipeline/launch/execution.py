@@ -20,7 +20,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from beam_pipeline import emulators, errors, workers
+from beam_pipeline import emulators, errors, metrics, workers
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError
 from beam_pipeline.launch.options import JobConfig
 from beam_pipeline.launch.session import Session
@@ -149,9 +149,11 @@ def run(
     try:
         pipeline = beam.Pipeline(runner=workers.runner(options), options=options)
         build(pipeline)
+        metrics.end_phase("build the job graph")
         with progress, _noticing_dead_workers(dead):
             result = pipeline.run()
             result.wait_until_finish()
+        metrics.end_phase("clean up, end the job")
     except BaseException as error:
         if cancel and result and not isinstance(error, Exception):
             _cancel(result)

@@ -28,9 +28,9 @@ def describe(artifact: Artifact, folder: str, open_file: OpenFile, towers: Mappi
         towers: tower → layer, as they were named; how a tower goes on depends on which the others are.
     """
     layers = artifact.tower_layers()
-    chosen = towers if {*towers.values()} <= {*layers} else discover(layers) or {}
+    chosen = towers if {*towers.values()} <= {*layers} else discover(layers, artifact.index_layers()) or {}
     if not layers:
-        yield "no layer holds one lookup and one embedding"
+        yield "no layer holds one lookup and one embedding, or a search index"
     for layer in layers:
         yield f"layer       {layer}"
         try:
@@ -46,7 +46,7 @@ def _describe(tower: Tower, folder: str, open_file: OpenFile) -> Iterator[str]:
     matrix, vocabulary = tower.matrix, tower.vocabulary
     size = vocabulary.span.end - vocabulary.span.start
     shape = f"{matrix.rows:,} rows × {matrix.dimension} {matrix.dtype}"
-    yield f"  embedding {shape}, {matrix.size:,} bytes in {matrix.path.removeprefix(f'{folder}/')}"
+    yield f"  {tower.source:<9} {shape}, {matrix.size:,} bytes in {matrix.path.removeprefix(f'{folder}/')}"
     count, examples = (_in_order if vocabulary.in_row_order else _in_no_order)(tower, open_file)
     yield f"  ids       {count:,}, {size:,} bytes in {vocabulary.path.removeprefix(f'{folder}/')}"
     if examples:

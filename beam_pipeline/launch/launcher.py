@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from beam_pipeline import command, credentials, metrics, tag
@@ -25,6 +25,7 @@ from beam_pipeline.launch.plan import Plan, job_name, labels, make_plan
 from beam_pipeline.launch.session import Session, open_session
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
+from beam_pipeline.tracking.models import Model
 from beam_pipeline.training import Run, Training
 
 WHOLE = "the tables hold this training whole or not at all, start the job again"
@@ -42,18 +43,22 @@ def run(config: Config) -> None:
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
+    metrics.end_phase("import Beam and the Google clients")
     terminal = Terminal(as_json=config.plan == "json", started=config.started)
     given = execution.given_options(config)
     credentials.follow(given)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     runs, left_out = selection.wanted_runs(config)
+    metrics.end_phase("import MLflow, find the run")
     terminal.left_out(left_out)
     if config.inspect:
         _inspect(config, runs[-1], terminal)
         return
     with open_session(config, given, create_dataset=True) as session, ExitStack() as copies:
+        metrics.end_phase("find the dataset")
         wanted = _unpublished(config, runs, session, terminal)
         trainings = [*_trainings(config, wanted, session, copies, terminal)]
+        metrics.end_phase("read the graph and the index")
         if not trainings:
             if len(wanted) == len(runs):
                 raise RunNotFoundError(f"none of {len(runs):,} runs of {config.experiment_name!r} has a model")
@@ -63,6 +68,7 @@ def run(config: Config) -> None:
                 execution.submit_nothing(execution.job_options(config, session, name, labels(config, runs)))
             return
         plan = make_plan(config, session, given, runs, trainings)
+        metrics.end_phase("check the tables")
         terminal.report(plan, with_sql=config.plan is not None)
         if plan.findings.error:
             raise plan.findings.error
@@ -73,20 +79,33 @@ def run(config: Config) -> None:
 
 
 def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
-    model = selection.model_of(config, run)
-    terminal.found(model)
+    models = selection.models_of(config, run)
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
-        folder = stack.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
-        artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
-        terminal.inspected(
-            run,
-            folder,
-            [
-                *inspection.describe(artifact, folder, open_file, config.towers),
-                *selection.computed_parts(config, folder),
-            ],
-        )
+        folders = _folders(config, run, models, copies_to, stack, terminal)
+        for folder in dict.fromkeys(folders.values()):
+            artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
+            towers = {
+                name: layer.rpartition(":")[2] for name, layer in config.towers.items() if folders[name] == folder
+            }
+            lines = [
+                *inspection.describe(artifact, folder, open_file, towers),
+                *selection.computed_parts(config, folder, towers),
+            ]
+            terminal.inspected(run, folder, lines)
+
+
+def _folders(
+    config: Config, run: Run, models: Mapping[str, Model], copies_to: str, copies: ExitStack, terminal: Terminal
+) -> dict[str, str]:
+    """Returns tower → folder in which its model can be read; copies stay until `copies` is closed."""
+    folders = dict[Model, str]()
+    several = len({*models.values()}) > 1
+    for number, model in enumerate(dict.fromkeys(models.values())):
+        terminal.found(model)
+        to = f"{copies_to}/{number}" if several else copies_to
+        folders[model] = copies.enter_context(selection.readable(config, run, model, to, terminal.copying))
+    return {name: folders[model] for name, model in models.items()}
 
 
 def _unpublished(config: Config, runs: Sequence[Run], session: Session, terminal: Terminal) -> Sequence[Run]:
@@ -106,10 +125,9 @@ def _trainings(
     copies_to = publication.copies_folder(session.temp_location, session.token)
     for run in runs:
         try:
-            model = selection.model_of(config, run)
-            terminal.found(model)
-            folder = copies.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
-            selected = selection.read_training(config, run, model, folder, session)
+            models = selection.models_of(config, run)
+            folders = _folders(config, run, models, copies_to, copies, terminal)
+            selected = selection.read_training(config, run, models, folders, session)
         except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise

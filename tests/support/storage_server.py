@@ -4,6 +4,7 @@ It knows generations, ranges and preconditions, and nothing but reading. What an
 and requests a read takes, and what becomes of an object that is replaced meanwhile.
 """
 
+import argparse
 import json
 import threading
 from collections import Counter
@@ -51,8 +52,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         storage, url = self.server.storage, urlsplit(self.path)
+        if url.path == "/seen":
+            self._send(200, json.dumps({"fetched": storage.fetched.total(), "requests": storage.requests}).encode())
+            return
         query = parse_qs(url.query)
-        bucket, _, name = url.path.partition("/b/")[2].partition("/o/")
+        bucket, _, name = url.path.rstrip("/").removesuffix("/o").partition("/b/")[2].partition("/o/")
+        if not name:
+            self._list(bucket, query.get("prefix", [""])[0])
+            return
         name = unquote(name)
         path = storage.folder / bucket / name
         if not path.is_file():
@@ -87,6 +94,15 @@ class _Handler(BaseHTTPRequestHandler):
                 with storage.lock:
                     storage.fetched[name] += len(block)
 
+    def _list(self, bucket, prefix):
+        """What lies in a folder, for who asks with the delimiter `/`."""
+        found = sorted((self.server.storage.folder / bucket / prefix).glob("*"))
+        files = [{"name": prefix + path.name, "size": str(path.stat().st_size)} for path in found if path.is_file()]
+        folders = [f"{prefix}{path.name}/" for path in found if path.is_dir()]
+        self._send(
+            200, json.dumps({"items": files, "prefixes": folders}).encode(), {"Content-Type": "application/json"}
+        )
+
     def _send(self, status, body, headers=None, length=None):
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": len(body) if length is None else length}.items():
@@ -115,3 +131,16 @@ def serve(folder):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def main():
+    """Serves until it is killed; prints the port. What was asked since it began is at /seen."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    with serve(parser.parse_args().folder) as storage:
+        print(storage.url.rpartition(":")[2], flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,7 @@ class Layer:
     """A layer that was saved; another one of the same content is another layer.
 
     Attributes:
-        path: where its state lies, in the HDF5 file and below `assets/`; "" for the model itself.
+        path: where its state is, in the HDF5 file and below `assets/`; "" for the model itself.
         config: its entry in config.json, empty if it has none.
         parent: the Functional or Sequential model that it is directly inside of, if there is one.
         children: the layers directly inside of a Functional or Sequential model, in the order in which Keras saves

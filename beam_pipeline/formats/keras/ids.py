@@ -1,4 +1,4 @@
-"""The ids of a lookup layer: in a file of their own below `assets/`, or as a list in config.json."""
+"""The ids of a lookup layer: in a vocabulary file below `assets/`, or as a list in config.json."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Ids:
         raise UnsupportedModelError(f"{path}: the ids of lookup {self.lookup.path!r} are not in the file: {KEEP_IDS}")
 
     def _special_rows(self, vocabulary: Vocabulary) -> tuple[list[str], list[str]]:
-        """Returns what stands for the rows before the first id, in the file, and names for them that are all distinct.
+        """Returns the tokens of the rows before the first id, as the file has them, and distinct names for these rows.
 
         The mask token comes first, then one row per out-of-vocabulary bucket.
         """

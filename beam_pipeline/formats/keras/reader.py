@@ -26,7 +26,7 @@ class KerasFile:
     """A `.keras` file.
 
     Attributes:
-        path: where it lies.
+        path: of the file.
     """
 
     def __init__(self, path: str, open_file: OpenFile, layers: Iterable[str] = ()) -> None:
@@ -101,6 +101,10 @@ class KerasFile:
     def tower_layers(self) -> list[str]:
         """Returns all layers that are towers, outermost ones only."""
         return self._layers.tower_names()
+
+    def index_layers(self) -> list[str]:
+        """Returns none: indexes are read in SavedModels alone."""
+        return []
 
     def close(self) -> None:
         """Closes the file."""

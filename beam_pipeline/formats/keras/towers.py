@@ -58,13 +58,13 @@ class Layers:
         requested: Iterable[str] = (),
         is_reversed: bool = False,
     ) -> None:
-        """Notes what the layers are looked for in.
+        """Collects where layers are looked for.
 
         Args:
             path: of the file, for messages.
             root: the model.
             weights: of the HDF5 file.
-            with_vocabulary: paths of the layers whose ids are a file of their own.
+            with_vocabulary: paths of the layers whose ids are in a vocabulary file.
             requested: all layers that are asked for as towers.
             is_reversed: whether attributes were saved in reverse order, as Keras 2 does.
         """
@@ -150,7 +150,7 @@ class Layers:
                 yield from self._tower_names_below(child, child_names)
 
     def described(self, path: str) -> Layer:
-        """Returns what lies at a path in the HDF5 file, with its config if config.json has a layer of that name."""
+        """Returns the layer at a path in the HDF5 file, with its config if config.json has a layer of that name."""
         if path not in self._described:
             self._described[path] = Layer(path, self._serialized.get(self.weights.groups.get(path, ""), {}))
         return self._described[path]
@@ -201,7 +201,7 @@ class Layers:
         if self._steps > MAX_STEPS:
             raise CorruptFileError(f"{self._path}: its layers share each other too often; log the model again")
         yield layer
-        if layer.kind == TEXT:  # Its words are in a lookup of its own.
+        if layer.kind == TEXT:  # Its words are in a lookup inside of it.
             return
         if layer.is_graph:
             for child in layer.children:
