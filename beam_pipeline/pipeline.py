@@ -141,5 +141,5 @@ def _audit(client: Any, what: Publication, launch: str, tallies: Tallies, *_wait
 def _clean(client: Any, what: Publication, launch: str, *load_files: Iterable[tuple[Any, tuple[str, int]]]) -> None:
     publication.clean(client, what, launch, [path for files in load_files for _, (path, _) in files])
     for tower in what.trainings[-1].towers.values():
-        if isinstance(tower, ComputedTower) and isinstance(tower.features, Query):
+        if isinstance(tower, ComputedTower) and isinstance(tower.ids_from, Query):
             client.delete_table(features_table(what.destination, tower.name, launch), not_found_ok=True)

@@ -328,7 +328,13 @@ def publish_script(
             for tower in towers
         ]
     # What is the same in every row is not staged.
-    of_run = [day, literal(run.experiment_id), text(run.experiment_name), run_id, text(run.run_name)]
+    of_run = [
+        day,
+        literal(run.experiment_id),
+        text(run.experiment_name),
+        run_id,
+        text(run.run_name),
+    ]
     for tower in towers:
         columns = [column["name"] for column in schema(tower)]
         # By the partition column alone a DELETE drops the whole partition, which costs nothing.
@@ -385,6 +391,19 @@ def _log_entry(
     }
 
 
+def create_features_sql(table: str, select: str, kms_key: str | None) -> str:
+    """Returns the statement that keeps the result of a query for features in a table for two days at most."""
+    options = ["expiration_timestamp = TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL 48 HOUR)"]
+    if kms_key:
+        options.append(f"kms_key_name = '{kms_key}'")
+    return f"CREATE OR REPLACE TABLE `{table}` OPTIONS ({', '.join(options)}) AS\n{select}"
+
+
+def count_sql(table: str) -> str:
+    """Returns a query for the number of a table's rows."""
+    return f"SELECT COUNT(*) FROM `{table}`"
+
+
 def _newest(destination: Destination, tower: str, run: Run) -> str:
     """Returns the condition that no training of a tower is newer than a run: by date, then by when it started."""
     day = f"{PARTITION_COLUMN} = {literal(run.train_date)}"
@@ -419,19 +438,6 @@ def rollback_script(destination: Destination, towers: Sequence[str], train_date:
 def lock_sql(destination: Destination, launch: str) -> str:
     """Returns the statement that makes publications conflict, the first of each."""
     return f"UPDATE `{destination.lock}` SET launch = {literal(launch)}, locked_at = CURRENT_TIMESTAMP() WHERE TRUE"
-
-
-def create_features_sql(table: str, select: str, kms_key: str | None) -> str:
-    """Returns the statement that keeps the result of a query for features in a table for two days at most."""
-    options = ["expiration_timestamp = TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL 48 HOUR)"]
-    if kms_key:
-        options.append(f"kms_key_name = '{kms_key}'")
-    return f"CREATE OR REPLACE TABLE `{table}` OPTIONS ({', '.join(options)}) AS\n{select}"
-
-
-def count_sql(table: str) -> str:
-    """Returns a query for the number of a table's rows."""
-    return f"SELECT COUNT(*) FROM `{table}`"
 
 
 TAKEN_MARK = "partition taken:"

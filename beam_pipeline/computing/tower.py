@@ -26,13 +26,18 @@ class ComputedTower(Tower):
         model_path: the SavedModel's folder, or the `.keras` file.
         signature: what the part of the model takes and returns; `layer` is its path.
         columns: which column is which input.
-        features: where ids and features come from.
+        ids_from: where ids and features come from.
     """
 
     model_path: str
     signature: Signature
     columns: Columns
-    features: Source
+    ids_from: Source
+
+    @property
+    def part(self) -> str:
+        """The path of the part in its model, without that of a model of its own."""
+        return self.layer.rpartition(":")[2]
 
     @property
     def is_computed(self) -> bool:
@@ -43,11 +48,6 @@ class ComputedTower(Tower):
     def computed_by(self) -> str:
         """The library that computes its vectors, and its version."""
         return self.signature.library
-
-    @property
-    def vector_source(self) -> str:
-        """What the published vectors are, for the log."""
-        return "computed"
 
 
 def computed_tower(
@@ -103,10 +103,11 @@ def computed_tower(
         Matrix(model_path, 0, known.matrix.rows if known else 0, signature.dimension, signature.dtype, None),
         known.vocabulary if known else _NO_VOCABULARY,
         tail=Tail(Ending.COMPUTED),
+        source="computed",
         model_path=model_path,
         signature=signature,
         columns=columns,
-        features=source,
+        ids_from=source,
     )
 
 

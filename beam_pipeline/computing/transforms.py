@@ -58,7 +58,7 @@ class Models:
     def part(self, run_id: str) -> model.Part:
         """Returns what computes the tower of a run."""
         tower = self._towers[run_id]
-        part = model.loaded(tower.model_path).part(tower.name, tower.layer)
+        part = model.loaded(tower.model_path).part(tower.name, tower.part)
         if (part.signature.inputs, part.signature.dimension) != (tower.signature.inputs, tower.signature.dimension):
             raise ModelCallError(
                 f"tower {tower.name!r}: {tower.model_path} changed since the job was started; start it again"
@@ -149,7 +149,7 @@ class _CutFn(beam.DoFn):
         tower = self._towers[run_ids[0]]
         try:
             together: list[Any] = []
-            for share, rows in tower.features.cut(tower.columns, self._context(tower, launch)):
+            for share, rows in tower.ids_from.cut(tower.columns, self._context(tower, launch)):
                 for run_id in run_ids:
                     yield TaggedOutput(REPORTS, Report(run_id, tower.name, None, announced=rows))
                 together.append(share)
@@ -190,7 +190,7 @@ class _ReadFn(beam.DoFn):
         tower = self._towers[run_id]
         try:
             for share in shares:
-                for table in tower.features.read(share, tower.columns):
+                for table in tower.ids_from.read(share, tower.columns):
                     if table.num_rows:
                         yield Chunk(run_id, inputs.ids_of(table, tower.columns), table)
         except PipelineError as problem:
@@ -229,7 +229,7 @@ class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
         name = next(iter(self.towers.values())).name
         by_source: dict[Any, list[str]] = {}
         for run_id, tower in self.towers.items():
-            by_source.setdefault((tower.features, tower.columns), []).append(run_id)
+            by_source.setdefault((tower.ids_from, tower.columns), []).append(run_id)
         launch = () if self.launch is None else (self.launch,)
         cut = (
             pbegin

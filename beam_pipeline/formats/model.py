@@ -187,7 +187,7 @@ class Tower:
         vocabulary: its ids.
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
         tail: what the model does with the rows.
-        source: "embedding", or "index" if the rows are those of a search index.
+        source: "embedding", or "index" if the rows are those of a search index, or "computed".
         model_uri: where its model lies, if the towers of a training are of several.
     """
 

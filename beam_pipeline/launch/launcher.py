@@ -88,8 +88,11 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
             towers = {
                 name: layer.rpartition(":")[2] for name, layer in config.towers.items() if folders[name] == folder
             }
-            described = inspection.describe(artifact, folder, open_file, towers)
-            terminal.inspected(run, folder, [*described, *selection.computed_parts(config, folder, towers)])
+            lines = [
+                *inspection.describe(artifact, folder, open_file, towers),
+                *selection.computed_parts(config, folder, towers),
+            ]
+            terminal.inspected(run, folder, lines)
 
 
 def _folders(

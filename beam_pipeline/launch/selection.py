@@ -87,7 +87,11 @@ def unpublished(config: Config, runs: Sequence[Run], session: Session) -> tuple[
 
 
 def read_training(
-    config: Config, run: Run, models: Mapping[str, Model], folders: Mapping[str, str], session: Session
+    config: Config,
+    run: Run,
+    models: Mapping[str, Model],
+    folders: Mapping[str, str],
+    session: Session | None = None,
 ) -> Selected:
     """Returns the training of a run whose models can be read in folders.
 
@@ -96,7 +100,7 @@ def read_training(
         run: the run.
         models: tower → its model, as `models_of` returns them.
         folders: tower → folder of its model.
-        session: of the launch, which counts the rows of --features.
+        session: asks BigQuery what a query for features returns.
 
     Raises:
         ConfigError: the workers could not read such a folder.
@@ -114,19 +118,18 @@ def read_training(
             else:
                 own = _layers(config, artifact)
             read = {name: layer for name, layer in own.items() if name not in config.compute}
-            of_workers = [name for name in names if name in config.compute]
-            computed = [_computed(config, session, artifact, folder, name, own[name]) for name in of_workers]
-            for tower in (*_towers(config, artifact, read), *computed):
-                model = models[tower.name]
-                layers[tower.name] = own[tower.name]
-                if len(together) > 1:
-                    layers[tower.name] = f"{model.name}:{own[tower.name]}"
-                    # Workers find what they compute by its path in its own model.
-                    layer = tower.layer if tower.is_computed else layers[tower.name]
-                    tower = replace(tower, layer=layer, model_uri=_model_uri(model))
-                towers[tower.name] = tower
-    covered = by_name(cover([tower for tower in towers.values() if not tower.is_computed]))
-    found = {name: covered.get(name, towers[name]) for name in config.towers}
+            computed = [
+                _computed(config, session, artifact, folder, name, layer)
+                for name, layer in own.items()
+                if name in config.compute
+            ]
+            for tower in (*(_towers(config, artifact, read) if read else ()), *computed):
+                path = f"{models[tower.name].name}:" if len(together) > 1 else ""
+                layers[tower.name] = f"{path}{own[tower.name]}"
+                towers[tower.name] = replace(
+                    tower, layer=layers[tower.name], model_uri=_model_uri(models[tower.name]) if path else ""
+                )
+    found = by_name(cover([towers[name] for name in config.towers]))
     model_uri = ", ".join(dict.fromkeys(_model_uri(models[name]) for name in config.towers))
     discovered = config.discover and (len(together) > 1 or layers != config.towers)
     return Selected(Training(run, model_uri, found), layers if discovered else None)
@@ -245,17 +248,17 @@ def unnamed_layers(config: Config) -> tuple[str, ...]:
 
 def computed_parts(config: Config, folder: str, towers: Mapping[str, str]) -> Iterator[str]:
     """Yields lines about the parts of a model that --compute could name, if it was given, and loads it for that."""
-    if not config.compute:
+    named = [name for name in config.compute if name in towers]
+    if not named:
         return
     model = computing.loaded(model_path(folder, open_file))
-    for name in config.compute:
-        if name in towers:
-            yield f"computed    {name} by {towers[name]}: {model.part(name, towers[name]).signature}"
+    for name in named:
+        yield f"computed    {name} by {towers[name]}: {model.part(name, towers[name]).signature}"
     yield from (f"could be    {part}" for part in model.parts())
 
 
 def _computed(
-    config: Config, session: Session, artifact: Artifact, folder: str, name: str, layer: str
+    config: Config, session: Session | None, artifact: Artifact, folder: str, name: str, layer: str
 ) -> ComputedTower:
     """Returns a tower that the workers compute."""
     return computed_tower(
@@ -264,8 +267,8 @@ def _computed(
         model_path(folder, open_file),
         artifact,
         config.features.get(name),
-        session.client,
-        session.destination.job_project,
+        session.client if session else None,
+        session.destination.job_project if session else "",
     )
 
 

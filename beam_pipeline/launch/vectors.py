@@ -40,7 +40,7 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
         if isinstance(tower, ComputedTower):
             findings.note(
                 f"vectors {tower.name}",
-                f"computed on the workers by {tower.layer} ({tower.signature}), ids from {tower.features}: code of the "
+                f"computed on the workers by {tower.layer} ({tower.signature}), ids from {tower.ids_from}: code of the "
                 f"artifact runs there ({tower.computed_by}), and the vectors have no checksum",
             )
     for training in publication.trainings:

@@ -152,3 +152,47 @@ def test_a_damaged_model_publishes_nothing(job, store, deep, capsys, tmp_path):
     data.write_bytes(raw)
     run = store.log(type(deep("deep"))(tmp_path / "deep"), "damaged", MARCH_1)
     assert "is damaged" in refused(job, capsys, run, "--compute=user,item")
+
+
+def test_a_job_killed_while_it_computes_leaves_nothing_and_runs_again(job, store, deep, tmp_path):
+    run = store.log(deep("deep"), "deep", MARCH_1)
+    hook = """
+import time
+from beam_pipeline.computing import transforms
+def stopped(*args):
+    print("HERE", flush=True)
+    time.sleep(600)
+transforms.compute = stopped
+"""
+    process = job.hooked(tmp_path, hook, run, "--compute=user,item")
+    assert any(line == "HERE\n" for line in process.stdout)
+    process.kill()
+    process.wait()
+    assert not {name for name in job.tables() if name in ("two_tower_user_embedding", "two_tower_item_embedding")}
+    assert job.run(run, "--compute=user,item") == 0
+    assert_computed(job, run, deep("deep"), "user")
+
+
+def test_dataflows_graph_computes_and_holds_no_model(job, store, deep, tmp_path):
+    from google.cloud import storage
+
+    run = store.log(deep("deep"), "deep", MARCH_1, bucket=True)
+    place = f"{job._flags[2].removeprefix('--temp_location=')}/template"
+    done = job.subprocess(
+        run,
+        "--compute=user,item",
+        "--runner=DataflowRunner",
+        "--region=europe-west1",
+        "--project=local",
+        "--no_auth",
+        f"--template_location={place}",
+        "--sdk_container_image=gcr.io/p/compute",
+        "--sdk_location=container",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    bucket, _, name = place.removeprefix("gs://").partition("/")
+    assert storage.Client().bucket(bucket).blob(name).exists()
+    graphs = [blob for blob in storage.Client().list_blobs(bucket) if blob.name.endswith("pipeline.pb")]
+    graph = max(graphs, key=lambda blob: blob.updated).download_as_bytes()
+    assert b"Compute user/Compute/BeamML_RunInference" in graph
+    assert len(graph) < 1_000_000

@@ -77,8 +77,8 @@ def test_ids_come_from_the_lookup(deep):
     with pytest.raises(FeaturesError, match="tower 'user' takes age"):
         computed_tower("user", "query_model", folder, open_artifact(folder, open_file), None)
     tower = computed_tower("item", "candidate_model", folder, open_artifact(folder, open_file), None)
-    shares = [share for share, _ in tower.features.cut(tower.columns, None)]
-    tables = [table for share in shares for table in tower.features.read(share, tower.columns)]
+    shares = [share for share, _ in tower.ids_from.cut(tower.columns, None)]
+    tables = [table for share in shares for table in tower.ids_from.read(share, tower.columns)]
     assert pa.Table.from_batches(tables).to_pydict() == {"item_id": [3, 5, 8, -13]}
     assert (tower.vector_source, tower.matrix.dimension, tower.matrix.checksum) == ("computed", 16, None)
 
