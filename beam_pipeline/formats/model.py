@@ -36,6 +36,20 @@ class Encoding(Enum):
     """Integers of eight bytes, little-endian."""
     VARINTS = "varints"
     """Integers as a packed protobuf field, negative ones in ten bytes."""
+    INT32 = "int32"
+    """Integers of four bytes, little-endian."""
+    UTF32 = "UTF-32"
+    """Strings of one width, as NumPy's type `<U`: four bytes a character, padded with NULs."""
+    FIXED = "fixed width"
+    """Strings of one width, as NumPy's type `S`: padded with NULs."""
+    ROWS = "rows"
+    """No bytes at all: the id of a row is its number."""
+    JSON_OBJECT = "JSON object"
+    """Members of a JSON object, `"id": row`, one after the other with their commas."""
+    CSV = "CSV"
+    """Lines of a table, among whose columns are an id and its row."""
+    PARQUET = "Parquet"
+    """A column of Parquet files, with vectors or rows in another."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,77 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """A row group of a Parquet file: rows that are read without those of others.
+
+    Attributes:
+        path: the file.
+        number: which of the file's groups.
+        rows: its rows.
+    """
+
+    path: str
+    number: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Two columns of Parquet files: an id, and what belongs to it.
+
+    Attributes:
+        path: the file, or what the files were named by: a folder or a pattern.
+        files: path of each file, and the rows of its row groups.
+        id_column: name of the column of ids.
+        value_column: name of the other: a row of a matrix, or a vector.
+    """
+
+    path: str
+    files: tuple[tuple[str, tuple[int, ...]], ...]
+    id_column: str
+    value_column: str
+
+    @property
+    def groups(self) -> list[RowGroup]:
+        """All row groups, file by file."""
+        return [RowGroup(path, number, rows) for path, counts in self.files for number, rows in enumerate(counts)]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(sum(counts) for _, counts in self.files)
+
+
+@dataclass(frozen=True)
+class VectorTable(Table):
+    """Ids and their vectors in Parquet files. They have no checksum of the whole; a page may have one of its own.
+
+    Attributes:
+        dimension: values in a vector.
+        dtype: "float32", "float64" or "float16".
+        checksum: None.
+    """
+
+    dimension: int
+    dtype: str
+    checksum: None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one vector in memory."""
+        return self.dimension * np.dtype(self.dtype).itemsize
+
+    @property
+    def size(self) -> int:
+        """Bytes of all vectors in memory."""
+        return self.rows * self.row_bytes
+
+    def rows_in(self, size: int) -> int:
+        """Returns how many vectors so many bytes hold, but at least one."""
+        return max(1, size // self.row_bytes)
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """The ids of a tower, as a rule in row order: the id at position i belongs to row `first_row + i`.
 
@@ -114,8 +199,12 @@ class Vocabulary:
         row_numbers: where the artifact itself lists the row of each id (int64, little-endian), if it does.
         special_tokens: names for the rows before `first_row`, if these are to be written too.
         checksum: covers the ids, if the artifact has one; it may begin before `span` and ends with it.
-        in_row_order: False if the row of the id at position i is the i-th of `row_numbers`, whatever that is.
+        in_row_order: False if the row of the id at position i is the i-th of `row_numbers`, whatever that is, or stands
+            beside the id.
         row_numbers_path: the file of `row_numbers`, if it is not `path`.
+        fills: each row from `first_row` on has an id: of ids from outside of the model.
+        columns: of a CSV file, the positions of the columns of ids and of rows.
+        table: of Parquet files, where the ids are and what stands beside them.
     """
 
     path: str
@@ -128,6 +217,9 @@ class Vocabulary:
     checksum: Checksum | None = None
     in_row_order: bool = True
     row_numbers_path: str | None = None
+    fills: bool = False
+    columns: tuple[int, int] | None = None
+    table: Table | None = None
 
 
 class Ending(Enum):
@@ -137,6 +229,7 @@ class Ending(Enum):
     SCALED = "scales only"
     GOES_ON = "goes on"
     UNKNOWN = "cannot be told"
+    LOGGED = "is what the trainer logged"
 
 
 @dataclass(frozen=True)
@@ -160,7 +253,7 @@ class Tail:
     @property
     def is_row(self) -> bool:
         """Whether the row is what the model serves, or at least points where that does."""
-        return self.ending in (Ending.EMBEDDING, Ending.SCALED)
+        return self.ending in (Ending.EMBEDDING, Ending.SCALED, Ending.LOGGED)
 
     @property
     def steps(self) -> str:
@@ -196,6 +289,8 @@ class Tower:
     @property
     def vector_source(self) -> str:
         """What the published vectors are: what the model serves, or rows after which its tower goes on."""
+        if self.tail.ending == Ending.LOGGED:
+            return "file"
         return "embedding_rows" if self.tail.ending == Ending.GOES_ON else "embedding"
 
 

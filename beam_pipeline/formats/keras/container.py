@@ -72,8 +72,25 @@ class _Window:
         return data
 
 
-def read_directory(file: ByteFile) -> dict[str, Member]:
+def is_of_keras(name: str) -> bool:
+    """Whether a member of a `.keras` file is read."""
+    is_vocabulary = name.startswith("assets/") and name.endswith("/vocabulary.txt")
+    return name in (CONFIG, WEIGHTS, METADATA) or is_vocabulary
+
+
+def read_directory(
+    file: ByteFile,
+    is_wanted: Callable[[str], bool] = is_of_keras,
+    kind: str = ".keras",
+    remedy: str = "use model.save()",
+) -> dict[str, Member]:
     """Returns the members of a zip.
+
+    Args:
+        file: the zip.
+        is_wanted: which members, by their names.
+        kind: what the zip is, for a message.
+        remedy: how a zip is made that is not compressed.
 
     Raises:
         NotAModelError: it is no zip, or a member that is needed is compressed.
@@ -86,16 +103,15 @@ def read_directory(file: ByteFile) -> dict[str, Member]:
     except PipelineError:
         raise
     except Exception as error:  # `zipfile` raises what its parsing runs into.
-        raise NotAModelError(f"{file.path} is no .keras file ({error}); log the model again") from error
+        raise NotAModelError(f"{file.path} is no {kind} file ({error}); log it again") from error
     members = {}
     for info in infos:
         name = info.filename
-        is_vocabulary = name.startswith("assets/") and name.endswith("/vocabulary.txt")
-        if name not in (CONFIG, WEIGHTS, METADATA) and not is_vocabulary:
+        if not is_wanted(name):
             continue
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise NotAModelError(
-                f"{file.path}: {name} is compressed or encrypted, so it cannot be read in parts; use model.save()"
+                f"{file.path}: {name} is compressed or encrypted, so it cannot be read in parts; {remedy}"
             )
         # The local header (APPNOTE.TXT, 4.3.7) has an extra field of its own, of another length than the directory's.
         head = file.read(info.header_offset, 30)
