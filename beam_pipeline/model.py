@@ -21,7 +21,7 @@ from beam_pipeline.reading import pieces, unordered
 from beam_pipeline.reading.pieces import Piece
 from beam_pipeline.reading.rows import read_piece
 from beam_pipeline.reading.tally import Report, tally
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 _NO_RUN = Run("", "", "", "", date(1970, 1, 1), "")
 """Stands for the run of a model that is opened by its path alone."""
@@ -194,7 +194,7 @@ class ModelTower:
         """
         emulators.connect_if_emulated()
         training = alone(self)
-        (tower,) = training.towers
+        (tower,) = training.towers.values()
         reports: list[Report] = []
         for piece, rows_and_ids in _pieces(tower, size):
             batch, report = read_piece(training.run.run_id, piece, tower, open_file, rows_and_ids)
@@ -206,7 +206,7 @@ class ModelTower:
 
 def alone(tower: ModelTower) -> Training:
     """Returns a training of a tower alone, of no run; what else its checksum covers in the file is read with it."""
-    return Training(_NO_RUN, tower.model_path, pieces.cover([tower.description]))
+    return Training(_NO_RUN, tower.model_path, by_name(pieces.cover([tower.description])))
 
 
 def _pieces(tower: Tower, size: int) -> Iterator[tuple[Piece, _Rows | None]]:

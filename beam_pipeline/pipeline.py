@@ -81,8 +81,8 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
     prepared = launch | "Prepare" >> beam.ParDo(_StepFn(publication.prepare, job)) | "Prepared" >> beam.Reshuffle()
     waits, load_files, reports = [], [], []
     trainings = job.publication.trainings
-    for number, tower in enumerate(job.publication.towers):
-        read = pipeline | f"Read {tower}" >> ReadTower({t.run.run_id: t.towers[number] for t in trainings})
+    for tower in job.publication.towers:
+        read = pipeline | f"Read {tower}" >> ReadTower({t.run.run_id: t.towers[tower] for t in trainings})
         written = read["batches"] | f"Write {tower}" >> WriteStaging(
             tower, job.publication, beam.pvalue.AsSingleton(prepared), job.writer
         )

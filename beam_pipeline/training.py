@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 
@@ -35,9 +36,14 @@ class Training:
     Attributes:
         run: the run.
         model_uri: where the model lies.
-        towers: what is read of it.
+        towers: what is read of it, by name.
     """
 
     run: Run
     model_uri: str
-    towers: tuple[Tower, ...]
+    towers: Mapping[str, Tower]
+
+
+def by_name(towers: Iterable[Tower]) -> dict[str, Tower]:
+    """Returns the towers of a training by their names, in the order given."""
+    return {tower.name: tower for tower in towers}

@@ -23,7 +23,7 @@ from beam_pipeline.reading import pieces
 from beam_pipeline.reading.rows import Batch
 from beam_pipeline.reading.tally import Report, tally
 from beam_pipeline.reading.transforms import REPORTS, ReadTower
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 
 @dataclass
@@ -61,7 +61,8 @@ class ReadEmbeddings(beam.PTransform[PBegin, PCollection[tuple[str, np.ndarray]]
     def expand(self, pbegin: PBegin) -> PCollection[tuple[str, np.ndarray]]:
         """Applies the transform."""
         training = alone(self.tower)
-        read = pbegin | ReadTower({training.run.run_id: training.towers[0]})
+        (tower,) = training.towers.values()
+        read = pbegin | ReadTower({training.run.run_id: tower})
         _ = (
             pbegin
             | "CreateCheck" >> beam.Create([training])
@@ -159,7 +160,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
                 prefix=self.table_prefix,
                 billing_project=pbegin.pipeline.options.view_as(GoogleCloudOptions).project,
             ),
-            trainings=(Training(self.run, model_path, pieces.cover(named)),),
+            trainings=(Training(self.run, model_path, by_name(pieces.cover(named))),),
             temp_location=self.temp_location,
             if_partition_taken=self.if_partition_taken,
             token=uuid.uuid4().hex[:12],

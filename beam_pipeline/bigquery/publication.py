@@ -123,7 +123,7 @@ class Publication:
     @property
     def towers(self) -> tuple[str, ...]:
         """Names of the towers, the same in every training."""
-        return tuple(tower.name for tower in self.trainings[0].towers)
+        return tuple(self.trainings[0].towers)
 
     @property
     def encryption(self) -> bigquery.EncryptionConfiguration | None:

@@ -260,7 +260,7 @@ def publish_script(
     It begins by updating the lock table, so that of two publications at the same time BigQuery cancels one, which
     then starts over: reading and appending alone would not conflict, and both could pass the same check.
     """
-    run, towers = training.run, [tower.name for tower in training.towers]
+    run, towers = training.run, [*training.towers]
     day, run_id = literal(run.train_date), literal(run.run_id)
     partition = f"{PARTITION_COLUMN} = {day}"
     of_others = f"{partition} AND (mlflow_run_id IS NULL OR mlflow_run_id != {run_id})"
@@ -285,7 +285,7 @@ def publish_script(
         ]
     entries = ", ".join(
         f"({', '.join(_log_entry(destination, training, tower, launch, tallies[tower.name], job_name).values())})"
-        for tower in training.towers
+        for tower in training.towers.values()
     )
     columns = ", ".join(column.name for column in LOG_SCHEMA)
     statements.append(f"INSERT INTO `{destination.log}` ({columns}) VALUES {entries}")

@@ -53,7 +53,7 @@ class Terminal:
             if not number:
                 self._print(f"experiment  {run.experiment_name}")
             self._run(run, training.model_uri)
-            for tower in training.towers:
+            for tower in training.towers.values():
                 matrix = tower.matrix
                 self._print(
                     f"{tower.name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
@@ -77,7 +77,7 @@ class Terminal:
 
     def progress(self, publication: Publication) -> AbstractContextManager[None]:
         """Shows rows done of total and rows per second while the job runs in this process."""
-        total = sum(tower.matrix.rows for training in publication.trainings for tower in training.towers)
+        total = sum(tower.matrix.rows for training in publication.trainings for tower in training.towers.values())
         before = metrics.in_this_process("read-rows")  # of an earlier job in this process
 
         def line(rows: int, seconds: float) -> str:
@@ -218,7 +218,7 @@ def _as_json(publication: Publication, findings: Findings) -> dict[str, Any]:
                         "dtype": tower.matrix.dtype,
                         "table": publication.destination.table(tower.name),
                     }
-                    for tower in training.towers
+                    for tower in training.towers.values()
                 ],
             }
             for training in publication.trainings

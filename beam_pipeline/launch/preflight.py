@@ -192,8 +192,8 @@ def examine(
     if (days := len({training.run.train_date for training in publication.trainings})) > _MOST_PARTITIONS:
         error = ConfigError(f"{days:,} dates, and one load job writes {_MOST_PARTITIONS:,}; narrow --since and --until")
         findings.stop("dates", error)
-    for number, tower in enumerate(publication.towers):
-        of_runs = [(training, training.towers[number]) for training in publication.trainings]
+    for tower in publication.towers:
+        of_runs = [(training, training.towers[tower]) for training in publication.trainings]
         try:
             _examine_table(findings, client, publication, tower, of_runs, allow_dimension_change)
         except GoogleAPICallError as error:
@@ -587,7 +587,7 @@ def _estimate(findings: Findings, publication: Publication) -> None:
     for training in publication.trainings:
         constants = tables.run_values(training.run).values()
         fixed = sum(2 + len(value.encode()) if isinstance(value, str) else 8 for value in constants)
-        for tower in training.towers:
+        for tower in training.towers.values():
             span = tower.vocabulary.span
             rows += tower.matrix.rows
             vectors += tower.matrix.size

@@ -20,7 +20,7 @@ from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
 from beam_pipeline.reading.pieces import cover
 from beam_pipeline.tracking import download
 from beam_pipeline.tracking.runs import choose, find_latest_run, find_model, find_run, find_runs, readable_folder
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 _SAYS = {"user": ("user", "query"), "item": ("item", "candidate")}
 
@@ -81,7 +81,7 @@ def read_training(config: Config, run: Run, copies_to: str, stack: ExitStack, te
             raise
         terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.
         return None
-    return Training(run, model_uri, towers)
+    return Training(run, model_uri, by_name(towers))
 
 
 def model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> tuple[str, str]:

@@ -30,13 +30,13 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
     """
     seen: dict[tuple[str, str, Tail], list[Training]] = {}
     for training in publication.trainings:
-        for tower in training.towers:
+        for tower in training.towers.values():
             seen.setdefault((tower.name, tower.layer, tower.tail), []).append(training)
     for (name, layer, tail), trainings in seen.items():
         where = _of_runs(trainings) if len(publication.trainings) > 1 else ""
         _examine_tail(findings, name, layer, tail, where, embedding_rows)
     for training in publication.trainings:
-        for one, other in combinations(training.towers, 2):
+        for one, other in combinations(training.towers.values(), 2):
             if problem := _mismatch(one, other):
                 where = _of_runs([training]) if len(publication.trainings) > 1 else ""
                 _add_mismatch(findings, one, other, problem + where, discovered)

@@ -84,7 +84,7 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
     by_tower: dict[tuple[str, str], list[Report]] = {}
     for report in ordered:
         by_tower.setdefault((report.run_id, report.tower), []).append(report)
-    towers = [(training.run.run_id, tower) for training in trainings for tower in training.towers]
+    towers = [(training.run.run_id, tower) for training in trainings for tower in training.towers.values()]
     tallies = {}
     read: dict[tuple[str, Checksum], set[tuple[int, int, int]]] = {}
     for run_id, tower in towers:

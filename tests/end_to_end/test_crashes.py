@@ -39,8 +39,8 @@ import dataclasses, time
 from beam_pipeline.bigquery import publication, tables
 def publish(client, what, launch, tallies):
     (training,) = what.trainings
-    for tower in training.towers:
-        half = dataclasses.replace(training, towers=(tower,))
+    for tower in training.towers.values():
+        half = dataclasses.replace(training, towers={tower.name: tower})
         of_run = {tower.name: tallies[training.run.run_id, tower.name]}
         client.query_and_wait(tables.publish_script(what.destination, half, launch, "fail", of_run, "job"))
         time.sleep(1)

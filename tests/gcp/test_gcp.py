@@ -24,7 +24,7 @@ from beam_pipeline.bigquery import publication, tables
 from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.launch import preflight
 from beam_pipeline.reading.tally import Tally
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 DAY = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
 DATAFLOW_SECONDS = 1800
@@ -109,7 +109,9 @@ def staged(warehouse, destination, client):
     def stage(run_id, how):
         run = Run(run_id, "n", "1", "e", date(2026, 3, 2), "gs://b/a")
         towers = tuple(described(name, rows=3, dimension=2) for name in ("user", "item"))
-        what = Publication(destination, (Training(run, "gs://b/a", towers),), warehouse.temp_location, how, "token")
+        what = Publication(
+            destination, (Training(run, "gs://b/a", by_name(towers)),), warehouse.temp_location, how, "token"
+        )
         tallies = {(run_id, name): Tally(2, 16, 1.4, 1.8, 2.3, 0) for name in what.towers}
         launch = uuid.uuid4().hex[:24]
         publication.prepare(client, what, launch)
@@ -177,7 +179,7 @@ def test_no_expiration_is_inherited(warehouse, destination, client):
     try:
         there = dataclasses.replace(destination, dataset=dataset.dataset_id)
         run = Run("r", "n", "1", "e", date(2020, 1, 1), "gs://b/a")
-        training = Training(run, "gs://b/a", (described("user", rows=3, dimension=2),))
+        training = Training(run, "gs://b/a", {"user": described("user", rows=3, dimension=2)})
         what = Publication(there, (training,), warehouse.temp_location, "fail", "token")
         publication.prepare(client, what, "launch")
         row = "(DATE '2020-01-01', '1', 'e', 'r', 'n', 'id', [1.0])"

@@ -69,7 +69,7 @@ def first_version(tower):
 
 ARGUMENTS = {
     ("destination", "Destination"): [DESTINATION],
-    ("training", "Training"): [Training(RUN, "gs://b/m", tuple(described(name) for name in TOWERS))],
+    ("training", "Training"): [Training(RUN, "gs://b/m", {name: described(name) for name in TOWERS})],
     ("run", "Run"): [RUN],
     ("launch", "str"): [LAUNCH],
     ("tower", "str"): TOWERS,

@@ -53,7 +53,7 @@ from beam_pipeline.reading import pieces, unordered
 from beam_pipeline.reading.pieces import cover
 from beam_pipeline.reading.rows import read_piece
 from beam_pipeline.reading.tally import tally
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 SECONDS = 10
 """Of processor time that reading a mutated model may take."""
@@ -130,7 +130,7 @@ def read(folder, contents, layers, *, include_oov, piece_bytes):
         vectors = np.concatenate(vectors) if vectors else np.zeros((0, tower.matrix.dimension))
         found[tower.name] = Rows(names, vectors, raw)
     run = Run("run", "", "", "", date(2026, 3, 1), "")
-    counted = tally(reports, [Training(run, folder, towers)])
+    counted = tally(reports, [Training(run, folder, by_name(towers))])
     assert {name: counted["run", name].ids for name in layers} == {name: len(r.ids) for name, r in found.items()}
     assert all(len(rows.ids) == len(rows.vectors) for rows in found.values())
     return found

@@ -40,19 +40,19 @@ from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.comparison.work import Comparison
 from beam_pipeline.errors import PartitionTakenError, PublishError
 from beam_pipeline.reading.tally import Tally
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://bucket/7/0123abcd/artifacts")
 TOWERS = tuple(described(name) for name in ("user", "item"))
 WHAT = Publication(
     Destination("my-project", "raw_prod", "EU", "two_tower"),
-    (Training(RUN, "gs://bucket/7/0123abcd/artifacts/model", TOWERS),),
+    (Training(RUN, "gs://bucket/7/0123abcd/artifacts/model", by_name(TOWERS)),),
     "gs://bucket/tmp",
     "fail",
     "token",
 )
 LATER = dataclasses.replace(RUN, run_id="89abcdef", train_date=date(2026, 3, 8))
-TWO = dataclasses.replace(WHAT, trainings=(*WHAT.trainings, Training(LATER, "gs://bucket/later", TOWERS)))
+TWO = dataclasses.replace(WHAT, trainings=(*WHAT.trainings, Training(LATER, "gs://bucket/later", by_name(TOWERS))))
 TALLIES = {
     (run, tower): Tally(1, 32, 1.0, 1.0, 1.0, 0) for run in ("0123abcd", "89abcdef") for tower in ("user", "item")
 }

@@ -10,12 +10,12 @@ from towers import described
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.reading.tally import Tally
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 DESTINATION = Destination("p", "raw_dev", "EU", "two_tower")
 RUN = Run("0123abcd", "it's; DROP", "7", "two_tower", date(2026, 3, 1), "gs://b/a")
 TOWERS = tuple(described(name, "gs://b/a") for name in ("user", "item"))
-TRAINING = Training(RUN, "gs://b/a", TOWERS)
+TRAINING = Training(RUN, "gs://b/a", by_name(TOWERS))
 TALLIES = {"user": Tally(10, 352, 0.5, 1.25, 2.0, 0), "item": Tally(7, 352, 0.0, 1e-300, 1.5e300, 2)}
 
 

@@ -31,7 +31,7 @@ from beam_pipeline.reading import pieces
 from beam_pipeline.reading.pieces import cover
 from beam_pipeline.reading.rows import read_piece
 from beam_pipeline.reading.tally import tally
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 BY_NAME = {"user": "user_embedding", "item": "item_embedding"}
 BY_LAYER = {"user": "user_layer", "item": "item_layer"}
@@ -50,7 +50,7 @@ TOWERS = {
 def counted(reports, towers):
     """Returns the ids of each tower, once the reports are the whole of it."""
     run = Run("run", "", "", "", date(2026, 3, 1), "")
-    return {tower: found.ids for (_, tower), found in tally(reports, [Training(run, "", towers)]).items()}
+    return {tower: found.ids for (_, tower), found in tally(reports, [Training(run, "", by_name(towers))]).items()}
 
 
 def path_of(model):

@@ -22,13 +22,13 @@ from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError
 from beam_pipeline.launch import preflight
 from beam_pipeline.launch.preflight import Findings, location_fits
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 TOWERS = tuple(described(name, rows=1_000_000, dimension=64, ids_bytes=10_000_000) for name in ("user", "item"))
 RUN = Run("0123abcd", "spring", "7", "two_tower", date(2026, 3, 1), "gs://b/7/0123abcd/artifacts")
 WHAT = Publication(
     Destination("my-project", "raw_prod", "EU", "two_tower"),
-    (Training(RUN, "gs://b/model", TOWERS),),
+    (Training(RUN, "gs://b/model", by_name(TOWERS)),),
     "gs://temp/tmp",
     "fail",
     "token",

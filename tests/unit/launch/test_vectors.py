@@ -10,7 +10,7 @@ from beam_pipeline.formats.model import Checksum, Encoding, Ending, Matrix, Tail
 from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.launch import vectors
 from beam_pipeline.launch.preflight import Findings
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 
 def tower(folder, name, ids, dimension=4, tail=Ending.EMBEDDING, layer=None):
@@ -26,7 +26,7 @@ def findings(*towers, discovered=False):
     run = Run("run", "", "1", "", date(2026, 3, 1), "")
     publication = Publication(
         destination=Destination("p", "d", "US", "two_tower"),
-        trainings=(Training(run, "model", towers),),
+        trainings=(Training(run, "model", by_name(towers)),),
         temp_location="gs://b/t",
         if_partition_taken="fail",
         token="t",

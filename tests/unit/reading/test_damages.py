@@ -15,7 +15,7 @@ from beam_pipeline.formats.saved_model.reader import SavedModel
 from beam_pipeline.reading import pieces
 from beam_pipeline.reading.rows import read_piece
 from beam_pipeline.reading.tally import tally
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 PIECE_BYTES = [16 << 20, 1000]
 
@@ -32,7 +32,7 @@ def audit_towers(towers, piece_bytes):
         for tower in towers
         for piece in pieces.cut(tower, open_file, piece_bytes)
     ]
-    return tally(reports, [Training(Run("run", "", "", "", date(2026, 3, 1), ""), "", (*towers,))])
+    return tally(reports, [Training(Run("run", "", "", "", date(2026, 3, 1), ""), "", by_name(towers))])
 
 
 @pytest.mark.parametrize("piece_bytes", PIECE_BYTES)

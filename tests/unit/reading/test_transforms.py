@@ -22,7 +22,7 @@ from beam_pipeline.reading import pieces, rows
 from beam_pipeline.reading.rows import read_piece, to_rows
 from beam_pipeline.reading.tally import Report, tally
 from beam_pipeline.reading.transforms import REPORTS, ReadTower
-from beam_pipeline.training import Run, Training
+from beam_pipeline.training import Run, Training, by_name
 
 
 def tower_of(model, name):
@@ -30,7 +30,7 @@ def tower_of(model, name):
 
 
 def training(*towers):
-    return [Training(Run("run", "", "", "", date(2026, 3, 1), ""), "", towers)]
+    return [Training(Run("run", "", "", "", date(2026, 3, 1), ""), "", by_name(towers))]
 
 
 @pytest.fixture
