@@ -5,7 +5,7 @@ Every reader is an `Artifact`; what comes after it knows towers alone, not forma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -307,11 +307,26 @@ class Artifact(Protocol):
         """
         ...
 
-    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+    def matrix(self, name: str, layer: str) -> Matrix:
+        """Returns the embedding of a layer that has no lookup: the ids of the tower `name` are elsewhere.
+
+        Raises:
+            TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
+            NotAModelError: it holds it in a form that cannot be read.
+            CorruptFileError: the files contradict each other.
+        """
+        ...
+
+    def embeddings_without_ids(self) -> list[str]:
+        """Returns what could be given as `layer` to `matrix`."""
+        ...
+
+    def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
         """Returns how towers go on after their embeddings, until they meet each other or are returned.
 
         Args:
             layers: of all towers that are published together: name → layer.
+            without_lookup: names of those towers whose layers are as `matrix` takes them.
 
         Raises:
             TowerMissingError: a layer is no tower, or holds other embeddings that its tower needs.

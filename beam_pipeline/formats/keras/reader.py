@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,6 +168,55 @@ class KerasFile:
         _, lookup, embedding = self._parts_of_tower(name, layer)
         return Tower(name, layer, self._matrix(embedding), self._vocabulary(lookup, include_oov=include_oov))
 
+    def matrix(self, name: str, layer: str) -> Matrix:
+        """Returns the embedding of a layer that has no lookup: its ids are elsewhere.
+
+        Raises:
+            TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
+            NotAModelError, CorruptFileError: as `tower`.
+        """
+        return self._matrix(self._without_lookup(name, layer)[1])
+
+    def _without_lookup(self, name: str, layer: str) -> tuple[_Layer, _Layer]:
+        """Returns a layer that holds an embedding and no lookup, and the embedding."""
+        found = self._find(layer)
+        lookups, embeddings = self._parts(found) if found else ([], [])
+        where = f"tower {name!r}: layer {layer!r} in {self.path}"
+        if found and len(embeddings) == 1 and not lookups:
+            lookups = self._known_feeding(layer, found, embeddings[0])
+        if lookups:
+            raise TowerMissingError(f"{where} has a lookup that holds its ids; leave out --ids {name}=…")
+        if not found or len(embeddings) != 1:
+            problem = f"holds {len(embeddings)} embeddings" if found else "does not exist"
+            there = ", ".join(self.embeddings_without_ids()) or "none"
+            raise TowerMissingError(f"{where} {problem}; embeddings without ids: {there}; choose with --tower {name}=")
+        return found, embeddings[0]
+
+    def _known_feeding(self, layer: str, found: _Layer, embedding: _Layer) -> list[_Layer]:
+        """Returns the lookups that feed an embedding, as far as the file says."""
+        try:
+            return self._feeding(layer, found, embedding)
+        except NotAModelError:
+            return []
+
+    def embeddings_without_ids(self) -> list[str]:
+        """Returns what could be given as `layer` to `matrix`: the names of embeddings that no lookup feeds."""
+        if not _is_graph(self._root):
+            towers = self._tower_paths()
+            paths = (
+                path for path in self._weights.groups if self._role(self._described(path)) in ("embedding", "table")
+            )
+            return sorted(path for path in paths if not any(path.startswith(f"{one}/") for one in towers))
+        return sorted(".".join(names) for names in self._bare_names(self._root, ()))
+
+    def _bare_names(self, parent: _Layer, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for child in self._children(parent):
+            own = (*names, child.name)
+            if child.kind == _EMBEDDING and not self._known_feeding(".".join(own), child, child):
+                yield own
+            elif _is_graph(child) and not self._parts(child)[0]:
+                yield from self._bare_names(child, own)
+
     def _parts_of_tower(self, name: str, layer: str) -> tuple[_Layer, _Layer, _Layer]:
         """Returns a tower's layer, its lookup and its embedding."""
         found = self._find(layer)
@@ -188,25 +237,36 @@ class KerasFile:
             )
             raise TowerMissingError(
                 f"tower {name!r}: layer {layer!r} {problem} in {self.path}; layers that are towers: "
-                f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER"
+                f"{', '.join(self.tower_layers()) or 'none'}; choose with --tower {name}=LAYER{self._missing(name)}"
             )
         return found, lookups[0], embeddings[0]
 
-    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+    def _missing(self, name: str) -> str:
+        missing = ", ".join(self.embeddings_without_ids())
+        return f"; embeddings without ids: {missing} (name their ids with --ids {name}=PATH)" if missing else ""
+
+    def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
         """Returns how towers go on after their embeddings, until they meet each other or are returned.
 
         The code of a subclassed model is not in the file: of that only the layers inside of a tower can be seen.
 
         Args:
             layers: of all towers that are published together: name → layer, as `tower` takes them.
+            without_lookup: names of those towers whose layers are as `matrix` takes them.
 
         Raises:
             TowerMissingError: there is no such tower.
         """
-        found = {name: self._parts_of_tower(name, layer) for name, layer in layers.items()}
-        numbers = {name: self._number(embedding.path) for name, (_, _, embedding) in found.items()}
+        found: dict[str, tuple[_Layer, _Layer]] = {}
+        for name, layer in layers.items():
+            if name in without_lookup:
+                found[name] = self._without_lookup(name, layer)
+            else:
+                holder, _, embedding = self._parts_of_tower(name, layer)
+                found[name] = holder, embedding
+        numbers = {name: self._number(embedding.path) for name, (_, embedding) in found.items()}
         inside = {
-            name: {self._number(each.path) for each in self._parts(holder)[1]} for name, (holder, _, _) in found.items()
+            name: {self._number(each.path) for each in self._parts(holder)[1]} for name, (holder, _) in found.items()
         }
         is_graph = _is_graph(self._root)
         calls = Calls(self._number_of, self._number_of)
@@ -218,7 +278,7 @@ class KerasFile:
         )
         of_model = [[trace.returned(calls.add(self._root.config or {}), [])]] if is_graph else []
         tails = {}
-        for name, (holder, _, embedding) in found.items():
+        for name, (holder, embedding) in found.items():
             config = holder.config if is_graph else self._holding(embedding.name)
             own = [[trace.returned(calls.add(config), [])]] if config and _is_graph(_Layer("", config)) else []
             tails[name] = tail(numbers[name], of_model, own, trace.meetings)
@@ -529,7 +589,8 @@ class KerasFile:
         if not _is_graph(self._root):
             raise NotAModelError(
                 f"{where}: a subclassed Keras model does not say which lookup feeds it; put the two into one layer "
-                "(keras.Sequential([lookup, embedding])), name that, and log the model again"
+                "(keras.Sequential([lookup, embedding])), name that, and log the model again; if it has none, name its "
+                "ids with --ids TOWER=PATH"
             )
         parent = self._find_by_names(layer.replace("/", ".").split(".")[:-1])
         siblings = self._children(parent) if parent else []
@@ -555,7 +616,8 @@ class KerasFile:
                 else:
                     raise NotAModelError(
                         f"{where} is fed by {feeding.kind or 'something'} {source!r}, not by a lookup: its rows have "
-                        "no ids in the file"
+                        "no ids in the file; name them with --ids TOWER=PATH (text, JSON, .npy, CSV or Parquet), or "
+                        "--ids TOWER=rows if the ids are the numbers of the rows"
                     )
         return list(lookups.values())
 
