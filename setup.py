@@ -51,6 +51,8 @@ setup(
             # Gets identity tokens for a tracking server behind Google IAP or on Cloud Run; 2.40 for impersonation.
             # Below 3: emulators replace its `default`.
             "google-auth>=2.40,<3",
+            # Progress and tables at a terminal.
+            "rich>=13",
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
             "setuptools>=64",
         ],

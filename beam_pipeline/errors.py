@@ -1,4 +1,7 @@
-"""One class per way the job can be stopped; each message is one line that names the thing and the remedy."""
+"""One class per way the job can be stopped; each message is one line that names the thing and the remedy.
+
+Four parents say where to look: `ArtifactError`, `TrackingError`, `DestinationError` and `UsageError`.
+"""
 
 _LONGEST_MESSAGE = 2000
 
@@ -22,11 +25,39 @@ class PipelineError(Exception):
         super().__init__("".join(letter if letter.isprintable() else " " for letter in message))
 
 
-class RunNotFoundError(PipelineError):
-    """The tracking server does not know the run, or has no FINISHED run to offer, or cannot be reached."""
+class UsageError(PipelineError):
+    """The command, its environment or the moment it was started does not allow the job."""
 
 
-class ArtifactMissingError(PipelineError):
+class ConfigError(UsageError):
+    """Options that contradict each other, or an environment that cannot run the job."""
+
+
+class JobActiveError(UsageError):
+    """A job of the same name, as a rule of the same run, has not ended yet."""
+
+
+class LabelsError(UsageError):
+    """A query for labels fails, or gives an id twice."""
+
+
+class TrackingError(PipelineError):
+    """MLflow does not provide the run or its model."""
+
+
+class RunNotFoundError(TrackingError):
+    """The tracking server does not know the run, the experiment or the model, or has no FINISHED run."""
+
+
+class TrackingServerError(TrackingError):
+    """There is no tracking server or store at that place, or it does not respond, or it fails."""
+
+
+class ArtifactError(PipelineError):
+    """The run's artifact cannot be published as it is."""
+
+
+class ArtifactMissingError(ArtifactError):
     """The run's artifact folder, or a file that belongs to it, does not exist."""
 
 
@@ -34,15 +65,19 @@ class UnfinishedUploadError(ArtifactMissingError):
     """MLflow knows the model, but not that all of its files were uploaded."""
 
 
-class NotAModelError(PipelineError):
-    """The folder exists but does not hold a model in a format that can be read."""
+class NotAModelError(ArtifactError):
+    """The folder or file exists but is not a model."""
 
 
-class TruncatedFileError(PipelineError):
+class UnsupportedModelError(ArtifactError):
+    """The model holds its ids or vectors in a form that this package does not read."""
+
+
+class TruncatedFileError(ArtifactError):
     """A file of the artifact ends before bytes that its own index says it holds."""
 
 
-class CorruptFileError(PipelineError):
+class CorruptFileError(ArtifactError):
     """A file of the artifact contradicts its own format."""
 
 
@@ -50,64 +85,56 @@ class ChecksumError(CorruptFileError):
     """Bytes do not match the checksum stored beside them."""
 
 
-class TowerMissingError(PipelineError):
+class TowerMissingError(ArtifactError):
     """The model has no such tower, or the layer holds no single lookup and embedding."""
 
 
-class VectorNotServedError(PipelineError):
+class VectorNotServedError(ArtifactError):
     """The rows of a tower's embedding are not the vectors that the model serves."""
 
 
-class BadIdError(PipelineError):
+class BadIdError(ArtifactError):
     """An id is empty, appears twice, is not UTF-8, or points to a row that the matrix does not have."""
 
 
-class BadVectorError(PipelineError):
+class BadVectorError(ArtifactError):
     """A vector holds NaN or infinity."""
 
 
-class ConfigError(PipelineError):
-    """Options that contradict each other, or an environment that cannot run the job."""
+class DestinationError(PipelineError):
+    """The tables, or where they are, do not allow the job."""
 
 
-class JobActiveError(PipelineError):
-    """A job of the same name, as a rule of the same run, has not ended yet."""
-
-
-class WarehouseError(PipelineError):
+class WarehouseError(DestinationError):
     """The embedded warehouse, or an emulator, cannot be used."""
 
 
-class DatasetMissingError(PipelineError):
+class DatasetMissingError(DestinationError):
     """The destination dataset does not exist."""
 
 
-class IncompatibleTableError(PipelineError):
+class IncompatibleTableError(DestinationError):
     """The destination table exists with another partitioning or other column types."""
 
 
-class PartitionTakenError(PipelineError):
+class PartitionTakenError(DestinationError):
     """The partition holds rows of another run."""
 
 
-class DimensionChangedError(PipelineError):
+class DimensionChangedError(DestinationError):
     """The table's latest partition holds vectors of another length."""
 
 
-class AuditError(PipelineError):
+class AuditError(DestinationError):
     """The staging tables do not hold what the artifact holds."""
 
 
-class PublishError(PipelineError):
+class PublishError(DestinationError):
     """BigQuery refused the publication for a reason that a retry does not mend."""
 
 
-class TrainingMissingError(PipelineError):
+class TrainingMissingError(DestinationError):
     """The tables hold no such training, or not the towers or columns that a comparison needs."""
-
-
-class LabelsError(PipelineError):
-    """A query for labels fails, or gives an id twice."""
 
 
 class UnusualError(PipelineError):

@@ -49,7 +49,8 @@ def open_model(path: str | os.PathLike[str], layers: tuple[str, ...] = ()) -> Mo
             layer that `tower` will be asked for.
 
     Raises:
-        NotAModelError: there is no model, or its format is not supported.
+        NotAModelError: there is no model.
+        UnsupportedModelError: its format is not supported.
         CorruptFileError: a file contradicts its format.
     """
     folder = os.fspath(path).rstrip("/")

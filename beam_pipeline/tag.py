@@ -19,7 +19,7 @@ from beam_pipeline import command, emulators
 from beam_pipeline.bigquery import publication, tables
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError, PublishError
-from beam_pipeline.launch import options, preflight
+from beam_pipeline.launch import options, session
 from beam_pipeline.tracking import auth, runs
 
 
@@ -28,7 +28,7 @@ def tag(client: bigquery.Client, destination: Destination, run_id: str, tracking
 
     Raises:
         PublishError: the run was not published.
-        RunNotFoundError: MLflow refuses.
+        TrackingError: MLflow refuses.
     """
     query = bigquery.QueryJobConfig(query_parameters=[bigquery.ScalarQueryParameter("run_id", "STRING", run_id)])
     try:
@@ -64,7 +64,7 @@ def _run(found: argparse.Namespace, dataset_project: str | None, dataset: str) -
     auth.authorize(found.tracking_uri, found.tracking_audience)
     if emulators.emulated():
         emulators.connect()
-    destination = preflight.find_destination(
+    destination = session.find_destination(
         dataset_project or found.project or _default_project(),
         dataset,
         found.table_prefix,

@@ -35,12 +35,12 @@ def ends(owner, name, what):
 
 
 from beam_pipeline.bigquery import publication  # noqa: E402 - the flags come first, as in __main__
-from beam_pipeline.launch import launcher, preflight  # noqa: E402 - likewise
+from beam_pipeline.launch import launcher, session  # noqa: E402 - likewise
 
 mark("import Beam and the Google clients")
 ends(launcher, "find_run", "import MLflow, find the run")
 ends(launcher, "open_artifact", "read the graph's objects and the index")
-ends(preflight, "find_destination", "find the dataset")
+ends(session, "find_destination", "find the dataset")
 ends(launcher, "build", "check the tables, build the job graph")
 ends(publication, "audit", "start, cut, read, encode, write, load, audit")
 ends(publication, "clean", "shape, publish, clean up")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -21,34 +19,27 @@ from beam_pipeline.errors import ConfigError, LabelsError, PipelineError
 from beam_pipeline.launch import options
 
 if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
     from google.cloud import bigquery
 
     from beam_pipeline.bigquery.tables import Destination
     from beam_pipeline.comparison.pairs import Towers
     from beam_pipeline.comparison.results import Result
     from beam_pipeline.comparison.tables import Pair
+    from beam_pipeline.comparison.terminal import ComparisonTerminal
     from beam_pipeline.comparison.work import Comparison
+    from beam_pipeline.launch.findings import Findings
+    from beam_pipeline.launch.session import Session
 
-_LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _LABELS = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
 _DOLLARS_PER_TIB, _DOLLARS_PER_TIB_READ = 6.25, 1.10
 """BigQuery on demand, and its Storage Read API, US and EU (https://cloud.google.com/bigquery/pricing)."""
 
 
 @dataclass(frozen=True)
-class Config:
-    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
+class Config(options.JobConfig):
+    """What was asked of a comparison. Each attribute is the flag of the same name."""
 
-    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET.
-    """
-
-    env: str = "dev"
-    project: str | None = None
-    dataset: str = "raw_dev"
-    dataset_project: str | None = None
-    table_prefix: str = "two_tower"
-    table_suffix: str = ""
-    staging_dataset: str | None = None
     earlier: str | None = None
     later: str | None = None
     all: bool = False
@@ -58,23 +49,11 @@ class Config:
     queries: int = 2000
     top: int = 25
     score: str = "dot"
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
     report: str | None = None
     log_run: bool = False
     fail_if_unusual: bool = False
-    tracking_uri: str | None = None
-    tracking_audience: str | None = None
-    require_partition_filter: bool = False
-    kms_key: str | None = None
     plan: bool = False
-    warehouse: str | None = None
-    runner: str = "DirectRunner"
-    beam_args: tuple[str, ...] = ()
-
-    @property
-    def local(self) -> bool:
-        """Whether the job runs in this process."""
-        return self.runner in _LOCAL_RUNNERS
 
 
 _EPILOG = """\
@@ -198,16 +177,8 @@ def parse(argv: Sequence[str]) -> Config:
     towers = tuple(found.towers.split(",")) if found.towers else ()
     if towers and (len({*towers}) != len(towers) or len(towers) > 2 or not all(map(options.is_tower, towers))):
         ours.error(f"--towers={found.towers!r}: USERS,ITEMS or one tower, of lower-case letters, digits and _")
-    dataset_project, dataset = options.dataset(ours, found)
-    options.check_places(ours, found)
     config = Config(
-        env=found.env or options.ENVS[0],
-        project=found.project,
-        dataset=dataset,
-        dataset_project=dataset_project,
-        table_prefix=found.table_prefix,
-        table_suffix=found.table_suffix,
-        staging_dataset=found.staging_dataset,
+        **options.job_values(ours, found, rest),
         earlier=found.earlier,
         later=found.later,
         all=found.all,
@@ -221,20 +192,9 @@ def parse(argv: Sequence[str]) -> Config:
         report=found.report,
         log_run=found.log_run,
         fail_if_unusual=found.fail_if_unusual,
-        tracking_uri=found.tracking_uri,
-        tracking_audience=found.tracking_audience,
-        require_partition_filter=found.require_partition_filter,
-        kms_key=found.kms_key,
         plan=found.plan,
-        warehouse=found.warehouse,
-        runner=found.runner,
-        beam_args=options.beam_args(ours, found, rest),
     )
-    if config.warehouse and not config.local:
-        ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
-    if config.warehouse and config.env != "dev":
-        ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
-    if not config.local and (config.report or config.log_run):
+    if not config.waits and (config.report or config.log_run):
         flag = "--report" if config.report else "--log_run"
         ours.error(
             f"{flag} needs the results, and this process does not wait for {config.runner}; leave it out and run "
@@ -259,128 +219,135 @@ def run(config: Config) -> None:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
         UnusualError: everything is published, and unusual.
     """
-    from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
-
-    from beam_pipeline import credentials, emulators
-    from beam_pipeline.bigquery import publication
-    from beam_pipeline.comparison import page, pairs, publishing, reading, results, work
+    from beam_pipeline import credentials
+    from beam_pipeline.comparison import page, publishing, results
+    from beam_pipeline.comparison.pipeline import build
     from beam_pipeline.comparison.terminal import ComparisonTerminal
-    from beam_pipeline.launch import launcher, preflight
+    from beam_pipeline.launch import execution, session
     from beam_pipeline.launch.console import set_up_logging
     from beam_pipeline.tracking import auth
 
     set_up_logging()
-    terminal = ComparisonTerminal()
+    terminal = ComparisonTerminal(started=config.started)
     if config.report:
         require_writable(config.report)
     if config.report or config.log_run:
         page.require()
-    beam_options = PipelineOptions(list(config.beam_args))
-    credentials.follow(beam_options)
+    given = execution.given_options(config)
+    credentials.follow(given)
     auth.authorize(config.tracking_uri, config.tracking_audience)
-    with ExitStack() as stack:
-        # DirectRunner itself is a switch, which on a machine with internet downloads another runner and runs there.
-        beam_options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
-        cloud = beam_options.view_as(GoogleCloudOptions)
-        if config.warehouse:
-            warehouse = stack.enter_context(emulators.Warehouse(config.warehouse))
-            cloud.temp_location = warehouse.temp_location
-        if emulators.emulated():
-            emulators.connect()
-        # --project stays as it was given: a Flex Template's launcher may not change it.
-        cloud.project, project = preflight.find_projects(cloud.project, config.dataset_project)
-        if not (cloud.temp_location or "").startswith("gs://"):
-            raise ConfigError("files on the way need a bucket: --temp_location=gs://BUCKET/FOLDER")
-        destination = _destination(config, project)
-        client = publication.make_client(destination)
-        towers = pairs.find_towers(client, destination, config.towers)
-        wanted = _pairs(config, client, destination, towers, terminal)
-        if not wanted:
-            if not config.plan:
-                launcher.submit_nothing(beam_options)
+    with session.open_session(config, given, create_dataset=False) as opened:
+        client, destination = opened.client, opened.destination
+        plan = _plan(config, opened, given, terminal)
+        if plan is None:
             return
-        token = uuid.uuid4().hex[:12]
-        name = cloud.job_name or _job_name(config, wanted)
-        cloud.job_name = f"{name}-{token}" if config.local else name
-        cloud.labels = [*_labels(config, wanted), *(cloud.labels or [])]
-        cloud.dataflow_kms_key = cloud.dataflow_kms_key or config.kms_key
-        comparison = work.Comparison(
-            destination=destination,
-            pairs=tuple(wanted),
-            users=towers.users,
-            items=towers.items,
-            temp_location=cloud.temp_location,
-            token=token,
-            job_name=cloud.job_name,
-            ids=_ids(config.ids, towers),
-            k=config.k,
-            queries=config.queries,
-            top=config.top,
-            cosine=config.score == "cosine",
-            labels=config.labels,
-            require_partition_filter=config.require_partition_filter,
-            kms_key=config.kms_key,
-            fail_if_unusual=config.fail_if_unusual and not config.local,
-        )
-        _check_labels(client, comparison)
-        findings = preflight.Findings()
-        findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}")
-        preflight.examine_projects(findings, destination)
-        preflight.examine_bucket(findings, comparison.bucket, destination, config.kms_key)
-        reader = reading.make_client()
-        for tower in comparison.towers:
-            # A session costs nothing until it is read.
-            fields = [f"{tower}_id"]
-            reading.open_streams(
-                reader,
-                destination.job_project,
-                destination.table(tower),
-                fields,
-                "train_date = DATE '0001-01-01'",
-                most=1,
-            )
-        _estimate(findings, client, comparison)
-        terminal.planned(comparison, findings)
+        comparison = plan.comparison
+        terminal.planned(comparison, plan.findings)
         if config.plan:
             terminal.statements(comparison)
-        if findings.error:
-            raise findings.error
+        if plan.findings.error:
+            raise plan.findings.error
         if config.plan:
+            return
+        beam_options = execution.job_options(config, opened, comparison.job_name, plan.labels)
+        if not config.waits:
+            submitted = execution.submit(lambda pipeline: build(pipeline, comparison), beam_options)
+            terminal.submitted(submitted, config.runner)
             return
         if config.warehouse:  # Nobody else is here, and nothing expires.
             publishing.discard(client, comparison, "")
-        if not config.local:
-            terminal.submitted(_submit(comparison, beam_options, name), config.runner)
-            return
-        _run_here(comparison, beam_options, client, terminal)
-        own = {(pair.before.run_id, pair.after.run_id) for pair in wanted}
+        execution.run(
+            lambda pipeline: build(pipeline, comparison),
+            beam_options,
+            progress=terminal.measuring(comparison),
+            clean_up=lambda: publishing.discard(client, comparison),
+            cancel=not config.local,
+            whole=_WHOLE,
+        )
+        wanted = {(pair.before.run_id, pair.after.run_id) for pair in comparison.pairs}
 
-        def is_own(row: Mapping[str, Any]) -> bool:
-            return (row["previous_mlflow_run_id"], row["mlflow_run_id"]) in own
+        def is_wanted(row: Mapping[str, Any]) -> bool:
+            return (row["previous_mlflow_run_id"], row["mlflow_run_id"]) in wanted
 
-        found = results.find_results(client, destination, wanted[-1].after.train_date, is_own)
-        terminal.told([result for result in found if result.pair in own])
-        _after(config, destination, found, own)
+        last = comparison.pairs[-1].after.train_date
+        found = results.find_results(client, destination, last, is_wanted)
+        terminal.results([result for result in found if result.pair in wanted])
+        _after(config, destination, found, wanted)
         if config.fail_if_unusual:
-            known = results.percentiles(client, destination, wanted[-1].after.train_date)
-            results.require_usual(known, wanted)
+            known = results.percentiles(client, destination, last)
+            results.require_usual(known, comparison.pairs)
 
 
-def _destination(config: Config, project: str) -> Destination:
-    from beam_pipeline.launch import preflight
+@dataclass(frozen=True)
+class _Plan:
+    """What a comparison is going to do, once everything was checked."""
 
-    return preflight.find_destination(
-        project,
-        config.dataset,
-        config.table_prefix,
-        suffix=config.table_suffix,
-        billing_project=config.project,
-        staging_dataset=config.staging_dataset,
+    comparison: Comparison
+    findings: Findings
+    labels: tuple[str, ...]
+
+
+def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: ComparisonTerminal) -> _Plan | None:
+    """Returns the plan for the pairs that are to be compared; None if there is none, which is printed."""
+    from beam_pipeline.comparison import pairs, work
+    from beam_pipeline.launch import bucket, execution, preflight
+    from beam_pipeline.launch.findings import Findings
+
+    client, destination = opened.client, opened.destination
+    towers = pairs.find_towers(client, destination, config.towers)
+    wanted = _pairs(config, client, destination, towers, terminal)
+    name = execution.job_name(config, opened.token, given, _subject(config, wanted))
+    labels = execution.job_labels(
+        **({} if config.all or not wanted else {"run_id": wanted[-1].after.run_id}),
+        **({"experiment": wanted[-1].after.experiment_name} if wanted else {}),
+        dataset=config.dataset,
+        pipeline_version=__version__,
     )
+    if not wanted:
+        if not config.plan:
+            execution.submit_nothing(execution.job_options(config, opened, name, labels))
+        return None
+    comparison = work.Comparison(
+        destination=destination,
+        pairs=tuple(wanted),
+        users=towers.users,
+        items=towers.items,
+        temp_location=opened.temp_location,
+        token=opened.token,
+        job_name=name,
+        ids=_ids(config.ids, towers),
+        k=config.k,
+        queries=config.queries,
+        top=config.top,
+        cosine=config.score == "cosine",
+        labels=config.labels,
+        require_partition_filter=config.require_partition_filter,
+        kms_key=config.kms_key,
+        fail_if_unusual=config.fail_if_unusual and not config.waits,
+    )
+    _check_labels(client, comparison)
+    findings = Findings()
+    findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}")
+    preflight.examine_projects(findings, destination)
+    bucket.examine(findings, comparison.bucket, destination, config.kms_key)
+    _require_readable(comparison)
+    _estimate(findings, client, comparison)
+    return _Plan(comparison, findings, labels)
+
+
+def _require_readable(comparison: Comparison) -> None:
+    """Raises what the job would, if this account may not read the tables: opening a session costs nothing."""
+    from beam_pipeline.comparison import reading
+
+    reader, destination = reading.make_client(), comparison.destination
+    for tower in comparison.towers:
+        nothing = "train_date = DATE '0001-01-01'"
+        fields = [f"{tower}_id"]
+        reading.open_streams(reader, destination.job_project, destination.table(tower), fields, nothing, most=1)
 
 
 def _pairs(
-    config: Config, client: bigquery.Client, destination: Destination, towers: Towers, terminal: Any
+    config: Config, client: bigquery.Client, destination: Destination, towers: Towers, terminal: ComparisonTerminal
 ) -> list[Pair]:
     from beam_pipeline.comparison import pairs
 
@@ -424,7 +391,7 @@ def _check_labels(client: bigquery.Client, comparison: Comparison) -> None:
             raise LabelsError(f"--labels={tower}=…: the query gives id {name!r} {times} times; an id has one label")
 
 
-def _estimate(findings: Any, client: bigquery.Client, comparison: Comparison) -> None:
+def _estimate(findings: Findings, client: bigquery.Client, comparison: Comparison) -> None:
     from google.cloud import bigquery
 
     from beam_pipeline.comparison import tables
@@ -448,57 +415,14 @@ def _estimate(findings: Any, client: bigquery.Client, comparison: Comparison) ->
     )
 
 
-def _job_name(config: Config, wanted: Sequence[Pair]) -> str:
-    """Returns a name that Dataflow takes, the same for every launch of a pair: it refuses a second active one."""
-    subject = f"all-{config.dataset}" if config.all else f"{wanted[-1].after.run_id}-{wanted[-1].before.run_id}"
-    return f"compare-{re.sub('[^a-z0-9]+', '-', subject.lower())}"[:100].rstrip("-")
+def _subject(config: Config, wanted: Sequence[Pair]) -> str:
+    """Returns what names the job: the same for every launch of a pair."""
+    if config.all or not wanted:
+        return f"compare-all-{config.dataset}"
+    return f"compare-{wanted[-1].after.run_id}-{wanted[-1].before.run_id}"
 
 
-def _labels(config: Config, wanted: Sequence[Pair]) -> list[str]:
-    labels = {
-        **({} if config.all else {"run_id": wanted[-1].after.run_id}),
-        "experiment": wanted[-1].after.experiment_name,
-        "dataset": config.dataset,
-        "pipeline_version": __version__,
-    }
-    return [f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in labels.items()]
-
-
-def _submit(comparison: Comparison, beam_options: Any, name: str) -> Any:
-    import apache_beam as beam
-
-    from beam_pipeline.comparison.pipeline import build
-    from beam_pipeline.launch import launcher
-
-    pipeline = beam.Pipeline(options=beam_options)
-    build(pipeline, comparison)
-    return launcher.submit(pipeline, name)
-
-
-def _run_here(comparison: Comparison, beam_options: Any, client: bigquery.Client, terminal: Any) -> None:
-    """Runs the job in this process and waits for it; cleans up after it if it fails."""
-    import apache_beam as beam
-
-    from beam_pipeline.comparison import publishing
-    from beam_pipeline.comparison.pipeline import build
-    from beam_pipeline.launch import launcher
-
-    try:
-        pipeline = beam.Pipeline(options=beam_options)
-        build(pipeline, comparison)
-        with terminal.measuring(comparison):
-            pipeline.run().wait_until_finish()
-    except BaseException as error:
-        try:
-            publishing.discard(client, comparison)
-        except Exception as left:  # What stopped the job is what has to be reported.
-            logging.getLogger(__name__).warning("staging tables and files are left, they expire: %s", left)
-        if isinstance(error, Exception):
-            raise launcher.reason(error, _WHOLE) from error
-        raise
-
-
-def _after(config: Config, destination: Destination, found: Sequence[Result], own: set[tuple[str, str]]) -> None:
+def _after(config: Config, destination: Destination, found: Sequence[Result], wanted: set[tuple[str, str]]) -> None:
     """Writes the page and logs the run; what is published stays published if that fails."""
     if not config.report and not config.log_run:
         return
@@ -508,7 +432,7 @@ def _after(config: Config, destination: Destination, found: Sequence[Result], ow
     if config.report:
         write(config.report, html)
     if config.log_run:
-        newest = next(result for result in reversed(found) if result.pair in own)
+        newest = next(result for result in reversed(found) if result.pair in wanted)
         try:
             log_run([result for result in found if result.pair == newest.pair], html, config.tracking_uri)
         except PipelineError as error:
@@ -612,6 +536,7 @@ def _report(config: Config, found: argparse.Namespace) -> None:
     from beam_pipeline import emulators
     from beam_pipeline.bigquery import publication
     from beam_pipeline.comparison import page, results
+    from beam_pipeline.launch.session import find_destination
     from beam_pipeline.tracking import auth
 
     require_writable(found.output)
@@ -622,7 +547,13 @@ def _report(config: Config, found: argparse.Namespace) -> None:
             stack.enter_context(_warehouse(config.warehouse))
         if emulators.emulated():
             emulators.connect()
-        destination = _destination(config, config.dataset_project or config.project or bigquery.Client().project)
+        destination = find_destination(
+            config.dataset_project or config.project or bigquery.Client().project,
+            config.dataset,
+            config.table_prefix,
+            billing_project=config.project,
+            suffix=config.table_suffix,
+        )
         client = publication.make_client(destination)
         last = results.date_of(client, destination, found.later) if found.later else None
         told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)

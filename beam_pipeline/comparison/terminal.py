@@ -11,7 +11,7 @@ from beam_pipeline.comparison import tables, work
 from beam_pipeline.comparison.results import Result
 from beam_pipeline.comparison.work import Comparison
 from beam_pipeline.launch.console import Terminal
-from beam_pipeline.launch.preflight import Findings
+from beam_pipeline.launch.findings import Findings
 
 SHOWN_MOVERS = 5
 """Ids that moved farthest at the terminal; the page has them all."""
@@ -22,11 +22,11 @@ class ComparisonTerminal(Terminal):
 
     def nothing(self, reason: str) -> None:
         """Prints why there is nothing to do."""
-        self._print(f"done        nothing to do: {reason}", flush=True)
+        self._print(f"done        nothing to do: {reason}")
 
     def skipped(self, reason: str) -> None:
         """Prints what is left out of --all, and why."""
-        self._print(f"left out    {reason}", flush=True)
+        self._print(f"left out    {reason}")
 
     def planned(self, comparison: Comparison, findings: Findings) -> None:
         """Prints what is going to be compared, and what was checked before."""
@@ -35,10 +35,7 @@ class ComparisonTerminal(Terminal):
         self._print(f"results     {tables.comparison_table(comparison.destination)}")
         for tower in comparison.ids:
             self._print(f"{tower + 's':<11} {tables.change_table(comparison.destination, tower)}")
-        width = max(len(line.check) for line in findings.lines)
-        for line in findings.lines:
-            self._print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
-        self._out.flush()
+        self.findings(findings)
 
     def statements(self, comparison: Comparison) -> None:
         """Prints the SQL that the job would run."""
@@ -48,7 +45,7 @@ class ComparisonTerminal(Terminal):
                 select = tables.join_sql(destination, tower, pair, comparison.labels.get(tower))
                 self._print(f"\n-- {tables.joined_table(destination, tower, 'LAUNCH', number)}\n{select};")
             script = tables.publish_script(destination, number, pair, "LAUNCH", comparison.ids, comparison.ids)
-            self._print(f"\n{script}", end="", flush=True)
+            self._print(f"\n{script}", end="")
 
     def measuring(self, comparison: Comparison) -> AbstractContextManager[None]:
         """Shows ids measured and ids per second while the job runs in this process."""
@@ -62,9 +59,9 @@ class ComparisonTerminal(Terminal):
         def line(ids: int, seconds: float) -> str:
             return f"ids         {ids:,} of about {total:,} measured, {ids / seconds:,.0f} ids/s"
 
-        return self._progress(lambda: metrics.in_this_process(work.READ_ROWS) - before, line)
+        return self._progress(lambda: metrics.in_this_process(work.READ_ROWS) - before, total, line)
 
-    def told(self, found: Sequence[Result]) -> None:
+    def results(self, found: Sequence[Result]) -> None:
         """Prints the results of the pairs, and of the last one which ids moved farthest."""
         last = found[-1].pair if found else None
         shown = None
@@ -78,7 +75,6 @@ class ComparisonTerminal(Terminal):
             if result.pair == last:
                 for line in movers(result):
                     self._print(line)
-        self._out.flush()
 
 
 def _name(values: Mapping[str, Any], prefix: str) -> str:

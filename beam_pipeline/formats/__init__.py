@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 
-from beam_pipeline.errors import ArtifactMissingError, NotAModelError
+from beam_pipeline.errors import ArtifactMissingError, NotAModelError, UnsupportedModelError
 from beam_pipeline.files import OpenFile, join
 from beam_pipeline.formats.keras.reader import KerasFile
 from beam_pipeline.formats.model import Artifact
@@ -25,9 +25,9 @@ def is_hdf5(path: str) -> bool:
     return path.endswith(_HDF5)
 
 
-def refuse_hdf5(path: str) -> NotAModelError:
+def refuse_hdf5(path: str) -> UnsupportedModelError:
     """Returns the error for an HDF5 file, of a model or of weights alone."""
-    return NotAModelError(
+    return UnsupportedModelError(
         f"{path} is an HDF5 file, which cannot be read: save the model as .keras (model.save('model.keras')) or as a "
         "SavedModel (model.export('model')), and log it again"
     )
@@ -42,7 +42,8 @@ def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) 
         layers: all layers that will be asked for as towers.
 
     Raises:
-        NotAModelError: there is none, or in a form that cannot be read.
+        NotAModelError: there is none.
+        UnsupportedModelError: it is in a form that cannot be read.
         CorruptFileError: a file contradicts its format.
     """
     if folder.endswith(".keras"):

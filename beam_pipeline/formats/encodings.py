@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from pyarrow import csv
 
 from beam_pipeline import checksums
-from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats import protobuf
 from beam_pipeline.formats.model import Checksum, Encoding, Vocabulary
@@ -202,7 +202,9 @@ def _decode_json(data: bytes) -> pa.Array:
     wrong = next((element for element in elements if type(element) not in (str, int)), None)
     if wrong is not None or None in elements:
         kind = type(wrong).__name__  # Not the thing itself: its repr may recurse too deeply.
-        raise NotAModelError(f"an id that is neither string nor integer, but of JSON type {kind}; log the model again")
+        raise UnsupportedModelError(
+            f"an id that is neither string nor integer, but of JSON type {kind}; log the model again"
+        )
     # Half a surrogate pair becomes bytes that are not UTF-8, which is told later, with its row.
     return pa.array([str(element).encode("utf-8", "surrogatepass") for element in elements], pa.binary())
 

@@ -302,7 +302,7 @@ class Artifact(Protocol):
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
-            NotAModelError: it holds them in a form that cannot be read.
+            UnsupportedModelError: it holds them in a form that cannot be read.
             CorruptFileError: the files contradict each other.
         """
         ...
@@ -312,7 +312,7 @@ class Artifact(Protocol):
 
         Raises:
             TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
-            NotAModelError: it holds it in a form that cannot be read.
+            UnsupportedModelError: it holds it in a form that cannot be read.
             CorruptFileError: the files contradict each other.
         """
         ...

@@ -7,19 +7,25 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TextIO
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from beam_pipeline import metrics
-from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication
-from beam_pipeline.launch.preflight import Findings
-from beam_pipeline.reading.tally import Tally
+from beam_pipeline.launch.findings import Findings
+from beam_pipeline.launch.plan import Plan, as_json, as_sql
+from beam_pipeline.launch.selection import LeftOut
 from beam_pipeline.tracking.runs import Model
 from beam_pipeline.training import Run
 
 _EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
+_COLOURS = {"ok": "green", "note": "yellow", "stop": "bold red"}
 
 
 def set_up_logging() -> None:
@@ -41,39 +47,45 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, started: float | None = None) -> None:
         self._as_json = as_json
         self._started = time.monotonic() if started is None else started
+        # What is printed is a name or a number as it is, never rich's markup.
+        self._console = Console(stderr=as_json, markup=False, emoji=False, highlight=False)
 
-    def report(self, publication: Publication, findings: Findings) -> None:
-        """Prints what is going to be historized, and what was checked before; as JSON with the SQL."""
+    def report(self, plan: Plan, *, with_sql: bool) -> None:
+        """Prints what is going to be historized, what was checked before, and the SQL if it was asked for."""
         if self._as_json:
-            print(json.dumps(_as_json(publication, findings), indent=2, ensure_ascii=False), flush=True)
+            print(json.dumps(as_json(plan), indent=2, ensure_ascii=False), flush=True)
             return
-        destination = publication.destination
-        for number, training in enumerate(publication.trainings):
-            run = training.run
-            if not number:
-                self._print(f"experiment  {run.experiment_name}")
-            self._run(run, training.model_uri)
-            for tower in training.towers.values():
+        publication = plan.publication
+        self._print(f"experiment  {publication.trainings[0].run.experiment_name}")
+        for training in publication.trainings:
+            self._run(training.run, training.model_uri)
+            for name, tower in training.towers.items():
                 matrix = tower.matrix
                 self._print(
-                    f"{tower.name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
-                    f"{destination.table(tower.name)}",
+                    f"{name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
+                    f"{publication.destination.table(name)}",
                 )
-        width = max(len(line.check) for line in findings.lines)
-        for line in findings.lines:
-            self._print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
-        self._out.flush()
+        self.findings(plan.findings)
+        if with_sql:
+            self._print(f"\n{as_sql(publication)}", end="")
 
-    def sql(self, publication: Publication) -> None:
-        """Prints the SQL that the job would run."""
-        if not self._as_json:
-            self._print(f"\n{_sql(publication)}", end="", flush=True)
+    def findings(self, findings: Findings) -> None:
+        """Prints what was checked, a line each; as a table in colours at a terminal."""
+        if not self._console.is_terminal:
+            width = max(len(line.check) for line in findings.lines)
+            for line in findings.lines:
+                self._print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
+            return
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for line in findings.lines:
+            table.add_row(Text(line.status, _COLOURS[line.status]), Text(line.check), Text(line.text))
+        self._console.print(table)
 
     def submitted(self, result: Any, runner: str) -> None:
         """Prints where the job runs, which goes on without this process."""
         # Dataflow's result has a job; where --template_location asked for a description instead, it has none.
         job = f", job {result.job_id()}" if getattr(result, "has_job", False) else ""
-        self._print(f"submitted   to {runner}{job}", flush=True)
+        self._print(f"submitted   to {runner}{job}")
 
     def progress(self, publication: Publication) -> AbstractContextManager[None]:
         """Shows rows done of total and rows per second while the job runs in this process."""
@@ -83,11 +95,11 @@ class Terminal:
         def line(rows: int, seconds: float) -> str:
             return f"rows        {rows:,} of {total:,} ({rows / max(total, 1):.0%}), {rows / seconds:,.0f} rows/s"
 
-        return self._progress(lambda: metrics.in_this_process("read-rows") - before, line)
+        return self._progress(lambda: metrics.in_this_process("read-rows") - before, total, line)
 
     def copying(self, files: int, size: int, to: str, done: Callable[[], int]) -> AbstractContextManager[None]:
         """Shows bytes done of `size` while a model of so many files is copied."""
-        self._print(f"copying     {files:,} files, {_megabytes(size)}, to {to}", flush=True)
+        self._print(f"copying     {files:,} files, {_megabytes(size)}, to {to}")
 
         def line(copied: int, seconds: float) -> str:
             return (
@@ -95,36 +107,40 @@ class Terminal:
                 f"{_megabytes(copied / seconds)}/s"
             )
 
-        return self._progress(done, line)
+        return self._progress(done, size, line)
 
     def found(self, model: Model) -> None:
         """Prints which model is taken, where that does not go without saying."""
-        self._print(f"found       {model.name}", flush=True)
+        if model.notable:
+            self._print(f"found       {model.name}")
 
     def inspected(self, run: Run, folder: str, lines: Iterable[str]) -> None:
         """Prints what is in a run's model."""
         self._print(f"experiment  {run.experiment_name}")
         self._run(run, folder)
         for line in lines:
-            self._print(line, flush=True)
+            self._print(line)
 
-    def discovered(self, towers: Mapping[str, str]) -> None:
-        """Prints which layers are taken for the towers, none having been named."""
-        told = " ".join(f"--tower={name}={layer}" for name, layer in towers.items())
-        self._print(f"towers      found by the names of the model's only two: {told}", flush=True)
+    def discovered(self, towers: Mapping[str, str] | None) -> None:
+        """Prints which layers are taken for the towers, if none was named."""
+        if towers:
+            flags = " ".join(f"--tower={name}={layer}" for name, layer in towers.items())
+            self._print(f"towers      found by the names of the model's only two: {flags}")
 
-    def left_out(self, run: Run, reason: str) -> None:
-        """Prints that a run of the experiment is left out, and why."""
-        self._print(f"left out    {run.train_date} {run.run_name} ({run.run_id}): {reason}", flush=True)
+    def left_out(self, runs: Sequence[LeftOut]) -> None:
+        """Prints which runs of the experiment are left out, and why."""
+        for each in runs:
+            run = each.run
+            self._print(f"left out    {run.train_date} {run.run_name} ({run.run_id}): {each.reason}")
 
     def chosen(self, count: int, published: int) -> None:
         """Prints how many runs of --all_runs are to be published."""
-        self._print(f"runs        {count:,} to publish, {published:,} published already", flush=True)
+        self._print(f"runs        {count:,} to publish, {published:,} published already")
 
     def nothing_to_do(self, published: int, without_model: int) -> None:
         """Prints that every run that has a model is published already."""
         others = f", and {without_model:,} have no model" if without_model else ""
-        self._print(f"done        nothing to do: {published:,} runs are published already{others}", flush=True)
+        self._print(f"done        nothing to do: {published:,} runs are published already{others}")
 
     def summary(self, publication: Publication, rows: Mapping[str, int]) -> None:
         """Prints what was published: rows per tower, partitions, seconds since the command line began."""
@@ -134,12 +150,14 @@ class Terminal:
             self._print(f"published   {publication.destination.table(tower)}, {where}: {count:,} rows")
         first = metrics.first_in_this_process("read-bytes")
         read = f", the first vectors read after {first - self._started:.1f} s" if first else ""
-        self._print(f"done        in {time.monotonic() - self._started:.1f} s{read}", flush=True)
+        self._print(f"done        in {time.monotonic() - self._started:.1f} s{read}")
 
     @contextmanager
-    def _progress(self, count: Callable[[], int], line: Callable[[int, float], str]) -> Iterator[None]:
+    def _progress(self, count: Callable[[], int], total: int, line: Callable[[int, float], str]) -> Iterator[None]:
+        """Shows `line(count, seconds)` while something is done: beside a bar at a terminal, now and then in a log."""
         done = threading.Event()
-        thread = threading.Thread(target=self._show_progress, args=(count, line, done), daemon=True)
+        show = self._show_bar if self._console.is_terminal else self._show_lines
+        thread = threading.Thread(target=show, args=(count, total, line, done), daemon=True)
         thread.start()
         try:
             yield
@@ -147,85 +165,38 @@ class Terminal:
             done.set()
             thread.join()
 
-    def _show_progress(
-        self, count: Callable[[], int], line: Callable[[int, float], str], done: threading.Event
+    def _show_bar(
+        self, count: Callable[[], int], total: int, line: Callable[[int, float], str], done: threading.Event
     ) -> None:
-        """Prints `line(count, seconds)` whenever the count has changed, until `done`."""
-        live = self._out.isatty()
-        # Nothing is counted here while workers in other processes do the work.
-        started, shown = time.monotonic(), 0
-        while True:
-            finished = done.wait(_EVERY_TERMINAL if live else _EVERY_LOG)
+        started, text = time.monotonic(), TextColumn("{task.description}", markup=False)
+        with Progress(text, BarColumn(bar_width=20), console=self._console, auto_refresh=False) as progress:
+            task, finished, visible = progress.add_task("", total=max(total, 1), visible=False), False, False
+            while not finished:
+                finished = done.wait(_EVERY_TERMINAL)
+                now = count()
+                # Nothing is counted here while workers in other processes do the work.
+                visible = visible or now > 0
+                description = line(now, max(time.monotonic() - started, 1e-9))
+                progress.update(task, completed=now, description=description, visible=visible, refresh=True)
+
+    def _show_lines(
+        self, count: Callable[[], int], _total: int, line: Callable[[int, float], str], done: threading.Event
+    ) -> None:
+        started, shown, finished = time.monotonic(), 0, False
+        while not finished:
+            finished = done.wait(_EVERY_LOG)
             now = count()
-            if now == shown and not (finished and live and now):
-                if finished:
-                    return
-                continue
-            shown = now
-            text = line(now, max(time.monotonic() - started, 1e-9))
-            if live:
-                self._print(f"\r\x1b[K{text}", end="\n" if finished else "", flush=True)
-            else:
-                self._print(text, flush=True)
-            if finished:
-                return
+            if now != shown:
+                shown = now
+                self._print(line(now, max(time.monotonic() - started, 1e-9)))
 
     def _run(self, run: Run, model: str) -> None:
         self._print(f"run         {run.run_name} ({run.run_id}), trained {run.train_date} UTC")
         self._print(f"model       {model}")
 
-    @property
-    def _out(self) -> TextIO:
-        return sys.stderr if self._as_json else sys.stdout
-
-    def _print(self, text: str, *, end: str = "\n", flush: bool = False) -> None:
-        print(text, end=end, flush=flush, file=self._out)
-
-
-def _sql(publication: Publication) -> str:
-    """The publish scripts; launch id and tallies are known only when the job runs."""
-    unknown = Tally(ids=0, bytes=0, norm_min=0.0, norm_mean=0.0, norm_max=0.0, zero_vectors=0)
-    return "\n".join(
-        f"-- run {training.run.run_id}; the numbers of the log's rows and the launch id are made by the job\n"
-        + tables.publish_script(
-            publication.destination,
-            training,
-            "LAUNCH",
-            publication.if_partition_taken,
-            dict.fromkeys(publication.towers, unknown),
-            publication.job_name,
-        )
-        for training in publication.trainings
-    )
-
-
-def _as_json(publication: Publication, findings: Findings) -> dict[str, Any]:
-    return {
-        "go": findings.error is None,
-        "trainings": [
-            {
-                "run_id": training.run.run_id,
-                "run_name": training.run.run_name,
-                "experiment_name": training.run.experiment_name,
-                "train_date": str(training.run.train_date),
-                "model_uri": training.model_uri,
-                "towers": [
-                    {
-                        "tower": tower.name,
-                        "layer": tower.layer,
-                        "rows": tower.matrix.rows,
-                        "dimension": tower.matrix.dimension,
-                        "dtype": tower.matrix.dtype,
-                        "table": publication.destination.table(tower.name),
-                    }
-                    for tower in training.towers.values()
-                ],
-            }
-            for training in publication.trainings
-        ],
-        "findings": [{"check": line.check, "status": line.status, "text": line.text} for line in findings.lines],
-        "sql": _sql(publication),
-    }
+    def _print(self, text: str, *, end: str = "\n") -> None:
+        # A line is never cut or wrapped: it is searched for, and copied.
+        self._console.print(Text(text), end=end, soft_wrap=True)
 
 
 def _megabytes(size: float) -> str:

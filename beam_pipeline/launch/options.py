@@ -9,9 +9,9 @@ import shutil
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import date
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from beam_pipeline import __version__, command
 
@@ -33,46 +33,25 @@ _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
 
 @dataclass(frozen=True)
-class Config:
-    """What was asked for. Each attribute is the flag of the same name; `beam_args` are Beam's own.
+class JobConfig:
+    """What is asked of every job: where its tables are, where it runs, as whom. Each attribute is a flag.
 
-    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET. `discover` says that no tower was
-    named: `towers` are the default ones, and a model may show others. `started` is when the command line began, on the
-    monotonic clock.
+    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET; `beam_args` are Beam's own flags.
+    `started` is when the command line began, on the monotonic clock.
     """
 
-    run_id: str | None = None
-    experiment_name: str | None = None
-    run_name: str | None = None
-    model_uri: str | None = None
-    all_runs: bool = False
-    since: date | None = None
-    until: date | None = None
     tracking_uri: str | None = None
     tracking_audience: str | None = None
-    artifact_path: str | None = None
-    towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
-    discover: bool = False
     env: str = "dev"
     project: str | None = None
     dataset: str = "raw_dev"
     dataset_project: str | None = None
     table_prefix: str = "two_tower"
     table_suffix: str = ""
-    if_partition_taken: str = "fail"
-    partition_expiration_days: int | None = None
-    allow_dimension_change: bool = False
-    include_oov: bool = False
-    embedding_rows: bool = False
-    writer: str = "columnar"
     staging_dataset: str | None = None
     require_partition_filter: bool = False
     kms_key: str | None = None
-    tag_run: bool = False
-    inspect: bool = False
-    plan: str | None = None
     warehouse: str | None = None
-    shared_files: bool = False
     runner: str = "DirectRunner"
     beam_args: tuple[str, ...] = ()
     started: float = field(default_factory=time.monotonic, compare=False)
@@ -86,6 +65,35 @@ class Config:
     def waits(self) -> bool:
         """Whether this process stays until the job has ended; Dataflow's goes on without it."""
         return self.local or self.runner in _PORTABLE_RUNNERS
+
+
+@dataclass(frozen=True)
+class Config(JobConfig):
+    """What was asked of the main job. Each attribute is the flag of the same name.
+
+    `discover` says that no tower was named: `towers` are the default ones, and a model may show others.
+    """
+
+    run_id: str | None = None
+    experiment_name: str | None = None
+    run_name: str | None = None
+    model_uri: str | None = None
+    all_runs: bool = False
+    since: date | None = None
+    until: date | None = None
+    artifact_path: str | None = None
+    towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
+    discover: bool = False
+    if_partition_taken: str = "fail"
+    partition_expiration_days: int | None = None
+    allow_dimension_change: bool = False
+    include_oov: bool = False
+    embedding_rows: bool = False
+    writer: str = "columnar"
+    tag_run: bool = False
+    inspect: bool = False
+    plan: str | None = None
+    shared_files: bool = False
 
     @property
     def reads_local_files(self) -> bool:
@@ -190,7 +198,7 @@ def add_impersonation(group: argparse._ActionsContainer) -> None:
     )
 
 
-def beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: Sequence[str]) -> tuple[str, ...]:
+def _beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: Sequence[str]) -> tuple[str, ...]:
     """Returns the command line for Beam; exits 2 if accounts to impersonate are malformed.
 
     Beam would take the last alone of accounts whose flag is repeated, as a list in Airflow repeats it.
@@ -230,12 +238,35 @@ def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[s
     return match[1], match[2]
 
 
-def check_places(ours: argparse.ArgumentParser, found: argparse.Namespace) -> None:
-    """Exits 2 if --staging_dataset or --kms_key is malformed."""
-    if found.staging_dataset and not _DATASET.fullmatch(found.staging_dataset):
-        ours.error(f"--staging_dataset={found.staging_dataset!r}: DATASET or PROJECT.DATASET")
-    if found.kms_key and not _KMS_KEY.fullmatch(found.kms_key):
-        ours.error(f"--kms_key={found.kms_key!r}: projects/P/locations/L/keyRings/R/cryptoKeys/K")
+def job_values(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of a `JobConfig`, each by its name; exits 2 if they are malformed or contradict each other.
+
+    Args:
+        ours: the parser, for errors.
+        found: what it found; a flag that it does not have is left at its default.
+        rest: what is Beam's.
+    """
+    dataset_project, dataset_name = dataset(ours, found)
+    values = {name: value for name, value in vars(found).items() if name in _JOB_FLAGS}
+    values |= {
+        "env": found.env or ENVS[0],
+        "dataset": dataset_name,
+        "dataset_project": dataset_project,
+        "beam_args": _beam_args(ours, found, rest),
+    }
+    config = JobConfig(**values)
+    if config.staging_dataset and not _DATASET.fullmatch(config.staging_dataset):
+        ours.error(f"--staging_dataset={config.staging_dataset!r}: DATASET or PROJECT.DATASET")
+    if config.kms_key and not _KMS_KEY.fullmatch(config.kms_key):
+        ours.error(f"--kms_key={config.kms_key!r}: projects/P/locations/L/keyRings/R/cryptoKeys/K")
+    if config.warehouse and not config.local:
+        ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
+    if config.warehouse and config.env != ENVS[0]:
+        ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
+    return values
+
+
+_JOB_FLAGS = {each.name for each in fields(JobConfig)} - {"beam_args", "started"}
 
 
 def is_tower(name: str) -> bool:
@@ -418,9 +449,8 @@ def parse(argv: Sequence[str]) -> Config:
     towers = _towers(ours, found.tower)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
-    dataset_project, dataset_name = dataset(ours, found)
-    check_places(ours, found)
     config = Config(
+        **job_values(ours, found, rest),
         run_id=found.run_id,
         experiment_name=found.experiment_name,
         run_name=found.run_name,
@@ -428,40 +458,22 @@ def parse(argv: Sequence[str]) -> Config:
         all_runs=found.all_runs,
         since=found.since,
         until=found.until,
-        tracking_uri=found.tracking_uri,
-        tracking_audience=found.tracking_audience,
         artifact_path=found.artifact_path and found.artifact_path.strip("/"),
         towers=towers,
         discover=not found.tower,
-        env=found.env or ENVS[0],
-        project=found.project,
-        dataset=dataset_name,
-        dataset_project=dataset_project,
-        table_prefix=found.table_prefix,
-        table_suffix=found.table_suffix,
         if_partition_taken=found.if_partition_taken,
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
         include_oov=found.include_oov,
         embedding_rows=found.embedding_rows,
         writer=found.writer,
-        staging_dataset=found.staging_dataset,
-        require_partition_filter=found.require_partition_filter,
-        kms_key=found.kms_key,
         tag_run=found.tag_run,
         inspect=found.inspect,
         plan=found.plan,
-        warehouse=found.warehouse,
         shared_files=found.shared_files,
-        runner=found.runner,
-        beam_args=beam_args(ours, found, rest),
     )
-    if config.warehouse and not config.local:
-        ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
     if config.shared_files and config.runner not in _PORTABLE_RUNNERS:
         ours.error(f"--shared_files is for {', '.join(_PORTABLE_RUNNERS)}; leave it out with {config.runner}")
-    if config.warehouse and config.env != "dev":
-        ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
     if config.plan and config.inspect:
         ours.error("--inspect stops before anything that --plan shows; leave out one")
     if config.tag_run and not config.waits:

@@ -6,183 +6,54 @@ Checks do not stop at the first that fails: who is paged reads everything that i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
-from urllib.parse import quote
 
-from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
-from google.auth.exceptions import GoogleAuthError
-from google.cloud import bigquery, storage
+from google.api_core.exceptions import GoogleAPICallError, NotFound
+from google.cloud import bigquery
 
 from beam_pipeline import emulators
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication, require_compatible
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
     ConfigError,
-    DatasetMissingError,
     DimensionChangedError,
     IncompatibleTableError,
     PartitionTakenError,
-    PipelineError,
 )
 from beam_pipeline.formats.model import Tower
-from beam_pipeline.launch import vectors
+from beam_pipeline.launch import bucket, permissions, vectors
+from beam_pipeline.launch.findings import Findings, first_line
+from beam_pipeline.launch.options import Config
 from beam_pipeline.training import Run, Training
 
 _DOLLARS_PER_TIB = 6.25
 """BigQuery on demand, US and EU (https://cloud.google.com/bigquery/pricing); loads, copies and DELETEs are free."""
 
-_RESOURCE_MANAGER = "https://cloudresourcemanager.googleapis.com"
-
 _MOST_PARTITIONS = 4000  # of one load job
-_DAY_SECONDS = 24 * 3600
-_DAY_MS = _DAY_SECONDS * 1000
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        check: what was looked at.
-        status: "ok"; "note" for what a person should know; "stop" for what keeps the job from going.
-        text: what was found.
-        error: for "stop": what the launcher raises.
-    """
-
-    check: str
-    status: str
-    text: str
-    error: PipelineError | None = None
-
-
-@dataclass
-class Findings:
-    """The report as it grows."""
-
-    lines: list[Finding] = field(default_factory=list)
-
-    def ok(self, check: str, text: str) -> None:
-        """Adds what is as it should be."""
-        self.lines.append(Finding(check, "ok", text))
-
-    def note(self, check: str, text: str) -> None:
-        """Adds what a person should know."""
-        self.lines.append(Finding(check, "note", text))
-
-    def stop(self, check: str, error: PipelineError) -> None:
-        """Adds what keeps the job from going."""
-        self.lines.append(Finding(check, "stop", str(error), error))
-
-    @property
-    def error(self) -> PipelineError | None:
-        """The first of what keeps the job from going."""
-        return next((line.error for line in self.lines if line.error), None)
-
-
-def find_projects(billing: str | None, of_dataset: str | None) -> tuple[str, str]:
-    """Returns the project in which jobs run and are billed, and that of the tables.
-
-    Args:
-        billing: from --project.
-        of_dataset: from --dataset=PROJECT.DATASET.
-
-    Raises:
-        ConfigError: neither is there, and no emulator.
-    """
-    jobs = billing or of_dataset or (emulators.PROJECT if emulators.emulated() else None)
-    if not jobs:
-        raise ConfigError(
-            "which project? --warehouse=DIR for a warehouse on this machine, or --project=PROJECT with "
-            "--temp_location=gs://BUCKET/FOLDER for BigQuery"
-        )
-    return jobs, of_dataset or jobs
-
-
-def find_destination(
-    project: str,
-    dataset: str,
-    prefix: str,
-    *,
-    billing_project: str | None = None,
-    suffix: str = "",
-    staging_dataset: str | None = None,
-    make_dataset: bool = False,
-) -> Destination:
-    """Returns the destination in the dataset's own location.
-
-    Args:
-        project: of the dataset.
-        dataset: the dataset.
-        prefix: first part of the tables' names.
-        billing_project: where jobs run and are billed; None: in the dataset's project.
-        suffix: last part of the tables' names.
-        staging_dataset: `[project.]dataset` for staging tables, if it is another.
-        make_dataset: make them if missing; for the embedded warehouse alone.
-
-    Raises:
-        DatasetMissingError: there is no such dataset.
-        ConfigError: BigQuery cannot be asked, or the two datasets are in different places.
-    """
-    billed = billing_project or project
-    location = _location(billed, f"{project}.{dataset}", make_dataset)
-    if staging_dataset:
-        if "." not in staging_dataset:
-            staging_dataset = f"{project}.{staging_dataset}"
-        other = _location(billed, staging_dataset, make_dataset)
-        if other != location:
-            raise ConfigError(
-                f"--staging_dataset {staging_dataset} is in {other} and {project}.{dataset} in {location}; one query "
-                "reads both, so they have to be in one location"
-            )
-    return Destination(project, dataset, location, prefix, staging_dataset, suffix, billing_project)
-
-
-def _location(project: str, dataset: str, make: bool) -> str:
-    try:
-        client = bigquery.Client(project=project, credentials=credentials())
-        if make:
-            client.create_dataset(dataset, exists_ok=True)
-        return client.get_dataset(dataset).location or "US"
-    except NotFound as error:
-        raise DatasetMissingError(
-            f"dataset {dataset} does not exist; make it where the bucket is: "
-            f"bq --location=EU mk --dataset {':'.join(dataset.rsplit('.', 1))}"
-        ) from error
-    except (GoogleAPICallError, GoogleAuthError) as error:
-        raise ConfigError(f"BigQuery does not answer for dataset {dataset}: {_first_line(error)}") from error
+_DAY_MS = 24 * 3600 * 1000
 
 
 def examine(
     client: bigquery.Client,
     publication: Publication,
+    config: Config,
     *,
-    allow_dimension_change: bool,
-    distributed: bool,
-    dataflow: bool,
     region: str | None = None,
     dataflow_kms_key: str | None = None,
-    embedding_rows: bool = False,
-    discovered: bool = False,
 ) -> Findings:
     """Returns the report about a publication whose dataset exists and whose models were found.
 
     Args:
         client: for the dataset.
         publication: what is to be published.
-        allow_dimension_change: publish vectors of another length than before.
-        distributed: the job runs elsewhere, as another account.
+        config: what was asked for.
         region: of the Dataflow job, if it is one.
         dataflow_kms_key: Cloud KMS key of the Dataflow job.
-        embedding_rows: publish the rows of an embedding although its tower goes on after it.
-        discovered: nobody named the towers' layers.
-        dataflow: it is submitted to Dataflow.
     """
     findings = Findings()
-    vectors.examine(findings, publication, embedding_rows=embedding_rows, discovered=discovered)
+    vectors.examine(findings, publication, embedding_rows=config.embedding_rows, discovered=config.discover)
     destination = publication.destination
     staging = f", staging in {destination.staging_dataset}" if destination.staging_dataset else ""
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}{staging}")
@@ -195,13 +66,13 @@ def examine(
     for tower in publication.towers:
         of_runs = [(training, training.towers[tower]) for training in publication.trainings]
         try:
-            _examine_table(findings, client, publication, tower, of_runs, allow_dimension_change)
+            _examine_table(findings, client, publication, tower, of_runs, config.allow_dimension_change)
         except GoogleAPICallError as error:
-            reason = f"BigQuery does not answer for {destination.table(tower)}: {_first_line(error)}"
+            reason = f"BigQuery did not answer for {destination.table(tower)}: {first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
-    examine_bucket(findings, publication.bucket, destination, publication.kms_key)
+    bucket.examine(findings, publication.bucket, destination, publication.kms_key)
     _examine_keys(findings, publication, region, dataflow_kms_key)
-    _examine_permissions(findings, client, publication, distributed, dataflow)
+    permissions.examine(findings, client, publication, distributed=not config.local, dataflow=not config.waits)
     _estimate(findings, publication)
     return findings
 
@@ -237,11 +108,11 @@ def _examine_table(
     check = f"table {tower}"
     lengths = {of_run.matrix.dimension: training for training, of_run in of_runs}
     if len(lengths) > 1 and not allow_dimension_change:
-        told = ", ".join(f"{length} (run {training.run.run_id})" for length, training in sorted(lengths.items()))
+        listed = ", ".join(f"{length} (run {training.run.run_id})" for length, training in sorted(lengths.items()))
         findings.stop(
             check,
             DimensionChangedError(
-                f"tower {tower!r}: vectors of different lengths: {told}, and VECTOR_SEARCH needs one length; "
+                f"tower {tower!r}: vectors of different lengths: {listed}, and VECTOR_SEARCH needs one length; "
                 "--allow_dimension_change publishes all the same"
             ),
         )
@@ -250,7 +121,7 @@ def _examine_table(
         table = client.get_table(name)
     except NotFound:
         kept = f"partitions kept for {days} days" if days else "partitions kept forever"
-        findings.ok(check, f"{name} will be made, {kept}")
+        findings.ok(check, f"{name} will be created, {kept}")
         _examine_age(findings, check, name, days * _DAY_MS if days else None, of_runs)
         return
     try:
@@ -376,101 +247,6 @@ def _length(client: bigquery.Client, table: str, tower: str, day: date) -> int |
     return None
 
 
-def examine_bucket(findings: Findings, name: str, destination: Destination, kms_key: str | None) -> None:
-    """Adds whether load jobs of the destination's dataset can read a bucket."""
-    location = destination.location
-    try:
-        client = storage.Client(project=destination.job_project, credentials=credentials())
-        bucket = client.get_bucket(name, timeout=10)
-    except NotFound:
-        findings.stop(
-            "bucket",
-            ConfigError(
-                f"bucket gs://{name} of --temp_location does not exist; make it where the dataset is: "
-                f"gcloud storage buckets create gs://{name} --location={location} --soft-delete-duration=0"
-            ),
-        )
-        return
-    except (GoogleAPICallError, GoogleAuthError, OSError) as error:
-        findings.note("bucket", f"gs://{name} could not be asked for its location: {_first_line(error)}")
-        return
-    regions = bucket.data_locations or ()
-    place = f"{bucket.location} ({', '.join(regions)})" if regions else bucket.location
-    fits = location_fits(bucket.location or "", location, regions)
-    remedy = f"name one in {location}" + ("" if location.upper() == "EU" else ", or in a dual-region that includes it,")
-    if fits:
-        findings.ok("bucket", f"gs://{name} in {place}")
-    elif fits is None:
-        findings.note(
-            "bucket",
-            f"gs://{name} in {place}, and the dataset in {location}: only the load job tells whether that fits; to be "
-            f"sure, {remedy} with --temp_location",
-        )
-    else:
-        findings.stop(
-            "bucket",
-            ConfigError(
-                f"bucket gs://{name} is in {place}, from where a dataset in {location} cannot load; {remedy} with "
-                "--temp_location"
-            ),
-        )
-    if kept := bucket.soft_delete_policy.retention_duration_seconds:
-        findings.note(
-            "soft delete",
-            f"gs://{name} keeps deleted files for {kept / _DAY_SECONDS:g} days, load files too, and they are billed; "
-            f"gcloud storage buckets update gs://{name} --clear-soft-delete ends that",
-        )
-    if kms_key and not bucket.default_kms_key_name:
-        findings.note(
-            "bucket", f"gs://{name} has no default key: load files are encrypted with Google's, not --kms_key"
-        )
-
-
-def location_fits(bucket: str, dataset: str, regions: Sequence[str] = ()) -> bool | None:
-    """Returns whether a dataset can load from a bucket, by their locations; None where that cannot be told.
-
-    A dataset in the US loads from anywhere; one in the EU from the EU and the regions that belong to it; one in a
-    region from there and from dual-regions that include it
-    (https://cloud.google.com/bigquery/docs/locations#load-data-location-considerations). That page says of the rest
-    that the transfer is billed. In reports, the load job fails with "Cannot read and write in different locations",
-    with a bucket in the US and a dataset in us-east4 or us-west2 too (airbytehq/airbyte#17013,
-    googlegenomics/gcp-variant-transforms#718).
-
-    Args:
-        bucket: location of the bucket.
-        dataset: location of the dataset.
-        regions: of a bucket in a dual-region of one's own, whose location is the continent's.
-    """
-    bucket, dataset = bucket.upper(), dataset.upper()
-    if dataset == "US":
-        return True
-    if regions := [region.upper() for region in regions] or _DUAL_REGIONS.get(bucket, []):
-        inside = [_includes(dataset, region) for region in regions]
-        if dataset == "EU" and any(inside) and not all(inside):
-            return None  # Which of its two regions a load reads is not documented.
-        return any(inside)
-    if "-" not in bucket and bucket not in _MULTI_REGIONS:
-        return None
-    return _includes(dataset, bucket)
-
-
-def _includes(dataset: str, place: str) -> bool:
-    """Whether a place is a dataset's location, or a region within it."""
-    return place == dataset or (dataset == "EU" and place.startswith("EUROPE-") and place not in _OUTSIDE_EU)
-
-
-_MULTI_REGIONS = ("US", "EU", "ASIA")
-_OUTSIDE_EU = ("EUROPE-WEST2", "EUROPE-WEST6")  # London, Zurich (https://cloud.google.com/storage/docs/locations)
-_DUAL_REGIONS = {
-    "ASIA1": ["ASIA-NORTHEAST1", "ASIA-NORTHEAST2"],
-    "EUR4": ["EUROPE-NORTH1", "EUROPE-WEST4"],
-    "EUR5": ["EUROPE-WEST1", "EUROPE-WEST2"],
-    "EUR7": ["EUROPE-WEST2", "EUROPE-WEST3"],
-    "EUR8": ["EUROPE-WEST3", "EUROPE-WEST6"],
-    "NAM4": ["US-CENTRAL1", "US-EAST1"],
-}
-
-
 def _examine_keys(
     findings: Findings, publication: Publication, region: str | None, dataflow_kms_key: str | None
 ) -> None:
@@ -506,82 +282,6 @@ def _key_location(key: str) -> str:
     return rest.split("/")[0]
 
 
-def _examine_permissions(
-    findings: Findings, client: bigquery.Client, publication: Publication, distributed: bool, dataflow: bool
-) -> None:
-    if emulators.emulated():
-        findings.note("permissions", "not asked: emulators have none")
-        return
-    wanted = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if dataflow else [])]
-    project = publication.destination.job_project
-    name = publication.bucket
-    missing: list[str] = []
-    asked: list[str] = []
-    for place, permissions, ask in (
-        (f"project {project}", wanted, lambda: _project_permissions(project, wanted)),
-        (
-            f"bucket {name}",
-            _BUCKET_PERMISSIONS,
-            lambda: _bucket_permissions(project, name),
-        ),
-        *(
-            (
-                f"table {tower}",
-                _TABLE_PERMISSIONS,
-                lambda tower=tower: client.test_iam_permissions(
-                    publication.destination.table(tower), _TABLE_PERMISSIONS
-                )["permissions"],
-            )
-            for tower in publication.towers
-        ),
-    ):
-        try:
-            granted = ask()
-        except NotFound:  # A table that is made later.
-            continue
-        except (GoogleAPICallError, GoogleAuthError, OSError, KeyError) as error:
-            findings.note("permissions", f"{place} could not be asked: {_first_line(error)}")
-            continue
-        asked.append(place)
-        missing += [f"{permission} on {place}" for permission in permissions if permission not in granted]
-    try:
-        client.query("SELECT 1", job_config=bigquery.QueryJobConfig(dry_run=True))
-        asked.append("a query (dry run)")
-    except (Forbidden, GoogleAuthError) as error:
-        missing.append(f"to run a query: {_first_line(error)}")
-    whom = "this account, not the workers'" if distributed else "this account"
-    if not missing:
-        findings.ok("permissions", f"{whom}: {', '.join(asked) or 'nothing could be asked'}")
-    elif distributed:  # The launcher may lawfully hold less than the workers, which do the writing.
-        findings.note("permissions", f"{whom}, lacks {', '.join(missing)}")
-    else:
-        findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see docs/permissions.md"))
-
-
-_BUCKET_PERMISSIONS = [f"storage.objects.{what}" for what in ("create", "delete", "get", "list")]
-_TABLE_PERMISSIONS = [f"bigquery.tables.{what}" for what in ("get", "getData", "updateData")]
-
-
-def _bucket_permissions(project: str, name: str) -> list[str]:
-    """Returns those of the permissions that this account has on the bucket."""
-    bucket = storage.Client(project=project, credentials=credentials()).bucket(name)
-    return list(bucket.test_iam_permissions(_BUCKET_PERMISSIONS, timeout=10))
-
-
-def _project_permissions(project: str, permissions: list[str]) -> list[str]:
-    """Returns those of the permissions that this account has on the project."""
-    from google.auth.transport.requests import AuthorizedSession
-
-    answer = AuthorizedSession(credentials()).post(
-        # Quoted, since an id like example.com:project has a colon as well.
-        f"{_RESOURCE_MANAGER}/v1/projects/{quote(project, safe='')}:testIamPermissions",
-        json={"permissions": permissions},
-        timeout=10,
-    )
-    answer.raise_for_status()
-    return list(answer.json().get("permissions", []))
-
-
 def _estimate(findings: Findings, publication: Publication) -> None:
     rows = vectors = size = 0
     for training in publication.trainings:
@@ -606,10 +306,6 @@ def _bytes(count: int) -> str:
             return f"{size:,.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:,.1f} TB"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _query(client: bigquery.Client, sql: str, *parameters: bigquery.ScalarQueryParameter) -> list[tuple[Any, ...]]:

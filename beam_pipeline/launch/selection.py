@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 
-from google.cloud import bigquery
-
-from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError
+from beam_pipeline.errors import ConfigError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.formats.model import Artifact, Tower
 from beam_pipeline.launch import preflight
-from beam_pipeline.launch.console import Terminal
 from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
+from beam_pipeline.launch.session import Session
 from beam_pipeline.reading.pieces import cover
 from beam_pipeline.tracking import download
-from beam_pipeline.tracking.runs import choose, find_latest_run, find_model, find_run, find_runs, readable_folder
+from beam_pipeline.tracking.runs import Model, choose, find_latest_run, find_model, find_run, find_runs, readable_folder
 from beam_pipeline.training import Run, Training, by_name
 
 _SAYS = {"user": ("user", "query"), "item": ("item", "candidate")}
 
 
-def wanted_runs(config: Config, terminal: Terminal) -> list[Run]:
-    """Returns the run that is meant, or all of an experiment, oldest first."""
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is not published, and why."""
+
+    run: Run
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The training of a run, and what was chosen for it without being named.
+
+    Attributes:
+        training: the run and its towers.
+        discovered: tower → layer, if the towers were found by the names of the model's layers.
+    """
+
+    training: Training
+    discovered: Mapping[str, str] | None = None
+
+
+def wanted_runs(config: Config) -> tuple[list[Run], list[LeftOut]]:
+    """Returns the run that is meant, or all of an experiment, oldest first; and later ones that cannot be taken."""
     if config.all_runs:
-        return find_runs(
+        runs = find_runs(
             config.experiment_name or "",
             run_name=config.run_name,
             since=config.since,
             until=config.until,
             tracking_uri=config.tracking_uri,
         )
+        return runs, []
     if config.experiment_name:
         latest, passed = find_latest_run(
             config.experiment_name,
@@ -42,60 +61,73 @@ def wanted_runs(config: Config, terminal: Terminal) -> list[Run]:
             artifact_path=config.artifact_path,
             tracking_uri=config.tracking_uri,
         )
-        for run, reason in passed:
-            terminal.left_out(run, reason)
-        return [latest]
-    return [find_run(run_id=config.run_id, model_uri=config.model_uri, tracking_uri=config.tracking_uri)]
+        return [latest], [LeftOut(run, reason) for run, reason in passed]
+    return [find_run(run_id=config.run_id, model_uri=config.model_uri, tracking_uri=config.tracking_uri)], []
 
 
-def unpublished(
-    config: Config, runs: list[Run], client: bigquery.Client, destination: Destination, terminal: Terminal
-) -> list[Run]:
-    """Returns those of the runs that are to be published; one that was named itself is published again."""
-    if not config.all_runs:
-        return runs
+def unpublished(config: Config, runs: Sequence[Run], session: Session) -> tuple[list[Run], list[LeftOut], int]:
+    """Returns the runs of --all_runs that are to be published, those that others replace, and how many are published.
+
+    They are published if every tower's table has rows of theirs.
+    """
     days = [run.train_date for run in runs]
-    there = [preflight.partitions(client, destination.table(tower), min(days), max(days)) for tower in config.towers]
-    published = {run.run_id for run in runs if all(run.run_id in found.get(run.train_date, {}) for found in there)}
+    tables = [session.destination.table(tower) for tower in config.towers]
+    found = [preflight.partitions(session.client, table, min(days), max(days)) for table in tables]
+    published = {run.run_id for run in runs if all(run.run_id in each.get(run.train_date, {}) for each in found)}
     left, superseded = choose(runs, published, config.if_partition_taken)
-    for run, later in superseded:
-        terminal.left_out(run, f"run {later.run_id} of the same date takes its place (--if_partition_taken=replace)")
-    terminal.chosen(len(left), len(published))
-    return left
+    replaced = [
+        LeftOut(run, f"run {later.run_id} of the same date takes its place (--if_partition_taken=replace)")
+        for run, later in superseded
+    ]
+    return left, replaced, len(published)
 
 
-def read_training(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> Training | None:
-    """Returns the run's training, its model copied if workers could not read it; None if it is left out."""
-    try:
-        folder, model_uri = model_folder(config, run, copies_to, stack, terminal)
-        if not config.reads_local_files and not folder.startswith("gs://"):
-            sharing = ", --shared_files if the workers can read it" if config.waits else ""
-            raise ConfigError(
-                f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
-                f"artifacts are on gs://{sharing}, or --runner=DirectRunner"
-            )
-        with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
-            towers = _towers(config, artifact, terminal)
-    except (ArtifactMissingError, NotAModelError) as error:
-        if not config.all_runs:
-            raise
-        terminal.left_out(run, str(error))  # An experiment has runs that evaluate, or were tried by hand.
-        return None
-    return Training(run, model_uri, by_name(towers))
+def read_training(config: Config, run: Run, model: Model, folder: str) -> Selected:
+    """Returns the training of a run whose model can be read in a folder.
+
+    Raises:
+        ConfigError: the workers could not read that folder.
+        ArtifactError: the model is not what was asked for.
+    """
+    if not config.reads_local_files and not folder.startswith("gs://"):
+        sharing = ", --shared_files if the workers can read it" if config.waits else ""
+        raise ConfigError(
+            f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
+            f"artifacts are on gs://{sharing}, or --runner=DirectRunner"
+        )
+    with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
+        layers = config.towers
+        if config.discover:
+            layers = discover(artifact.tower_layers()) or layers
+        towers = _towers(config, artifact, layers)
+    # A folder that is no copy says where the model is more plainly than its URI.
+    model_uri = readable_folder(model) or model.uri
+    return Selected(Training(run, model_uri, by_name(towers)), layers if layers != config.towers else None)
 
 
-def model_folder(config: Config, run: Run, copies_to: str, stack: ExitStack, terminal: Terminal) -> tuple[str, str]:
-    """Returns where the run's model is read, copied if it has to be, and where it comes from."""
-    model = find_model(
+def model_of(config: Config, run: Run) -> Model:
+    """Returns the model of a run."""
+    return find_model(
         run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
     )
-    if model.notable:
-        terminal.found(model)
-    folder = readable_folder(model)
-    if folder:
-        return folder, folder
-    to = f"{copies_to}/{run.run_id}"
-    return stack.enter_context(download.copied(model, to, config.tracking_uri, terminal)), model.uri
+
+
+@contextmanager
+def readable(config: Config, run: Run, model: Model, copies_to: str, progress: download.Progress) -> Iterator[str]:
+    """Gives a folder in which this process and the workers can read a model, copied there if it has to be.
+
+    Args:
+        config: what was asked for.
+        run: the model's run.
+        model: the model.
+        copies_to: folder for copies; removed if what follows fails.
+        progress: shows the copying.
+    """
+    if folder := readable_folder(model):
+        yield folder
+        return
+    with download.copied(model, f"{copies_to}/{run.run_id}", config.tracking_uri, progress) as folder:
+        yield folder
 
 
 def unnamed_layers(config: Config) -> tuple[str, ...]:
@@ -106,14 +138,9 @@ def unnamed_layers(config: Config) -> tuple[str, ...]:
     return tuple(config.towers.values()) if dict(config.towers) == DEFAULT_TOWERS else ()
 
 
-def _towers(config: Config, artifact: Artifact, terminal: Terminal) -> tuple[Tower, ...]:
-    """Returns the towers that were named, or those that the model shows without doubt."""
-    wanted = config.towers
-    if config.discover and (found := discover(artifact.tower_layers())) and found != wanted:
-        wanted = found
-        terminal.discovered(found)
-    towers = [artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in wanted.items()]
-    tails = artifact.tails(wanted)
+def _towers(config: Config, artifact: Artifact, layers: Mapping[str, str]) -> tuple[Tower, ...]:
+    towers = [artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in layers.items()]
+    tails = artifact.tails(layers)
     return cover([replace(tower, tail=tails[tower.name]) for tower in towers])
 
 

@@ -14,7 +14,7 @@ from beam_pipeline.training import Training
 
 if TYPE_CHECKING:
     from beam_pipeline.bigquery.publication import Publication
-    from beam_pipeline.launch.preflight import Findings
+    from beam_pipeline.launch.findings import Findings
 
 _LATER = "computing a tower's output is for a later version"
 

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 
-from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats.encodings import cuts, decode, shown
 from beam_pipeline.formats.model import Tower
@@ -170,11 +170,11 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
 
     Raises:
         CorruptFileError: two different matrices share bytes.
-        NotAModelError: a row is too large for BigQuery, and for a piece.
+        UnsupportedModelError: a row is too large for BigQuery, and for a piece.
     """
     for tower in towers:
         if tower.matrix.dimension > _MAX_DIMENSION:
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"tower {tower.name!r} has vectors of {tower.matrix.dimension:,} values, more than the "
                 f"{_MAX_DIMENSION:,} that BigQuery loads in a row: is {tower.layer!r} an embedding?"
             )

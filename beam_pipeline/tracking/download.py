@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ from apache_beam.io.filesystems import FileSystems
 from beam_pipeline.bigquery import publication
 from beam_pipeline.errors import ArtifactMissingError, TruncatedFileError
 from beam_pipeline.files import join
-from beam_pipeline.launch.console import Terminal
 from beam_pipeline.tracking import stores
 from beam_pipeline.tracking.runs import Model, asking, store_uri
 
@@ -31,34 +30,38 @@ if TYPE_CHECKING:
 _PATIENCE = 600
 _BLOCK = 4 << 20
 
+Progress = Callable[[int, int, str, Callable[[], int]], AbstractContextManager[None]]
+"""Shows the progress of a copy while a block runs: of so many files and bytes, to a folder, by the bytes done."""
+
 
 @contextmanager
-def copied(model: Model, folder: str, tracking_uri: str | None, terminal: Terminal) -> Iterator[str]:
-    """Copies a model's files into a folder, and removes them if what follows fails; gives the copy's path.
+def copied(model: Model, folder: str, tracking_uri: str | None, progress: Progress) -> Iterator[str]:
+    """Copies a model's files into a folder and yields the path of the copy, which is removed if the block fails.
 
-    What follows is the job, which removes them itself when it is done.
+    The block starts the job, which removes the copy itself when it is done.
 
     Args:
         model: where they are: any place that MLflow's own client reads, with its credentials.
         folder: where to, as Beam's file systems write it.
         tracking_uri: MLflow server or store.
-        terminal: shows how far it is.
+        progress: called once, with the number of files, their bytes, the folder, and what returns the bytes copied.
 
     Raises:
         ArtifactMissingError: there are no files.
         TruncatedFileError: less arrived than was announced.
-        RunNotFoundError, ConfigError: the server does not answer, or a store wants credentials or a library.
+        TrackingServerError: there is none at that place, or it does not respond.
+        ConfigError: a store wants credentials or a library.
     """
     try:
         uri = store_uri(tracking_uri)
         with asking(uri, f"the files of model {model.name!r} are gone; check it", seconds=_PATIENCE, retries=3):
-            path = _Copy(model, folder, uri).run(terminal)
+            path = _Copy(model, folder, uri).run(progress)
         yield path
     except BaseException:
         try:
             publication.discard_copy(folder)
-        except Exception as left:  # What stopped the launch is what has to be told.
-            logging.getLogger(__name__).warning("the copied model is left, a later job sweeps it: %s", left)
+        except Exception as left:  # The error that stopped the launch is the one to report.
+            logging.getLogger(__name__).warning("the copied model remains, a later job sweeps it: %s", left)
         raise
 
 
@@ -70,7 +73,7 @@ class _Copy:
         self._finished = self._sent = 0
         self._arriving: Path | None = None
 
-    def run(self, terminal: Terminal) -> str:
+    def run(self, progress: Progress) -> str:
         """Copies all files; returns the path of the model's folder, or of its one file."""
         files, base = list(self._files(self._model.path)), self._model.path
         if not files:  # The model is a file itself, or not there.
@@ -79,7 +82,7 @@ class _Copy:
         if not files:
             raise ArtifactMissingError(f"model {self._model.name!r} has no files at {self._model.root}")
         total = sum(file.file_size or 0 for file in files)
-        with terminal.copying(len(files), total, self._folder, self._done):
+        with progress(len(files), total, self._folder, self._done):
             for file in files:
                 # The disk holds one file at a time.
                 with tempfile.TemporaryDirectory() as temporary:

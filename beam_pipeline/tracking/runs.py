@@ -19,6 +19,7 @@ from beam_pipeline.errors import (
     PartitionTakenError,
     PipelineError,
     RunNotFoundError,
+    TrackingServerError,
     UnfinishedUploadError,
 )
 from beam_pipeline.formats import is_hdf5, refuse_hdf5
@@ -84,7 +85,8 @@ def find_run(
     """Returns the run of that id, the run of a model, or the run of an experiment that `find_latest_run` returns.
 
     Raises:
-        RunNotFoundError: no such run, experiment or model, none FINISHED, or the tracking server does not answer.
+        RunNotFoundError: no such run, experiment or model, or none is FINISHED.
+        TrackingServerError: there is none at that place, or it does not respond.
         ConfigError: MLflow is not installed, the server wants credentials, or no run is behind the model.
         PipelineError: what `find_latest_run` raises.
     """
@@ -126,9 +128,10 @@ def find_latest_run(
     The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests.
 
     Raises:
-        RunNotFoundError: no such experiment, no FINISHED run, or the tracking server does not answer.
+        RunNotFoundError: no such experiment, or no FINISHED run.
+        TrackingServerError: there is none at that place, or it does not respond.
         ArtifactMissingError: none of the latest runs has the model, or the upload of the latest was not finished.
-        NotAModelError: the latest has it as an HDF5 file.
+        UnsupportedModelError: the latest has it as an HDF5 file.
         ConfigError: MLflow is not installed, a store wants credentials or a library, or the latest has several models.
     """
     uri = store_uri(tracking_uri)
@@ -182,7 +185,8 @@ def find_runs(
     """Returns every FINISHED run of an experiment (of that name, between two dates in UTC), oldest first.
 
     Raises:
-        RunNotFoundError: no such experiment, no such run, or the tracking server does not answer.
+        RunNotFoundError: no such experiment, or no such run.
+        TrackingServerError: there is none at that place, or it does not respond.
         ConfigError: MLflow is not installed, or the server wants credentials.
     """
     uri = store_uri(tracking_uri)
@@ -232,7 +236,8 @@ def tag_run(run_id: str, tags: dict[str, str], tracking_uri: str | None = None) 
     """Sets tags of a run.
 
     Raises:
-        RunNotFoundError: there is no such run, or the tracking server does not answer.
+        RunNotFoundError: there is no such run.
+        TrackingServerError: there is none at that place, or it does not respond.
         ConfigError: it wants credentials.
     """
     uri = store_uri(tracking_uri)
@@ -248,7 +253,8 @@ def log_comparison(
     """Logs metrics of a run, and files as artifacts below a folder.
 
     Raises:
-        RunNotFoundError: there is no such run, or the tracking server does not answer.
+        RunNotFoundError: there is no such run.
+        TrackingServerError: there is none at that place, or it does not respond.
         ConfigError: it wants credentials.
     """
     uri = store_uri(tracking_uri)
@@ -274,9 +280,9 @@ def find_model(
 
     Raises:
         ArtifactMissingError: the run has no such model, or its upload was not finished.
-        NotAModelError: it is an HDF5 file.
+        UnsupportedModelError: it is an HDF5 file.
         ConfigError: it has several, which are listed; or its store cannot be read from here.
-        RunNotFoundError: the tracking server does not answer.
+        TrackingServerError: there is none at that place, or it does not respond.
     """
     uri = store_uri(tracking_uri)
     with asking(uri, f"the artifacts of run {run.run_id} are not in {shown(uri)}; check {model_uri or 'the run'}"):
@@ -325,7 +331,8 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
 
     Raises:
         ConfigError: the server wants credentials.
-        RunNotFoundError: there is no such thing, or the server does not answer.
+        RunNotFoundError: there is no such thing.
+        TrackingServerError: there is none at that place, or it does not respond.
     """
     from mlflow.exceptions import MlflowException
 
@@ -353,8 +360,8 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
             ) from error
         if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise RunNotFoundError(f"{missing} and --tracking_uri ({reason})") from error
-        failed = "does not answer" if isinstance(error, MlflowException) else "failed"
-        raise RunNotFoundError(f"MLflow at {shown(uri)} {failed}: {reason}; check --tracking_uri") from error
+        failed = "does not respond" if isinstance(error, MlflowException) else "failed"
+        raise TrackingServerError(f"MLflow at {shown(uri)} {failed}: {reason}; check --tracking_uri") from error
     finally:
         for name in own:
             os.environ.pop(name, None)
@@ -605,4 +612,4 @@ def _require_store(uri: str) -> None:
         folder = stores.local_folder(uri)
         exists = folder is None or os.path.exists(folder)
     if not exists:
-        raise RunNotFoundError(f"no MLflow store at {uri}; check --tracking_uri")
+        raise TrackingServerError(f"no MLflow store at {uri}; check --tracking_uri")

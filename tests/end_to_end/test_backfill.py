@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -90,12 +91,18 @@ def test_a_run_without_a_model_is_left_out_and_a_damaged_one_stops(job, store, m
     for file in sorted(store.artifacts(empty).rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
     store.artifacts(empty).rmdir()
+    unsupported = store.log(models("longer"), "hdf5", MARCH_1 + timedelta(days=1), experiment="mixed")
+    shutil.rmtree(store.artifacts(unsupported))
+    store.artifacts(unsupported).mkdir()
+    (store.artifacts(unsupported) / "model.h5").touch()
     assert job.run(None, "--experiment_name=mixed", "--all_runs") == 0
-    assert f"left out    2026-03-08 evaluation ({empty}): " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"left out    2026-03-08 evaluation ({empty}): " in out
+    assert f"left out    2026-03-02 hdf5 ({unsupported}): " in out
     assert {*job.published()} == {("2026-03-01", good)}
     assert job.run(None, "--experiment_name=mixed", "--all_runs") == 0  # Started again, it has nothing left to do.
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == "done        nothing to do: 1 runs are published already, and 1 have no model"
+    assert out[-1] == "done        nothing to do: 1 runs are published already, and 2 have no model"
     model = damaged("longer")
     data = next((model.folder / "variables").glob("*.data-*"))
     data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])

@@ -23,6 +23,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
 from google.cloud import bigquery, storage
 from job import MARCH_1, Job
 from wire_format import blown_up
@@ -32,7 +33,7 @@ from beam_pipeline.bigquery.tables import schema_fields
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.model import Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.protobuf import Span
-from beam_pipeline.launch import launcher
+from beam_pipeline.launch import plan
 from beam_pipeline.launch.options import parse
 from beam_pipeline.reading import pieces
 from beam_pipeline.training import Run
@@ -222,16 +223,18 @@ def test_the_job_is_named_and_labelled_after_the_run(staged, job):
 @pytest.mark.parametrize("run_id", ["0123456789abcdef" * 2, "Weekly_Run.7", "é" * 40, "x" * 3000, "-", "a-"])
 def test_any_run_id_makes_a_job_name_that_dataflow_takes(run_id):
     runs = [Run(run_id, "n", run_id, "e", date(2026, 3, 1), "gs://b/a")]
-    name = launcher._job_name(parse(["--run_id=r"]), runs)
-    of_all = launcher._job_name(parse(["--experiment_name=e", "--all_runs"]), runs)
+    given = PipelineOptions([])
+    name = plan.job_name(parse(["--run_id=r", "--runner=DataflowRunner"]), "token", given, runs)
+    every = parse(["--experiment_name=e", "--all_runs", "--runner=DataflowRunner"])
+    of_all = plan.job_name(every, "token", given, runs)
     for each in (name, of_all):
         assert re.fullmatch("[a-z]([-a-z0-9]{0,1022}[a-z0-9])?", each)
-    assert launcher._job_name(parse(["--run_id=r"]), runs) == name != of_all
+    assert plan.job_name(parse(["--run_id=r", "--runner=DataflowRunner"]), "another", given, runs) == name != of_all
 
 
 @pytest.mark.parametrize("name", ["two_tower", "Two Tower's É/ü", "", "x" * 300, "日本"])
 def test_any_experiment_makes_a_label_that_dataflow_takes(name):
-    labels = launcher._labels(parse(["--run_id=r"]), [Run("r", "n", "1", name, date(2026, 3, 1), "gs://b/a")])
+    labels = plan.labels(parse(["--run_id=r"]), [Run("r", "n", "1", name, date(2026, 3, 1), "gs://b/a")])
     assert [label.split("=")[0] for label in labels] == ["run_id", "experiment", "dataset", "pipeline_version"]
     for label in labels:
         assert re.fullmatch("[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}", label)

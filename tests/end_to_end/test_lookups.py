@@ -7,7 +7,7 @@ import pytest
 from job import MARCH_1, refused
 from models import Model
 
-from beam_pipeline.errors import NotAModelError
+from beam_pipeline.errors import UnsupportedModelError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.reading import pieces, unordered
@@ -40,7 +40,7 @@ def test_tables_and_variables_side_by_side(job, store, tables):
     ],
 )
 def test_tables_that_are_refused(tables, layer, words):
-    with pytest.raises(NotAModelError, match=words):
+    with pytest.raises(UnsupportedModelError, match=words):
         open_artifact(str(tables("unread").folder), open_file).tower("user", layer)
 
 

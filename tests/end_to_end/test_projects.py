@@ -11,7 +11,7 @@ from tracking import Gate, serving
 
 from beam_pipeline.comparison import command as comparison
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.launch import options, preflight
+from beam_pipeline.launch import options, session
 
 TABLES = "tables-project"
 
@@ -94,11 +94,11 @@ def test_the_datasets_project_is_not_the_jobs(module):
     [("b", "t", ("b", "t")), (None, "t", ("t", "t")), ("b", None, ("b", "b"))],
 )
 def test_a_project_that_is_not_named_is_the_other(billing, of_dataset, found):
-    assert preflight.find_projects(billing, of_dataset) == found
+    assert session.find_projects(billing, of_dataset) == found
 
 
 def test_a_project_is_needed(monkeypatch):
     monkeypatch.delenv("BIGQUERY_EMULATOR_HOST", raising=False)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     with pytest.raises(ConfigError, match="which project"):
-        preflight.find_projects(None, None)
+        session.find_projects(None, None)

@@ -44,7 +44,7 @@ def test_a_named_run_that_has_not_finished_is_noted(job, store, models, capsys, 
 def test_a_tracking_server_that_is_not_there(job, capsys):
     begin = datetime.now(UTC)
     line = refused(job, capsys, "0" * 32, "--tracking_uri=http://127.0.0.1:9")
-    assert "MLflow at http://127.0.0.1:9 does not answer" in line
+    assert "MLflow at http://127.0.0.1:9 does not respond" in line
     assert (datetime.now(UTC) - begin).total_seconds() < 30
     assert "no MLflow store at sqlite:////no/such.db" in refused(
         job, capsys, "0" * 32, "--tracking_uri=sqlite:////no/such.db"
@@ -59,7 +59,7 @@ def test_a_tracking_server_that_never_answers(job, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = datetime.now(UTC)
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert "does not answer" in refused(job, capsys, "0" * 32, f"--tracking_uri={uri}")
+        assert "does not respond" in refused(job, capsys, "0" * 32, f"--tracking_uri={uri}")
     assert (datetime.now(UTC) - begin).total_seconds() < 3 * 2
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from google.cloud import bigquery, storage
 
-from beam_pipeline.launch import preflight
+from beam_pipeline.launch import session
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def warehouse():
 
 @pytest.fixture(scope="session")
 def destination(warehouse):
-    return preflight.find_destination(warehouse.project, warehouse.dataset, warehouse.prefix)
+    return session.find_destination(warehouse.project, warehouse.dataset, warehouse.prefix)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import command as comparison
 from beam_pipeline.comparison import reading
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.launch import launcher, preflight, selection
+from beam_pipeline.launch import bucket, launcher, permissions, selection, session
+from beam_pipeline.launch.findings import Findings
 from beam_pipeline.launch.options import parse
 from beam_pipeline.tracking import stores
 from beam_pipeline.tracking.auth import _Auth
@@ -79,17 +80,17 @@ def cloud(monkeypatch):
         monkeypatch.setattr(iam, "_IAM_IDTOKEN_ENDPOINT", f"{accounts}:generateIdToken")
         monkeypatch.setattr(bigquery, "Client", partial(bigquery.Client, **endpoint))
         monkeypatch.setattr(storage, "Client", partial(storage.Client, **endpoint))
-        monkeypatch.setattr(preflight, "_RESOURCE_MANAGER", running.url)
+        monkeypatch.setattr(permissions, "_RESOURCE_MANAGER", running.url)
         yield running
     auth._Credentials._credentials_init = False
 
 
 def ask_everything():
-    preflight._location("p", "p.d", make=False)
+    session._location("p", "p.d")
     publication.make_client(DESTINATION).get_table("p.d.t")
-    preflight._project_permissions("p", ["bigquery.jobs.create"])
-    preflight._bucket_permissions("p", "b")
-    preflight.examine_bucket(preflight.Findings(), "b", DESTINATION, None)
+    permissions.project_permissions("p", ["bigquery.jobs.create"])
+    permissions.bucket_permissions("p", "b")
+    bucket.examine(Findings(), "b", DESTINATION, None)
     list(stores.repository("gs://artifacts/7/run/artifacts", "http://localhost").client.list_blobs("artifacts"))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from beam_pipeline.errors import BadVectorError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import BadVectorError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats.keras.container import read_directory
 from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Vocabulary
@@ -91,16 +91,16 @@ class Array:
         """Returns it as the ids of rows from `first_row` on.
 
         Raises:
-            NotAModelError: it is none.
+            UnsupportedModelError: it is none.
         """
         if not self.is_ids:
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{self.where} has shape {list(self.shape)} and type {self.dtype}, and ids are a list of integers (i8, "
                 "i4) or strings (U, S)"
             )
         encoding = _ID_TYPES.get(self.dtype) or (Encoding.UTF32 if self.dtype[0] == "U" else Encoding.FIXED)
         if not self.shape[0] or self.span.end == self.span.start:
-            raise NotAModelError(f"{self.where} has no ids")
+            raise UnsupportedModelError(f"{self.where} has no ids")
         return Vocabulary(self.path, self.span, encoding, first_row, count=self.shape[0], checksum=self.checksum)
 
 
@@ -108,7 +108,7 @@ def read_arrays(path: str, open_file: OpenFile) -> dict[str, Array]:
     """Returns the arrays of a file by their names; that of a `.npy` file has the name "".
 
     Raises:
-        NotAModelError: an array is compressed, pickled, or in another order.
+        UnsupportedModelError: an array is compressed, pickled, or in another order.
         CorruptFileError: the file contradicts its format.
     """
     with open_file(path) as file:
@@ -129,7 +129,7 @@ def choose(arrays: Mapping[str, Array], name: str, what: str, flag: str) -> Arra
         flag: what names an array, as in `--vectors item=PATH#NAME`, for a message.
 
     Raises:
-        NotAModelError: there is none, or more than one.
+        UnsupportedModelError: there is none, or more than one.
     """
     fitting = [array for array in arrays.values() if (array.is_matrix if what == "vectors" else array.is_ids)]
     if name in arrays and (name or len(arrays) == 1):
@@ -139,7 +139,7 @@ def choose(arrays: Mapping[str, Array], name: str, what: str, flag: str) -> Arra
     path = next(iter(arrays.values())).path if arrays else ""
     shown = _named(list(arrays.values()))
     problem = f"has no array {name!r}" if name else f"has {len(fitting)} arrays that may be the {what}"
-    raise NotAModelError(f"{path} {problem}, and these: {shown}; name one with {flag}")
+    raise UnsupportedModelError(f"{path} {problem}, and these: {shown}; name one with {flag}")
 
 
 def _named(arrays: Sequence[Array]) -> str:
@@ -154,7 +154,7 @@ def _read_npz(file: ByteFile) -> dict[str, Array]:
         checksum = Checksum("crc32", member.crc, member.span)
         found[name.removesuffix(".npy")] = _read_npy(file, name.removesuffix(".npy"), member.span, checksum)
     if not found:
-        raise NotAModelError(f"{file.path} holds no arrays")
+        raise UnsupportedModelError(f"{file.path} holds no arrays")
     return found
 
 
@@ -170,14 +170,16 @@ def _read_npy(file: ByteFile, name: str, span: Span, checksum: Checksum | None =
         kind = "no .npy file" if not head.startswith(_NPY_MAGIC) else "not what NumPy writes"
         raise CorruptFileError(f"{where} is {kind} ({error}); log it again") from error
     if dtype.hasobject:
-        raise NotAModelError(
+        raise UnsupportedModelError(
             f"{where} holds pickled objects, which would run code when they are read; save strings as such: "
             "numpy.save(path, array.astype(str))"
         )
     if is_fortran and len(shape) > 1:
-        raise NotAModelError(f"{where} is in Fortran order, column by column; save numpy.ascontiguousarray(array)")
+        raise UnsupportedModelError(
+            f"{where} is in Fortran order, column by column; save numpy.ascontiguousarray(array)"
+        )
     if dtype.byteorder == ">" or dtype.fields or dtype.subdtype:
-        raise NotAModelError(f"{where} has type {dtype}; save floats, integers or strings, little-endian")
+        raise UnsupportedModelError(f"{where} has type {dtype}; save floats, integers or strings, little-endian")
     start = span.start + stream.tell()
     shape = _shape(where, shape)
     size = prod(shape) * dtype.itemsize
@@ -213,7 +215,7 @@ def _read_safetensors(file: ByteFile) -> dict[str, Array]:
         file.read(base + end, 0)  # Raises if the file ends before.
         found[name] = Array(file.path, name, _TENSOR_TYPES[kind], shape, Span(base + start, base + end))
     if not found:
-        raise NotAModelError(f"{file.path} holds no tensor of floats")
+        raise UnsupportedModelError(f"{file.path} holds no tensor of floats")
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 
-from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import BadIdError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats.files import arrays, parquet
 from beam_pipeline.formats.files.parquet import ListFolder
@@ -41,19 +41,19 @@ def read_vocabulary(
         list_folder: lists the names in a folder.
 
     Raises:
-        NotAModelError: the file is of a kind that is not read, or has not what is asked for.
+        UnsupportedModelError: the file is of a kind that is not read, or has not what is asked for.
         BadIdError: there are no ids in it.
         CorruptFileError: it contradicts its format.
     """
     if path.endswith(_PICKLES):
-        raise NotAModelError(
+        raise UnsupportedModelError(
             f"{path} is a pickle, which would run code when it is read; log the ids as text, JSON, .npy, CSV or Parquet"
         )
     if path.endswith(arrays.SUFFIXES):
         return _from_array(path, tower, names, first_row, open_file)
     is_in_order = not path.endswith((".csv", ".json")) and not parquet.is_parquet(path)
     if is_in_order and names:
-        raise NotAModelError(f"{path} is text, an id a line, and has no columns {', '.join(names)}")
+        raise UnsupportedModelError(f"{path} is text, an id a line, and has no columns {', '.join(names)}")
     if parquet.is_parquet(path):
         columns = _pair(path, names)
         table = parquet.find_rows(path, tower, columns, open_file, list_folder)
@@ -90,7 +90,7 @@ def _pair(path: str, names: tuple[str, ...]) -> tuple[str, str] | None:
     if not names:
         return None
     if len(names) != 2:
-        raise NotAModelError(f"{path}#{','.join(names)}: the column of the ids and that of their rows, #ID,ROW")
+        raise UnsupportedModelError(f"{path}#{','.join(names)}: the column of the ids and that of their rows, #ID,ROW")
     return names[0], names[1]
 
 
@@ -102,16 +102,18 @@ def _require_no_offset(path: str, first_row: int) -> None:
 def _require_plain(file: ByteFile) -> None:
     head = file.read(0, min(2, file.size))
     if head in _COMPRESSED:
-        raise NotAModelError(f"{file.path} is compressed ({_COMPRESSED[head]}), and cannot be read in parts; unpack it")
+        raise UnsupportedModelError(
+            f"{file.path} is compressed ({_COMPRESSED[head]}), and cannot be read in parts; unpack it"
+        )
 
 
 def _from_json(file: ByteFile, names: tuple[str, ...], first_row: int) -> Vocabulary:
     start, end = _trimmed(file, 0, file.size)
     first, last = (file.read(start, 1), file.read(end - 1, 1)) if end - start > 1 else (b"", b"")
     if (first, last) not in ((b"[", b"]"), (b"{", b"}")):
-        raise NotAModelError(f"{file.path} is neither a JSON array of ids nor a JSON object of id and row")
+        raise UnsupportedModelError(f"{file.path} is neither a JSON array of ids nor a JSON object of id and row")
     if names:
-        raise NotAModelError(f"{file.path} is JSON, and has no columns {', '.join(names)}")
+        raise UnsupportedModelError(f"{file.path} is JSON, and has no columns {', '.join(names)}")
     inner = Span(*_trimmed(file, start + 1, end - 1))
     if inner.start == inner.end:
         raise BadIdError(f"{file.path} is empty: no ids")
@@ -154,7 +156,7 @@ def _from_csv(file: ByteFile, tower: str, names: tuple[str, str] | None) -> Voca
         fitting = [position for position, name in enumerate(header) if name in called]
         if len(fitting) != 1:
             there = ", ".join(repr(name[:100]) for name in header[:_MAX_NAMED]) or "none"
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{file.path} has {len(fitting)} columns named {' or '.join(called)}; its first line names {there}: "
                 f"name them with --ids {tower}=PATH#ID,ROW"
             )

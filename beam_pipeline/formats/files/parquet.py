@@ -22,8 +22,8 @@ from beam_pipeline.errors import (
     BadVectorError,
     ChecksumError,
     CorruptFileError,
-    NotAModelError,
     PipelineError,
+    UnsupportedModelError,
 )
 from beam_pipeline.files import ByteFile, OpenFile, join
 from beam_pipeline.formats.encodings import shown
@@ -106,7 +106,7 @@ def find_files(path: str, list_folder: ListFolder) -> list[str]:
     if not names:
         raise ArtifactMissingError(f"{path} names no Parquet files (*.parquet)")
     if len(names) > _MAX_FILES:
-        raise NotAModelError(
+        raise UnsupportedModelError(
             f"{path} names {len(names):,} files, more than {_MAX_FILES:,}; write fewer and larger ones"
         )
     return [join(folder, name) for name in names]
@@ -138,7 +138,7 @@ def find_vectors(
         list_folder: lists the names in a folder.
 
     Raises:
-        NotAModelError: there are no such columns, or of another type.
+        UnsupportedModelError: there are no such columns, or of another type.
         BadVectorError: the vectors have no length, or different ones.
         CorruptFileError: a file contradicts its format.
     """
@@ -172,7 +172,7 @@ def find_rows(
     """Returns where the ids of a tower, and the row of each, are in Parquet files; arguments as `find_vectors`.
 
     Raises:
-        NotAModelError: there are no such columns, or of another type.
+        UnsupportedModelError: there are no such columns, or of another type.
         CorruptFileError: a file contradicts its format.
     """
     found: list[tuple[str, tuple[int, ...]]] = []
@@ -183,10 +183,12 @@ def find_rows(
             _require_id_column(file_path, file, names[0])
             kind = file.schema_arrow.field(_index(file_path, file, names[1])).type
             if not pa.types.is_integer(kind):
-                raise NotAModelError(f"{file_path}: column {names[1]!r} has type {kind}, and a row is an integer")
+                raise UnsupportedModelError(
+                    f"{file_path}: column {names[1]!r} has type {kind}, and a row is an integer"
+                )
             first = first or names
             if names != first:
-                raise NotAModelError(f"{file_path} has columns {names}, the files before it {first}")
+                raise UnsupportedModelError(f"{file_path} has columns {names}, the files before it {first}")
             found.append((file_path, _counts(file_path, file)))
     if first is None or not any(sum(counts) for _, counts in found):
         raise BadIdError(f"{path} has no rows: no ids")
@@ -277,9 +279,9 @@ def _opened(path: str, open_file: OpenFile) -> Iterator[pq.ParquetFile]:
         if source.size < 12 or source.read(source.size - 4, 4) not in (b"PAR1", b"PARE"):
             raise CorruptFileError(f"{path} is no Parquet file, or truncated; log it again")
         if source.read(source.size - 4, 4) == b"PARE":
-            raise NotAModelError(f"{path} is encrypted, and cannot be read")
+            raise UnsupportedModelError(f"{path} is encrypted, and cannot be read")
         if (footer := int.from_bytes(source.read(source.size - 8, 4), "little")) > _MAX_FOOTER:
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{path} has a footer of {footer:,} bytes, more than {_MAX_FOOTER:,}: larger row groups make it smaller"
             )
         try:
@@ -317,7 +319,7 @@ def _counts(path: str, file: pq.ParquetFile) -> tuple[int, ...]:
 def _bounded(path: str, files: list[tuple[str, tuple[int, ...]]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Returns the files; raises if a job would have more row groups than it can pass on."""
     if (groups := sum(len(counts) for _, counts in files)) > _MAX_GROUPS:
-        raise NotAModelError(f"{path} has {groups:,} row groups, more than {_MAX_GROUPS:,}; write larger ones")
+        raise UnsupportedModelError(f"{path} has {groups:,} row groups, more than {_MAX_GROUPS:,}; write larger ones")
     return tuple(files)
 
 
@@ -332,7 +334,7 @@ def _columns(
         fitting = [name for name in there if name in wanted]
         if len(fitting) != 1:
             shown_names = ", ".join(repr(name[:100]) for name in there[:_MAX_NAMED]) or "none"
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{path} has {len(fitting)} columns named {' or '.join(wanted)}; its columns are {shown_names}: name "
                 f"them with {flag} {tower}=PATH#ID,{metavar}"
             )
@@ -345,7 +347,7 @@ def _index(path: str, file: pq.ParquetFile, column: str) -> int:
     there = [position for position, name in enumerate(file.schema_arrow.names) if name == column]
     if len(there) != 1:
         names = ", ".join(repr(name[:100]) for name in file.schema_arrow.names[:_MAX_NAMED])
-        raise NotAModelError(f"{path} has {len(there)} columns {column!r}; its columns are {names}")
+        raise UnsupportedModelError(f"{path} has {len(there)} columns {column!r}; its columns are {names}")
     return there[0]
 
 
@@ -353,7 +355,7 @@ def _require_id_column(path: str, file: pq.ParquetFile, column: str) -> None:
     kind = file.schema_arrow.field(_index(path, file, column)).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain not in _TEXTS and not pa.types.is_integer(plain):
-        raise NotAModelError(f"{path}: column {column!r} has type {kind}, and an id is a string or an integer")
+        raise UnsupportedModelError(f"{path}: column {column!r} has type {kind}, and an id is a string or an integer")
 
 
 def _vector_type(path: str, file: pq.ParquetFile, column: str) -> str:
@@ -361,7 +363,7 @@ def _vector_type(path: str, file: pq.ParquetFile, column: str) -> str:
     kind = file.schema_arrow.field(_index(path, file, column)).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or kind.value_type not in _TYPES:
-        raise NotAModelError(f"{path}: column {column!r} has type {kind}, and a vector is a list of floats")
+        raise UnsupportedModelError(f"{path}: column {column!r} has type {kind}, and a vector is a list of floats")
     return _TYPES[kind.value_type]
 
 

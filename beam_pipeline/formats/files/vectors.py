@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from beam_pipeline.errors import BadIdError, NotAModelError
+from beam_pipeline.errors import BadIdError, UnsupportedModelError
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats.files import arrays, parquet
 from beam_pipeline.formats.files.parquet import ListFolder
@@ -33,24 +33,24 @@ def find_tower(
         outside_ids: the ids are elsewhere.
 
     Raises:
-        NotAModelError: the file is of a kind that is not read, or has not what is asked for.
+        UnsupportedModelError: the file is of a kind that is not read, or has not what is asked for.
         BadIdError: the ids are missing, or there twice.
         BadVectorError: there are no vectors of one length in it.
         CorruptFileError: it contradicts its format.
     """
     if len(names) > 2 or (outside_ids and len(names) > 1):
-        raise NotAModelError(f"{path}#{','.join(names)}: {'one name' if outside_ids else '#IDS,VECTORS'}")
+        raise UnsupportedModelError(f"{path}#{','.join(names)}: {'one name' if outside_ids else '#IDS,VECTORS'}")
     if path.endswith(arrays.SUFFIXES):
         return _from_arrays(name, path, names, open_file, outside_ids=outside_ids)
     if not parquet.is_parquet(path):
-        raise NotAModelError(
+        raise UnsupportedModelError(
             f"{path} is of a kind that is not read; vectors are in .parquet files (or a folder of them), .npy, .npz or "
             ".safetensors"
         )
     if outside_ids:
         raise BadIdError(f"tower {name!r}: {path} has a column of ids; leave out --ids {name}=…")
     if len(names) == 1:
-        raise NotAModelError(f"{path}#{names[0]}: the columns of ids and of vectors, #ID,VECTORS")
+        raise UnsupportedModelError(f"{path}#{names[0]}: the columns of ids and of vectors, #ID,VECTORS")
     columns = (names[0], names[1]) if names else None
     table = parquet.find_vectors(path, name, columns, open_file, list_folder)
     return table, Vocabulary(table.files[0][0], Span(0, 0), Encoding.PARQUET, 0, table.rows, table=table)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, BinaryIO, cast
 
-from beam_pipeline.errors import ConfigError, CorruptFileError, NotAModelError, PipelineError
+from beam_pipeline.errors import ConfigError, CorruptFileError, NotAModelError, PipelineError, UnsupportedModelError
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats.protobuf import Span
 
@@ -93,7 +93,8 @@ def read_directory(
         remedy: how a zip is made that is not compressed.
 
     Raises:
-        NotAModelError: it is no zip, or a member that is needed is compressed.
+        NotAModelError: it is no zip.
+        UnsupportedModelError: a member that is needed is compressed.
         CorruptFileError: a member is not where the directory says.
     """
     window = _Window(file, Span(0, file.size), _MAX_DIRECTORY, "directory")
@@ -110,7 +111,7 @@ def read_directory(
         if not is_wanted(name):
             continue
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{file.path}: {name} is compressed or encrypted, so it cannot be read in parts; {remedy}"
             )
         # The local header (APPNOTE.TXT, 4.3.7) has an extra field of its own, of another length than the directory's.
@@ -239,5 +240,7 @@ class Weights:
             raise CorruptFileError(f"{where} is in config.json, but {WEIGHTS} has no {path}; was the model built?")
         offset, shape, dtype = self._datasets[path]
         if offset is None:
-            raise NotAModelError(f"{where} is stored in chunks or compressed, which Keras does not do; save it again")
+            raise UnsupportedModelError(
+                f"{where} is stored in chunks or compressed, which Keras does not do; save it again"
+            )
         return offset, shape, dtype

@@ -27,6 +27,7 @@ from beam_pipeline.errors import (
     CorruptFileError,
     NotAModelError,
     TowerMissingError,
+    UnsupportedModelError,
 )
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats import encodings
@@ -119,7 +120,8 @@ class KerasFile:
                 by its name can only be the tower that is left.
 
         Raises:
-            NotAModelError: it is no `.keras` file, or packed in another way.
+            NotAModelError: it is no `.keras` file.
+            UnsupportedModelError: it is packed in another way.
             CorruptFileError: it contradicts its format.
         """
         self.path = path
@@ -162,7 +164,7 @@ class KerasFile:
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
-            NotAModelError: it holds them in a form that cannot be read.
+            UnsupportedModelError: it holds them in a form that cannot be read.
             CorruptFileError: the file contradicts itself.
         """
         _, lookup, embedding = self._parts_of_tower(name, layer)
@@ -173,7 +175,7 @@ class KerasFile:
 
         Raises:
             TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
-            NotAModelError, CorruptFileError: as `tower`.
+            UnsupportedModelError, CorruptFileError: as `tower`.
         """
         return self._matrix(self._without_lookup(name, layer)[1])
 
@@ -196,7 +198,7 @@ class KerasFile:
         """Returns the lookups that feed an embedding, as far as the file says."""
         try:
             return self._feeding(layer, found, embedding)
-        except NotAModelError:
+        except UnsupportedModelError:
             return []
 
     def embeddings_without_ids(self) -> list[str]:
@@ -222,7 +224,7 @@ class KerasFile:
         found = self._find(layer)
         lookups, embeddings = self._parts(found) if found else ([], [])
         if found and not lookups and any(self._is_text(each) for each in self._below(found)):
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"tower {name!r}: the lookup of layer {layer!r} in {self.path} looks up the words of a text: they are "
                 f"not ids; layers that are towers: {', '.join(self.tower_layers()) or 'none'}; choose with "
                 f"--tower {name}=LAYER"
@@ -369,7 +371,7 @@ class KerasFile:
                     else:
                         at, searched = at + len(text) - before, max(searched, len(text) - _LONGEST_LIST_HEAD)
                     if len(text) > _MAX_CONFIG:
-                        raise NotAModelError(
+                        raise UnsupportedModelError(
                             f"{self.path}: config.json has more than {_MAX_CONFIG:,} bytes besides the vocabularies of "
                             "its lookups; give the model its ids as files or through lookups, not as arguments"
                         )
@@ -381,7 +383,7 @@ class KerasFile:
                     at, width = at + (len(part) if end is None else end), 2 * width
                     if end is not None:
                         if len(lists) == _MAX_LISTS:
-                            raise NotAModelError(
+                            raise UnsupportedModelError(
                                 f"{self.path}: config.json has more than {_MAX_LISTS:,} vocabularies; split the model"
                             )
                         lists.append(Span(start, offset + at) if plain else None)
@@ -574,7 +576,7 @@ class KerasFile:
             if child.kind == _EMBEDDING:
                 try:
                     lookups = self._feeding(".".join(own), child, child)
-                except NotAModelError:
+                except UnsupportedModelError:
                     lookups = []
             if len(lookups) == len(embeddings) == 1:
                 yield own
@@ -585,9 +587,9 @@ class KerasFile:
         """Returns the lookups that feed an embedding of a Functional or Sequential model."""
         where = f"{self.path}: embedding {layer!r}"
         if not _is_graph(self._root) and found.path != embedding.path:
-            raise NotAModelError(f"{where}: the ids of a lookup beside it are not in the file: {_KEEP_IDS}")
+            raise UnsupportedModelError(f"{where}: the ids of a lookup beside it are not in the file: {_KEEP_IDS}")
         if not _is_graph(self._root):
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{where}: a subclassed Keras model does not say which lookup feeds it; put the two into one layer "
                 "(keras.Sequential([lookup, embedding])), name that, and log the model again; if it has none, name its "
                 "ids with --ids TOWER=PATH"
@@ -607,14 +609,16 @@ class KerasFile:
                     continue
                 seen.add(source)
                 if len(seen) > _MAX_FEEDING:
-                    raise NotAModelError(f"{where} is fed by more than {_MAX_FEEDING} layers before there is a lookup")
+                    raise UnsupportedModelError(
+                        f"{where} is fed by more than {_MAX_FEEDING} layers before there is a lookup"
+                    )
                 feeding = self._child(parent, source) or _Layer("")
                 if feeding.kind in _LOOKUPS:
                     lookups[feeding.path] = feeding
                 elif feeding.kind in _SHAPING:
                     queue.append(feeding)
                 else:
-                    raise NotAModelError(
+                    raise UnsupportedModelError(
                         f"{where} is fed by {feeding.kind or 'something'} {source!r}, not by a lookup: its rows have "
                         "no ids in the file; name them with --ids TOWER=PATH (text, JSON, .npy, CSV or Parquet), or "
                         "--ids TOWER=rows if the ids are the numbers of the rows"
@@ -638,12 +642,12 @@ class KerasFile:
         dtype = embedding.settings.get("dtype")
         policy = str(dtype.get("class_name", "")) if isinstance(dtype, dict) else ""
         if "Quantized" in policy or self._weights.count(embedding.path) > 1:
-            raise NotAModelError(f"{where} is quantized; save the model before quantize()")
+            raise UnsupportedModelError(f"{where} is quantized; save the model before quantize()")
         offset, shape, stored = self._weights.dataset(f"{embedding.path}/vars/0", where)
         if stored not in _DTYPES:
-            raise NotAModelError(f"{where} has values of type {stored}, not one of the float types")
+            raise UnsupportedModelError(f"{where} has values of type {stored}, not one of the float types")
         if len(shape) != 2 or not all(shape):
-            raise NotAModelError(f"{where} has shape {list(shape)}, not [rows, dimension]")
+            raise UnsupportedModelError(f"{where} has shape {list(shape)}, not [rows, dimension]")
         member = self._members[WEIGHTS]
         checksum = Checksum("crc32", member.crc, member.span)
         matrix = Matrix(self.path, member.span.start + offset, *shape, _DTYPES[stored], checksum)
@@ -663,7 +667,7 @@ class KerasFile:
         where = f"{self.path}: lookup {lookup.path!r}"
         asset, given = self._asset(lookup), lookup.settings.get("vocabulary")
         if lookup.settings.get("invert") or lookup.settings.get("output_mode", "int") != "int":
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{where} does not turn ids into row numbers (invert, or output_mode other than 'int')"
             )
         if asset and given is None:
@@ -672,17 +676,21 @@ class KerasFile:
         elif type(given) is int and 0 <= given < len(self._lists):
             span = self._lists[given]
             if span is None:
-                raise NotAModelError(f"{where} has ids of bytes, which Keras itself cannot load; make them strings")
+                raise UnsupportedModelError(
+                    f"{where} has ids of bytes, which Keras itself cannot load; make them strings"
+                )
             vocabulary = Vocabulary(self.path, span, Encoding.JSON, 0)
         elif isinstance(given, str):
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"{where} was given the file {given!r}, which Keras < 3.12 does not store; use set_vocabulary(file) or "
                 "another Keras, and log the model again"
             )
         elif lookup.config:
-            raise NotAModelError(f"{where} has no ids: it was given none before the model was saved")
+            raise UnsupportedModelError(f"{where} has no ids: it was given none before the model was saved")
         else:
-            raise NotAModelError(f"{self.path}: the ids of lookup {lookup.path!r} are not in the file: {_KEEP_IDS}")
+            raise UnsupportedModelError(
+                f"{self.path}: the ids of lookup {lookup.path!r} are not in the file: {_KEEP_IDS}"
+            )
         special, names = self._special_rows(lookup, vocabulary, where)
         size = lookup.settings.get("vocabulary_size")
         size = size if type(size) is int and abs(size) < 1 << 62 else None
@@ -714,7 +722,7 @@ class KerasFile:
             tokens = head[: head[:2].index(oov)] if oov in head[:2] else []
             buckets = next((i for i, token in enumerate(head[len(tokens) :]) if token != oov), len(head) - len(tokens))
             if not buckets:
-                raise NotAModelError(
+                raise UnsupportedModelError(
                     f"{where} does not say which rows stand for unknown ids (no {oov} in its first two lines); have "
                     " get_config return the layer (keras.saving.serialize_keras_object) and log the model again"
                 )

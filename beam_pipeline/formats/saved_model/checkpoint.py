@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import google_crc32c
 
 from beam_pipeline import checksums
-from beam_pipeline.errors import ChecksumError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats import protobuf
 from beam_pipeline.formats.protobuf import Span
@@ -104,7 +104,7 @@ def read_bundle(prefix: str, open_file: OpenFile) -> Bundle:
     Raises:
         ArtifactMissingError: there is no index.
         CorruptFileError: it is not a table, or a block does not match its checksum.
-        NotAModelError: it is a valid table in a variant that TensorFlow does not write on common machines.
+        UnsupportedModelError: it is a valid table in a variant that TensorFlow does not write on common machines.
     """
     path = f"{prefix}.index"
     with open_file(path) as file:
@@ -167,7 +167,7 @@ def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
     if google_crc32c.value(raw[: size + 1]) != stored:
         raise ChecksumError(f"{file.path} does not match its checksum at byte {start:,}; log the model again")
     if raw[size] != 0:
-        raise NotAModelError(
+        raise UnsupportedModelError(
             f"{file.path} has compressed blocks, which TensorFlow does not write; save the model again"
         )
     data = raw[:size]
@@ -197,7 +197,7 @@ def _shards(message: ByteFile) -> int:
         number: value for number, value in protobuf.scan(message, Span(0, message.size)) if isinstance(value, int)
     }
     if header.get(2, 0) != 0:
-        raise NotAModelError(f"{message.path} was written on a big-endian machine, which is not supported")
+        raise UnsupportedModelError(f"{message.path} was written on a big-endian machine, which is not supported")
     return header.get(1, 1)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from beam_pipeline.errors import NotAModelError
+from beam_pipeline.errors import UnsupportedModelError
 from beam_pipeline.formats.saved_model.functions import FunctionLibrary
 from beam_pipeline.formats.tails import Function, Steps
 
@@ -97,7 +97,9 @@ def find(
                     gather.scopes.append(scope)
                 steps.take(len(gather.scopes))
             if len(found) > _MAX_PAIRS:
-                raise NotAModelError(f"{path}: more than {_MAX_PAIRS:,} embeddings are fed by lookups; split the model")
+                raise UnsupportedModelError(
+                    f"{path}: more than {_MAX_PAIRS:,} embeddings are fed by lookups; split the model"
+                )
     return [*found.values(), *(Gather(*pair, fed=False) for pair in sorted(apart - found.keys()))]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import google_crc32c
 import numpy as np
 
-from beam_pipeline.errors import ArtifactMissingError, ChecksumError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import ArtifactMissingError, ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, join
 from beam_pipeline.formats import protobuf
 from beam_pipeline.formats.model import Checksum, Encoding, Vocabulary, special_names
@@ -30,7 +30,7 @@ def vocabulary(graph: ObjectGraph, table: int) -> Vocabulary:
     """Returns the ids that a lookup table maps to rows.
 
     Raises:
-        NotAModelError: they are not in the artifact, or in a form that cannot be read.
+        UnsupportedModelError: they are not in the artifact, or in a form that cannot be read.
         CorruptFileError: the files contradict each other.
     """
     path = graph.path(table)
@@ -40,7 +40,7 @@ def vocabulary(graph: ObjectGraph, table: int) -> Vocabulary:
     where = f"{graph.file.path}: lookup {'.'.join(path)!r}"
     function = graph.function(graph.nodes[table].children.get("_initialize"))
     if function is None:
-        raise NotAModelError(f"{where} has no initializer: its ids are not in the artifact")
+        raise UnsupportedModelError(f"{where} has no initializer: its ids are not in the artifact")
     captured = graph.captured(function)
     op, inputs, attributes = _initializer(graph, function, where)
     # The function's arguments are what it captured, in the order of `bound_inputs`.
@@ -66,7 +66,9 @@ def _initializer(graph: ObjectGraph, function: str, where: str) -> tuple[str, li
                 if len(inputs) < (2 if op == _FILE_OP else 3) or any(i not in arguments for i in inputs):
                     raise CorruptFileError(f"{where}: its initializer has other inputs than its arguments")
                 return op, [arguments[name] for name in inputs], _integer_attributes(graph, node)
-    raise NotAModelError(f"{where} is initialized in a way that is not known: neither from a list nor from a file")
+    raise UnsupportedModelError(
+        f"{where} is initialized in a way that is not known: neither from a list nor from a file"
+    )
 
 
 def _integer_attributes(graph: ObjectGraph, node: Span) -> dict[str, int]:
@@ -89,7 +91,7 @@ def _key_type(graph: ObjectGraph, table: int, where: str) -> int:
         key_type = _integer_attributes(graph, node).get("key_dtype")
         if key_type is not None:
             return key_type
-    raise NotAModelError(f"{where}: the type of its ids is not in the artifact")
+    raise UnsupportedModelError(f"{where}: the type of its ids is not in the artifact")
 
 
 def _checkpoint_vocabulary(graph: ObjectGraph, key: str) -> Vocabulary:
@@ -99,11 +101,11 @@ def _checkpoint_vocabulary(graph: ObjectGraph, key: str) -> Vocabulary:
     if keys is None or values is None:
         raise CorruptFileError(f"{where} has ids but no rows; log the model again")
     if keys.sliced or values.sliced:
-        raise NotAModelError(f"{where} is saved in slices, which is not supported")
+        raise UnsupportedModelError(f"{where} is saved in slices, which is not supported")
     if keys.dtype not in (_DT_STRING, _DT_INT64) or values.dtype != _DT_INT64:
-        raise NotAModelError(f"{where} {_other_types(keys.dtype, values.dtype)}")
+        raise UnsupportedModelError(f"{where} {_other_types(keys.dtype, values.dtype)}")
     if len(keys.shape) != 1:  # A dense hash table keeps its empty buckets, and not what an empty one looks like.
-        raise NotAModelError(
+        raise UnsupportedModelError(
             f"{where} has ids of shape {list(keys.shape)}, not a list: a DenseHashTable is not supported, "
             "save the model with a MutableHashTable or a StaticHashTable"
         )
@@ -135,10 +137,10 @@ def _file_vocabulary(
     if attributes.get("key_index", _WHOLE_LINE) != _WHOLE_LINE or (
         attributes.get("value_index", _LINE_NUMBER) != _LINE_NUMBER
     ):
-        raise NotAModelError(f"{where} reads columns of its file; only one id per line, in order, is supported")
+        raise UnsupportedModelError(f"{where} reads columns of its file; only one id per line, in order, is supported")
     encodings = {_DT_STRING: Encoding.LINES, _DT_INT64: Encoding.INTEGER_LINES}
     if key_type not in encodings:
-        raise NotAModelError(f"{where} {_other_types(key_type, _DT_INT64)}")
+        raise UnsupportedModelError(f"{where} {_other_types(key_type, _DT_INT64)}")
     first_row = attributes.get("offset", 0)
     if {"", ".", ".."} & {*name.split("/")}:
         raise CorruptFileError(f"{where}: its vocabulary file {name!r} is none of the model; log the model again")
@@ -153,7 +155,7 @@ def _constant_vocabulary(graph: ObjectGraph, keys: int, values: int, where: str)
     ids, count, ids_type = graph.constant(keys, where)
     rows, row_count, rows_type = graph.constant(values, where)
     if ids_type not in (_DT_STRING, _DT_INT64) or rows_type != _DT_INT64:
-        raise NotAModelError(f"{where} {_other_types(ids_type, rows_type)}")
+        raise UnsupportedModelError(f"{where} {_other_types(ids_type, rows_type)}")
     if count != row_count:
         raise CorruptFileError(f"{where} has {count:,} ids and {row_count:,} rows; log the model again")
     content = next(protobuf.spans(graph.file, rows, 4), None)
@@ -165,7 +167,7 @@ def _constant_vocabulary(graph: ObjectGraph, keys: int, values: int, where: str)
     else:  # A list of one is written as a number instead.
         numbers = protobuf.integers(graph.file, rows, 10)
         if count > 1 or len(numbers) != count:
-            raise NotAModelError(f"{where}: its rows are not stored as a plain array")
+            raise UnsupportedModelError(f"{where}: its rows are not stored as a plain array")
         first_row = numbers[0] if numbers else 0
         if first_row >= 1 << 62:
             raise CorruptFileError(f"{where}: its first id has row {first_row}")
@@ -180,7 +182,7 @@ def _constant_ids(graph: ObjectGraph, tensor: Span, dtype: int, count: int, wher
     if dtype == _DT_STRING:
         first = protobuf.position(graph.file, tensor, 8)
         if first is None:
-            raise NotAModelError(f"{where}: its ids are not stored as a list of strings")
+            raise UnsupportedModelError(f"{where}: its ids are not stored as a list of strings")
         return Encoding.PROTOBUF, Span(first, tensor.end)
     content = next(protobuf.spans(graph.file, tensor, 4), None)
     if content is not None:
@@ -189,7 +191,7 @@ def _constant_ids(graph: ObjectGraph, tensor: Span, dtype: int, count: int, wher
         return Encoding.INT64, content
     packed = list(protobuf.spans(graph.file, tensor, 10))
     if len(packed) != 1:
-        raise NotAModelError(f"{where}: its ids are not stored as a plain array")
+        raise UnsupportedModelError(f"{where}: its ids are not stored as a plain array")
     return Encoding.VARINTS, packed[0]
 
 
@@ -204,7 +206,7 @@ def special_tokens(graph: ObjectGraph, table: int, vocabulary: Vocabulary) -> tu
     try:
         file = graph.open_file(join(graph.folder, "keras_metadata.pb"))
     except ArtifactMissingError as error:
-        raise NotAModelError(
+        raise UnsupportedModelError(
             f"{graph.folder} has no keras_metadata.pb, which alone names the rows before the ids of "
             f"{'.'.join(path)!r}: it was not saved by Keras 2's model.save; leave out --include_oov"
         ) from error
@@ -222,7 +224,7 @@ def special_tokens(graph: ObjectGraph, table: int, vocabulary: Vocabulary) -> tu
             tokens = special_names(f"{file.path}: lookup {'.'.join(path)!r}", mask, oov, buckets)
             if len(tokens) == vocabulary.first_row:
                 return tuple(tokens)
-    raise NotAModelError(
+    raise UnsupportedModelError(
         f"{graph.folder}: the {vocabulary.first_row} rows before the ids of {'.'.join(path)!r} have no names in "
         "keras_metadata.pb; leave out --include_oov"
     )

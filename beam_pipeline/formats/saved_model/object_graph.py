@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile, join
 from beam_pipeline.formats import protobuf
 from beam_pipeline.formats.protobuf import Span
@@ -83,7 +83,9 @@ class ObjectGraph:
             self._count()
             self._assets += [protobuf.text(self.file, name) for name in protobuf.spans(self.file, asset, 2)]
         if 7 not in parts or 2 not in parts:
-            raise NotAModelError(f"{self.file.path} holds no objects: saved by TensorFlow 1? save it with tf-keras")
+            raise UnsupportedModelError(
+                f"{self.file.path} holds no objects: saved by TensorFlow 1? save it with tf-keras"
+            )
         self.nodes: list[Node] = []
         self.functions: dict[str, Span] = {}
         self._tensors: dict[str, Span] | None = None
@@ -223,7 +225,7 @@ class ObjectGraph:
             elif number > 2:  # Shape and type come first; what follows may be a hundred million strings.
                 break
         if len(sizes) != 1:
-            raise NotAModelError(f"{where}: constant {operation!r} has shape {sizes}, not a list")
+            raise UnsupportedModelError(f"{where}: constant {operation!r} has shape {sizes}, not a list")
         return tensor, sizes[0], dtype
 
     def string(self, message: Span, number: int) -> str:

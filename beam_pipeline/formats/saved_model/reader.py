@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from beam_pipeline.errors import CorruptFileError, NotAModelError, TowerMissingError
+from beam_pipeline.errors import CorruptFileError, TowerMissingError, UnsupportedModelError
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats.model import Checksum, Ending, Matrix, Tail, Tower
 from beam_pipeline.formats.protobuf import Span
@@ -64,7 +64,7 @@ class SavedModel:
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
-            NotAModelError: it holds them in a form that cannot be read.
+            UnsupportedModelError: it holds them in a form that cannot be read.
             CorruptFileError: the files contradict each other.
         """
         table, variable = self._table_and_variable(name, layer)
@@ -82,7 +82,7 @@ class SavedModel:
 
         Raises:
             TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
-            NotAModelError, CorruptFileError: as `tower`.
+            UnsupportedModelError, CorruptFileError: as `tower`.
         """
         return self._matrix(self._without_lookup(name, layer))
 
@@ -281,7 +281,7 @@ class SavedModel:
 
     def _require_ids(self, name: str, layer: str, table: int) -> None:
         if table in self._read_once().words:
-            raise NotAModelError(
+            raise UnsupportedModelError(
                 f"tower {name!r}: the lookup of layer {layer!r} in {self._graph.folder} looks up the words of a text: "
                 f"they are not ids; {self._choose(name)}"
             )
@@ -396,11 +396,11 @@ class SavedModel:
         if entry is None:
             raise CorruptFileError(f"{where} has no entry in the checkpoint; log the model again")
         if entry.sliced:
-            raise NotAModelError(f"{where} is saved in slices (a partitioned variable), which is not supported")
+            raise UnsupportedModelError(f"{where} is saved in slices (a partitioned variable), which is not supported")
         if entry.dtype not in checkpoint.DTYPES:
-            raise NotAModelError(f"{where} has TensorFlow type {entry.dtype}, not one of the float types")
+            raise UnsupportedModelError(f"{where} has TensorFlow type {entry.dtype}, not one of the float types")
         if len(entry.shape) != 2 or not all(entry.shape):
-            raise NotAModelError(f"{where} has shape {list(entry.shape)}, not [rows, dimension]")
+            raise UnsupportedModelError(f"{where} has shape {list(entry.shape)}, not [rows, dimension]")
         matrix = Matrix(
             path=bundle.data_path(entry),
             offset=entry.offset,

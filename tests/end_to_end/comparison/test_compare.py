@@ -12,10 +12,11 @@ from google.cloud import bigquery, storage
 from history import RESULT_TABLES
 from worlds import rotation, towers, turned
 
-from beam_pipeline.comparison import command, measures, measuring, publishing, tables
+from beam_pipeline.comparison import measures, measuring, publishing, tables
 from beam_pipeline.comparison.pipeline import _StepFn
 from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.comparison.work import Comparison
+from beam_pipeline.launch import execution
 
 
 def noisy(seed=1, noise=0.3, **sizes):
@@ -539,13 +540,13 @@ def test_in_several_processes(two):
 
 def test_a_run_that_is_replaced_meanwhile(two, monkeypatch, capsys):
     """The tables no longer hold what the job was launched for."""
-    run_here = command._run_here
+    run = execution.run
 
-    def replaced(*arguments):
+    def replaced(*arguments, **options):
         two.query("DELETE FROM {d}.two_tower_item_embedding WHERE train_date = '2026-03-08' AND item_id < 'item-00050'")
-        run_here(*arguments)
+        return run(*arguments, **options)
 
-    monkeypatch.setattr(command, "_run_here", replaced)
+    monkeypatch.setattr(execution, "run", replaced)
     before = two.tables()
     assert two.compare() == 1
     error = capsys.readouterr().err.splitlines()[-1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_format import field, varint
 
-from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, NotAModelError, PipelineError
+from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, PipelineError, UnsupportedModelError
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats.saved_model import checkpoint
 from beam_pipeline.formats.saved_model.checkpoint import Entry
@@ -138,7 +138,7 @@ def test_a_cut_index_is_refused(length):
 
 def test_variants_that_are_not_supported():
     big_endian = table([(b"", field(1, 1) + field(2, 1))], 1)
-    with pytest.raises(NotAModelError, match="big-endian"):
+    with pytest.raises(UnsupportedModelError, match="big-endian"):
         checkpoint.read_bundle("bundle", files(index=big_endian))
     with pytest.raises(CorruptFileError, match="has no header"):
         checkpoint.read_bundle("bundle", files(index=table([(b"v", b"")], 1)))

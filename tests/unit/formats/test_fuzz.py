@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError, PipelineError
+from beam_pipeline.errors import BadIdError, CorruptFileError, PipelineError, UnsupportedModelError
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats import encodings, protobuf
 from beam_pipeline.formats.keras import container, reader
@@ -135,7 +135,7 @@ def test_any_bytes_as_ids(encoding, data, piece_rows, padding, count):
 def test_any_bytes_as_the_ids_of_a_piece(encoding, data, count):
     try:
         assert len(encodings.decode(encoding, data, count)) == count
-    except (CorruptFileError, NotAModelError, BadIdError) as error:
+    except (CorruptFileError, UnsupportedModelError, BadIdError) as error:
         assert str(error).isprintable()  # noqa: PT017 - nearly all of it
 
 

@@ -21,6 +21,7 @@ from beam_pipeline.errors import (
     NotAModelError,
     PipelineError,
     TowerMissingError,
+    UnsupportedModelError,
 )
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import encodings, open_artifact
@@ -166,7 +167,7 @@ def test_an_attribute_whose_name_is_not_in_the_file_is_the_tower_that_is_left(ke
 def test_a_list_that_was_not_stored(keras_files, name, tower):
     file = KerasFile(path_of(keras_files(name)), open_file, ["user_layer", "item_layer"])
     with pytest.raises(
-        NotAModelError,
+        UnsupportedModelError,
         match=r"the ids of lookup '.*string_lookup' are not in the file: a subclassed Keras model does not store a "
         r"vocabulary given as a list; give it as a file .*, learn it with adapt\(\), or have get_config return the layer",
     ):
@@ -174,12 +175,12 @@ def test_a_list_that_was_not_stored(keras_files, name, tower):
 
 
 def test_an_embedding_of_a_subclassed_model(keras_files):
-    with pytest.raises(NotAModelError, match="does not say which lookup feeds it; put the two into one layer"):
+    with pytest.raises(UnsupportedModelError, match="does not say which lookup feeds it; put the two into one layer"):
         KerasFile(path_of(keras_files("own")), open_file).tower("item", "item_layer.table")
 
 
 def test_a_quantized_embedding(keras_files):
-    with pytest.raises(NotAModelError, match=r"is quantized; save the model before quantize\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"is quantized; save the model before quantize\(\)"):
         KerasFile(path_of(keras_files("quantized")), open_file).tower("user", "table")
 
 
@@ -216,7 +217,7 @@ def test_an_hdf5_file_in_place_of_a_model(tmp_path, place):
     (tmp_path / place).write_bytes(b"\x89HDF")
     named = tmp_path / place if place.startswith("my") else tmp_path
     with pytest.raises(
-        NotAModelError, match=rf"/{place} is an HDF5 file, .*as \.keras .* or as a SavedModel .*log it again"
+        UnsupportedModelError, match=rf"/{place} is an HDF5 file, .*as \.keras .* or as a SavedModel .*log it again"
     ):
         open_artifact(str(named), open_file)
 
@@ -258,7 +259,7 @@ def test_a_file_that_was_zipped_again_is_the_same(keras_files, tmp_path, name):
 
 def test_compressed_members(keras_files, tmp_path):
     path = rezipped(keras_files("sequential"), tmp_path / "x.keras", compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(NotAModelError, match="is compressed or encrypted"):
+    with pytest.raises(UnsupportedModelError, match="is compressed or encrypted"):
         KerasFile(path, open_file)
 
 
@@ -285,7 +286,7 @@ def test_a_missing_vocabulary(keras_files, tmp_path):
         return {name: data for name, data in members.items() if "vocabulary.txt" not in name}
 
     path = rezipped(keras_files("adapted"), tmp_path / "x.keras", without)
-    with pytest.raises(NotAModelError, match="has no ids: it was given none"):
+    with pytest.raises(UnsupportedModelError, match="has no ids: it was given none"):
         KerasFile(path, open_file).tower("user", "user_embedding")
 
 
@@ -363,7 +364,7 @@ def test_an_embedding_behind_something_else(keras_files, tmp_path):
         entry_of(layers, "StringLookup")["class_name"] = "Hashing"
 
     path = rezipped(keras_files("functional"), tmp_path / "x.keras", with_config(change))
-    with pytest.raises(NotAModelError, match="is fed by Hashing 'user_lookup', not by a lookup"):
+    with pytest.raises(UnsupportedModelError, match="is fed by Hashing 'user_lookup', not by a lookup"):
         KerasFile(path, open_file).tower("user", "user_embedding")
 
 
@@ -384,7 +385,7 @@ def test_a_config_that_is_too_large(keras_files, tmp_path, monkeypatch):
         layers[0]["users"] = ["u" * 5000]
 
     path = rezipped(keras_files("sequential"), tmp_path / "x.keras", with_config(change))
-    with pytest.raises(NotAModelError, match="more than 5,000 bytes besides the vocabularies"):
+    with pytest.raises(UnsupportedModelError, match="more than 5,000 bytes besides the vocabularies"):
         KerasFile(path, open_file)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from models import SUPPORT, made_by
 
-from beam_pipeline.errors import NotAModelError, TowerMissingError
+from beam_pipeline.errors import TowerMissingError, UnsupportedModelError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.formats.model import Ending
@@ -102,7 +102,7 @@ def test_layers_that_are_no_towers(folder, name):
     layer, reason = REFUSED[name]
     artifact, _ = opened(folder / name)
     assert layer not in artifact.tower_layers()
-    with pytest.raises((TowerMissingError, NotAModelError), match=reason):
+    with pytest.raises((TowerMissingError, UnsupportedModelError), match=reason):
         _ = artifact.tower("x", layer), artifact.tails({"x": layer})
 
 

@@ -20,8 +20,9 @@ from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.launch import preflight
-from beam_pipeline.launch.preflight import Findings, location_fits
+from beam_pipeline.launch import bucket, permissions, preflight
+from beam_pipeline.launch.bucket import location_fits
+from beam_pipeline.launch.findings import Findings
 from beam_pipeline.training import Run, Training, by_name
 
 TOWERS = tuple(described(name, rows=1_000_000, dimension=64, ids_bytes=10_000_000) for name in ("user", "item"))
@@ -106,8 +107,8 @@ class Cloud:
     def __init__(self):
         self.granted = {
             "project": {"bigquery.jobs.create", "dataflow.jobs.create"},
-            "bucket": {*preflight._BUCKET_PERMISSIONS},
-            "table": {*preflight._TABLE_PERMISSIONS},
+            "bucket": {*permissions.BUCKET_PERMISSIONS},
+            "table": {*permissions.TABLE_PERMISSIONS},
         }
         self.location = "EU"
         self.bucket = {}
@@ -188,16 +189,16 @@ def served(cloud):
 
 @pytest.fixture
 def cloud(monkeypatch):
-    """The small cloud, and the clients of preflight.py talking to it."""
+    """The small cloud, and the clients of the launch talking to it."""
     running = Cloud()
     with served(running) as url:
         for name in ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
             monkeypatch.delenv(name, raising=False)
         nobody = AnonymousCredentials()
         monkeypatch.setattr(google.auth, "default", lambda *_, **__: (nobody, "my-project"))
-        monkeypatch.setattr(preflight, "_RESOURCE_MANAGER", url)
+        monkeypatch.setattr(permissions, "_RESOURCE_MANAGER", url)
         monkeypatch.setattr(
-            preflight.storage,
+            bucket.storage,
             "Client",
             lambda project, credentials: StorageClient(project, nobody, client_options={"api_endpoint": url}),
         )
@@ -205,17 +206,17 @@ def cloud(monkeypatch):
         yield running
 
 
-def permissions(cloud, what=WHAT, *, distributed=False, dataflow=False):
+def asked_permissions(cloud, what=WHAT, *, distributed=False, dataflow=False):
     findings = Findings()
-    preflight._examine_permissions(findings, cloud.client, what, distributed, dataflow)
+    permissions.examine(findings, cloud.client, what, distributed=distributed, dataflow=dataflow)
     return [(line.status, line.text) for line in findings.lines]
 
 
 def test_all_permissions(cloud):
     whole = "this account: project my-project, bucket temp, table user, table item, a query (dry run)"
-    assert permissions(cloud) == [("ok", whole)]
+    assert asked_permissions(cloud) == [("ok", whole)]
     elsewhere = whole.replace("this account", "this account, not the workers'")
-    assert permissions(cloud, distributed=True) == [("ok", elsewhere)]
+    assert asked_permissions(cloud, distributed=True) == [("ok", elsewhere)]
 
 
 def test_each_project_is_asked_for_its_own(cloud):
@@ -223,14 +224,14 @@ def test_each_project_is_asked_for_its_own(cloud):
     cloud.billing = "example.com%3Abilling"  # The verb comes after the last colon.
     destination = dataclasses.replace(WHAT.destination, billing_project="example.com:billing")
     what = dataclasses.replace(WHAT, destination=destination)
-    ((status, text),) = permissions(cloud, what, dataflow=True)
+    ((status, text),) = asked_permissions(cloud, what, dataflow=True)
     assert (status, text) == (
         "ok",
         "this account: project example.com:billing, bucket temp, table user, table item, a query (dry run)",
     )
     cloud.granted["project"].clear()
     cloud.granted["table"].discard("bigquery.tables.getData")
-    ((status, text),) = permissions(cloud, what, dataflow=True)
+    ((status, text),) = asked_permissions(cloud, what, dataflow=True)
     assert text.startswith(
         "this account lacks bigquery.jobs.create on project example.com:billing, "
         "dataflow.jobs.create on project example.com:billing, "
@@ -257,7 +258,7 @@ def test_where_jobs_are_billed_is_reported(cloud, billing, lines):
 
 def test_tables_that_are_made_later_are_not_asked(cloud):
     cloud.tables = set()
-    assert permissions(cloud) == [("ok", "this account: project my-project, bucket temp, a query (dry run)")]
+    assert asked_permissions(cloud) == [("ok", "this account: project my-project, bucket temp, a query (dry run)")]
 
 
 @pytest.mark.parametrize(
@@ -270,17 +271,17 @@ def test_tables_that_are_made_later_are_not_asked(cloud):
 )
 def test_a_missing_permission_stops_only_what_runs_here(cloud, kind, permission, where):
     cloud.granted[kind].discard(permission)
-    ((status, text),) = permissions(cloud)
+    ((status, text),) = asked_permissions(cloud)
     assert status == "stop"
     assert text.startswith(f"this account lacks {permission} on {where}")
-    ((status, text),) = permissions(cloud, distributed=True)
+    ((status, text),) = asked_permissions(cloud, distributed=True)
     assert status == "note"
     assert "not the workers', lacks" in text
 
 
 def test_a_query_that_is_refused(cloud):
     cloud.may_query = False
-    ((status, text),) = permissions(cloud)
+    ((status, text),) = asked_permissions(cloud)
     assert status == "stop"
     assert "to run a query" in text
 
@@ -311,9 +312,9 @@ def test_no_vectors_have_no_length(cloud):
     assert lengths(cloud) == []
 
 
-def bucket(cloud, what=WHAT):
+def examined_bucket(cloud, what=WHAT):
     findings = Findings()
-    preflight.examine_bucket(findings, what.bucket, what.destination, what.kms_key)
+    bucket.examine(findings, what.bucket, what.destination, what.kms_key)
     return findings
 
 
@@ -338,7 +339,7 @@ def bucket(cloud, what=WHAT):
 )
 def test_the_bucket(cloud, location, status, text):
     cloud.location = location
-    (line,) = bucket(cloud).lines
+    (line,) = examined_bucket(cloud).lines
     assert (line.status, line.text[: len(text)]) == (status, text)
     assert isinstance(line.error, ConfigError) == (status == "stop")
 
@@ -346,7 +347,7 @@ def test_the_bucket(cloud, location, status, text):
 def test_a_bucket_in_a_multi_region_and_a_dataset_in_one_of_its_regions(cloud):
     what = dataclasses.replace(WHAT, destination=dataclasses.replace(WHAT.destination, location="us-central1"))
     cloud.location = "US"
-    (line,) = bucket(cloud, what).lines
+    (line,) = examined_bucket(cloud, what).lines
     assert (line.status, line.text) == (
         "stop",
         "bucket gs://temp is in US, from where a dataset in us-central1 cannot load; name one in us-central1, or in a "
@@ -356,14 +357,14 @@ def test_a_bucket_in_a_multi_region_and_a_dataset_in_one_of_its_regions(cloud):
         "locationType": "dual-region",
         "customPlacementConfig": {"dataLocations": ["US-CENTRAL1", "US-WEST1"]},
     }
-    (line,) = bucket(cloud, what).lines
+    (line,) = examined_bucket(cloud, what).lines
     assert (line.status, line.text) == ("ok", "gs://temp in US (US-CENTRAL1, US-WEST1)")
 
 
 @pytest.mark.parametrize(("seconds", "noted"), [("604800", "7 days"), ("0", None), ("129600", "1.5 days")])
 def test_a_bucket_that_bills_deleted_files(cloud, seconds, noted):
     cloud.bucket = {"softDeletePolicy": {"retentionDurationSeconds": seconds, "effectiveTime": "2026-01-01T00:00:00Z"}}
-    fine, *more = bucket(cloud).lines
+    fine, *more = examined_bucket(cloud).lines
     assert fine.status == "ok"
     assert [(line.check, line.status, line.text) for line in more] == [
         (
@@ -377,7 +378,7 @@ def test_a_bucket_that_bills_deleted_files(cloud, seconds, noted):
 
 def test_a_bucket_without_a_key_of_its_own_is_told(cloud):
     keyed = dataclasses.replace(WHAT, kms_key="projects/p/locations/eu/keyRings/r/cryptoKeys/k")
-    lines = bucket(cloud, keyed).lines
+    lines = examined_bucket(cloud, keyed).lines
     assert [line.status for line in lines] == ["ok", "note"]
     assert "load files are encrypted with Google's" in lines[1].text
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_format import field, varint
 
-from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats import encodings
 from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary
@@ -92,7 +92,7 @@ def test_integers_and_what_is_no_id_in_a_json_array():
     assert encodings.decode(Encoding.JSON, b"5, -7", 2).to_pylist() == [b"5", b"-7"]
     assert encodings.decode(Encoding.JSON, b'"\\ud800"', 1).to_pylist() == [b"\xed\xa0\x80"]
     for element in (b"true", b"null", b"1.5", b'{"class_name": "__bytes__"}'):
-        with pytest.raises(NotAModelError, match="an id that is neither string nor integer"):
+        with pytest.raises(UnsupportedModelError, match="an id that is neither string nor integer"):
             encodings.decode(Encoding.JSON, element, 1)
     for text in (b'"a" "b"', b'"a', b"]["):
         with pytest.raises(CorruptFileError, match="no list of ids in JSON"):

@@ -6,7 +6,7 @@ import pytest
 from job import MARCH_1
 from mlflow.tracking import MlflowClient
 
-from beam_pipeline.errors import ArtifactMissingError, ConfigError, NotAModelError, RunNotFoundError
+from beam_pipeline.errors import ArtifactMissingError, ConfigError, RunNotFoundError, UnsupportedModelError
 from beam_pipeline.tracking import runs
 from beam_pipeline.tracking.runs import find_latest_run, find_model, find_run
 
@@ -116,7 +116,7 @@ def test_what_is_not_passed_over(experiment):
     with pytest.raises(ArtifactMissingError, match=rf"models:/{model_id} \(two_tower\) is PENDING: its upload was not"):
         experiment.latest()
     experiment.run("weights/model.h5")
-    with pytest.raises(NotAModelError, match=r"/weights/model.h5 is an HDF5 file"):
+    with pytest.raises(UnsupportedModelError, match=r"/weights/model.h5 is an HDF5 file"):
         experiment.latest()
     experiment.run("a/saved_model.pb", "b/saved_model.pb")
     with pytest.raises(ConfigError, match="has 2 models: a, b; choose with --artifact_path"):
@@ -191,7 +191,7 @@ def test_a_deleted_experiment(folder, store, monkeypatch):
 def test_an_hdf5_file(experiment, file, path):
     run = experiment.run(file, "loss.txt")
     with pytest.raises(
-        NotAModelError, match=rf"/{file} is an HDF5 file, .*as \.keras .* or as a SavedModel .*log it again"
+        UnsupportedModelError, match=rf"/{file} is an HDF5 file, .*as \.keras .* or as a SavedModel .*log it again"
     ):
         experiment.find(run, path)
 

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from beam_pipeline.errors import BadVectorError, CorruptFileError, NotAModelError, TruncatedFileError
+from beam_pipeline.errors import (
+    BadVectorError,
+    CorruptFileError,
+    NotAModelError,
+    TruncatedFileError,
+    UnsupportedModelError,
+)
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import encodings
 from beam_pipeline.formats.files import arrays
@@ -67,7 +73,7 @@ def test_npz_with_checksums(tmp_path):
     assert checksum.algorithm == "crc32"
     assert checksum.span.end == found["vectors"].span.end
     assert arrays.choose(found, "", "vectors", "x").name == "vectors"
-    with pytest.raises(NotAModelError, match="has no array 'x', and these: 'vectors'"):
+    with pytest.raises(UnsupportedModelError, match="has no array 'x', and these: 'vectors'"):
         arrays.choose(found, "x", "vectors", "--vectors")
 
 
@@ -84,7 +90,9 @@ def test_safetensors(tmp_path):
     for name in ("item", "user"):
         assert np.array_equal(matrix_of(found[name]), oracle[name])
     assert ids_of(found["ids"]) == ["0", "1", "2", "3", "4"]
-    with pytest.raises(NotAModelError, match=r"2 arrays that may be the vectors.*name one with --vectors item=x#NAME"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"2 arrays that may be the vectors.*name one with --vectors item=x#NAME"
+    ):
         arrays.choose(found, "", "vectors", "--vectors item=x#NAME")
 
 
@@ -122,7 +130,7 @@ def test_the_checksum_of_ids(tmp_path):
 )
 def test_npy_that_is_not_read(tmp_path, values, message):
     np.save(tmp_path / "a.npy", values)
-    with pytest.raises(NotAModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         arrays.read_arrays(str(tmp_path / "a.npy"), open_file)
 
 
@@ -139,14 +147,16 @@ def test_an_array_that_is_no_matrix(tmp_path, values, message):
     (array,) = arrays.read_arrays(str(tmp_path / "a.npy"), open_file).values()
     with pytest.raises(BadVectorError, match=message):
         array.matrix()
-    with pytest.raises(NotAModelError, match="ids are a list"):
+    with pytest.raises(UnsupportedModelError, match="ids are a list"):
         array.vocabulary(0)
 
 
 def test_npz_that_is_not_read(tmp_path):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, vectors=np.zeros((3, 2), "f4"))
-    with pytest.raises(NotAModelError, match=r"vectors.npy is compressed.*use numpy.savez, not savez_compressed"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"vectors.npy is compressed.*use numpy.savez, not savez_compressed"
+    ):
         arrays.read_arrays(str(path), open_file)
     path.write_bytes(b"no zip at all")
     with pytest.raises(NotAModelError, match=r"is no \.npz file"):
@@ -174,7 +184,7 @@ def test_truncated(tmp_path):
         ('{"v":{"dtype":"F32","shape":[2,2]}}', CorruptFileError, "no data_offsets"),
         ('{"v":{"shape":[2,2],"data_offsets":[0,16]}}', CorruptFileError, "no dtype"),
         ('{"v":3}', CorruptFileError, "no dtype"),
-        ('{"v":{"dtype":"I8","shape":[16],"data_offsets":[0,16]}}', NotAModelError, "no tensor of floats"),
+        ('{"v":{"dtype":"I8","shape":[16],"data_offsets":[0,16]}}', UnsupportedModelError, "no tensor of floats"),
         ("[]", CorruptFileError, "no JSON object"),
         ("{]", CorruptFileError, "its header is no JSON"),
         ("", CorruptFileError, "its header has 0 bytes"),

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_pipeline.errors import BadIdError, CorruptFileError, NotAModelError
+from beam_pipeline.errors import BadIdError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import encodings
 from beam_pipeline.formats.files import ids, vectors
@@ -73,7 +73,9 @@ def test_csv(tmp_path):
     path.write_text('\ufeff,row,name,user_id\n0,5,x,a\n1,3,"y, z","b ""c"""\n2,4,,é')
     assert with_rows(path) == [("a", 5), ('b "c"', 3), ("é", 4)]
     path.write_text("sku;n\n")
-    with pytest.raises(NotAModelError, match="0 columns named id or user_id; its first line names 'sku;n': name them"):
+    with pytest.raises(
+        UnsupportedModelError, match="0 columns named id or user_id; its first line names 'sku;n': name them"
+    ):
         vocabulary_of(path)
     path.write_text("sku,n\r\na,1\r\nb,0\r\n")
     assert with_rows(path, names=("sku", "n")) == [("a", 1), ("b", 0)]
@@ -84,7 +86,9 @@ def test_arrays(tmp_path):
     np.savez(tmp_path / "ids.npz", users=np.arange(3), items=np.array(["a", "b"]))
     assert in_order(tmp_path / "classes.npy") == ["u1", "u22", "é"]
     assert in_order(tmp_path / "ids.npz", names=("users",)) == ["0", "1", "2"]
-    with pytest.raises(NotAModelError, match=r"2 arrays that may be the ids.*name one with --ids user=.*ids.npz#NAME"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"2 arrays that may be the ids.*name one with --ids user=.*ids.npz#NAME"
+    ):
         vocabulary_of(tmp_path / "ids.npz")
 
 
@@ -99,14 +103,14 @@ def test_parquet(tmp_path):
     ("name", "content", "error", "message"),
     [
         ("ids.txt", b"", BadIdError, "is empty: no ids"),
-        ("ids.txt", b"\x1f\x8b\x08abc", NotAModelError, r"is compressed \(gzip\)"),
+        ("ids.txt", b"\x1f\x8b\x08abc", UnsupportedModelError, r"is compressed \(gzip\)"),
         ("ids.json", b"[ ]", BadIdError, "is empty: no ids"),
-        ("ids.json", b"3", NotAModelError, "neither a JSON array of ids nor a JSON object"),
-        ("ids.json", b'{"a": 1', NotAModelError, "neither a JSON array"),
+        ("ids.json", b"3", UnsupportedModelError, "neither a JSON array of ids nor a JSON object"),
+        ("ids.json", b'{"a": 1', UnsupportedModelError, "neither a JSON array"),
         ("ids.csv", b"id,row\n", BadIdError, "no lines after its header"),
         ("ids.csv", b"x" * 70_000, CorruptFileError, "its first line has no end"),
         ("ids.csv", b"\xff\xfe\n1", CorruptFileError, "no header of CSV"),
-        ("encoder.pkl", b"", NotAModelError, "is a pickle, which would run code"),
+        ("encoder.pkl", b"", UnsupportedModelError, "is a pickle, which would run code"),
     ],
 )
 def test_files_without_ids(tmp_path, name, content, error, message):

@@ -13,7 +13,7 @@ from beam_pipeline.errors import (
     BadVectorError,
     ChecksumError,
     CorruptFileError,
-    NotAModelError,
+    UnsupportedModelError,
 )
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.files import parquet
@@ -95,11 +95,11 @@ def test_names_of_columns(tmp_path):
     written(path, rows_of(), names=("sku", "emb"))
     assert len(vectors_of(path, ("sku", "emb"))[1]) == 25
     with pytest.raises(
-        NotAModelError,
+        UnsupportedModelError,
         match="0 columns named id or item_id; its columns are 'sku', 'emb': name them with --vectors item=PATH#ID,VECT",
     ):
         vectors_of(path)
-    with pytest.raises(NotAModelError, match="has 0 columns 'x'"):
+    with pytest.raises(UnsupportedModelError, match="has 0 columns 'x'"):
         vectors_of(path, ("sku", "x"))
 
 
@@ -160,7 +160,7 @@ def test_bad_rows_are_named(tmp_path, values, ids, error, message):
 )
 def test_other_types(tmp_path, table, message):
     pq.write_table(pa.table(table), tmp_path / "v.parquet")
-    with pytest.raises(NotAModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         vectors_of(tmp_path / "v.parquet")
 
 
@@ -186,7 +186,7 @@ def test_a_file_that_is_none(tmp_path):
     with pytest.raises(CorruptFileError, match="is no Parquet file, or truncated"):
         vectors_of(path)
     path.write_bytes(b"PAR1" + bytes(8) + b"\xff\xff\xff\x7fPAR1")
-    with pytest.raises(NotAModelError, match="a footer of 2,147,483,647 bytes"):
+    with pytest.raises(UnsupportedModelError, match="a footer of 2,147,483,647 bytes"):
         vectors_of(path)
     path.write_bytes(b"PAR1" + bytes(100) + b"\x50\0\0\0PAR1")
     with pytest.raises(CorruptFileError, match=r"v\.parquet cannot be read as Parquet"):
@@ -214,7 +214,7 @@ def test_ids_with_rows(tmp_path):
     with pytest.raises(BadIdError, match=r"id 'b' .* has NULL instead of a row"):
         list(parquet.read_rows(table, table.groups[0], 100, open_file))
     pq.write_table(pa.table({"id": ["a"], "row": [2.0]}), path)
-    with pytest.raises(NotAModelError, match="column 'row' has type double, and a row is an integer"):
+    with pytest.raises(UnsupportedModelError, match="column 'row' has type double, and a row is an integer"):
         parquet.find_rows(str(path), "user", None, open_file, list_folder)
 
 

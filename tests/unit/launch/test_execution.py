@@ -4,7 +4,7 @@ import pytest
 from apache_beam.options.pipeline_options import SetupOptions
 
 from beam_pipeline.errors import BadIdError, ConfigError, PipelineError
-from beam_pipeline.launch import launcher
+from beam_pipeline.launch import execution, launcher
 from beam_pipeline.launch.options import parse
 
 FRAMES = """\
@@ -16,7 +16,7 @@ Traceback (most recent call last):
 
 
 def reason(text):
-    return launcher.reason(RuntimeError(text), launcher._WHOLE)
+    return execution.reason(RuntimeError(text), launcher.WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_an_error_of_ours_is_found_in_a_chain():
 def test_another_error_is_reported_whole_without_beams_steps(message, read):
     found = reason(f"{FRAMES}{message}\n")
     assert type(found) is PipelineError
-    assert str(found) == f"the job failed: {read}; {launcher._WHOLE}"
+    assert str(found) == f"the job failed: {read}; {launcher.WHOLE}"
 
 
 def test_a_text_that_is_no_traceback_is_reported_whole():
@@ -72,11 +72,11 @@ def test_a_setup_file_is_found_from_anywhere(tmp_path, monkeypatch, given):
     folder.mkdir()
     (folder / "setup.py").touch()
     monkeypatch.chdir(folder)
-    options = launcher._beam_options(parse(["--run_id=1", "--runner=DataflowRunner", f"--setup_file={given}"]))
+    options = execution.given_options(parse(["--run_id=1", "--runner=DataflowRunner", f"--setup_file={given}"]))
     assert options.view_as(SetupOptions).setup_file == str(folder / "setup.py")
 
 
 def test_a_setup_file_that_is_not_there(tmp_path):
     missing = tmp_path / "setup.py"
     with pytest.raises(ConfigError, match=f"--setup_file={missing}: there is no such file; leave it out with an image"):
-        launcher._beam_options(parse(["--run_id=1", "--runner=DataflowRunner", "--setup_file", str(missing)]))
+        execution.given_options(parse(["--run_id=1", "--runner=DataflowRunner", "--setup_file", str(missing)]))
