@@ -5,6 +5,7 @@ Access goes through Beam's `FileSystems`, so credentials, retries and emulators 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
@@ -103,6 +104,24 @@ def open_file(path: str) -> ByteFile:
         reason = "does not exist" if _is_missing(error) else f"cannot be read: {error}"
         raise ArtifactMissingError(f"{path} {reason}") from error
     return ByteFile(path, stream, size)
+
+
+def list_folder(path: str) -> list[str]:
+    """Returns the names of the files in a folder, local or on Cloud Storage, sorted; of no folder, none.
+
+    Raises:
+        ArtifactMissingError: it cannot be read.
+    """
+    from apache_beam.io.filesystems import FileSystems
+
+    try:
+        if not path.startswith("gs://"):  # Its name may hold characters that a glob would interpret.
+            return sorted(entry.name for entry in os.scandir(path) if entry.is_file()) if os.path.isdir(path) else []
+        (found,) = FileSystems.match([f"{path}/*"])
+    except Exception as error:  # As with `open_file`.
+        raise ArtifactMissingError(f"{path} cannot be listed: {error}") from error
+    names = (metadata.path.removeprefix(f"{path}/") for metadata in found.metadata_list)
+    return sorted(name for name in names if name and "/" not in name)
 
 
 def join(folder: str, *names: str) -> str:

@@ -23,6 +23,7 @@ from beam_pipeline.launch.console import Terminal, set_up_logging
 from beam_pipeline.launch.options import Config
 from beam_pipeline.launch.plan import Plan, job_name, labels, make_plan
 from beam_pipeline.launch.session import Session, open_session
+from beam_pipeline.launch.sources import Sources, find_sources
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
 from beam_pipeline.training import Run, Training
@@ -73,13 +74,19 @@ def run(config: Config) -> None:
 
 
 def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
-    model = selection.model_of(config, run)
-    terminal.found(model)
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
+        beside = find_sources(config, run, copies_to, stack, terminal.copying)
+        of_files = inspection.describe_files(beside.towers_of_files(config.towers), open_file)
+        if not config.layers:
+            terminal.inspected(run, run.artifact_uri, of_files)
+            return
+        model = selection.model_of(config, run)
+        terminal.found(model)
         folder = stack.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
-        terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, config.towers))
+        of_model = inspection.describe(artifact, folder, open_file, config.layers, beside.vocabularies(artifact))
+        terminal.inspected(run, folder, chain(of_model, of_files))
 
 
 def _unpublished(config: Config, runs: Sequence[Run], session: Session, terminal: Terminal) -> Sequence[Run]:
@@ -99,10 +106,14 @@ def _trainings(
     copies_to = publication.copies_folder(session.temp_location, session.token)
     for run in runs:
         try:
-            model = selection.model_of(config, run)
-            terminal.found(model)
-            folder = copies.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
-            selected = selection.read_training(config, run, model, folder)
+            beside = find_sources(config, run, copies_to, copies, terminal.copying)
+            if config.layers:
+                model = selection.model_of(config, run)
+                terminal.found(model)
+                folder = copies.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
+                selected = selection.read_training(config, run, model, folder, beside)
+            else:
+                selected = selection.read_files(config, run, beside)
         except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise

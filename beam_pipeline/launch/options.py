@@ -28,6 +28,8 @@ _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{0,61}[a-z0-9]"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
 _ACCOUNT = re.compile(r"[^@\s,'\"\[\]()]+@[^@\s,'\"\[\]()]+")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
+_PAIRS = re.compile(r",(?=[a-z][a-z0-9_]*=)")
+"""Between `NAME=VALUE` pairs: a comma may be a part of a value."""
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
@@ -36,7 +38,7 @@ _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 class JobConfig:
     """What is asked of every job: where its tables are, where it runs, as whom. Each attribute is a flag.
 
-    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET; `beam_args` are Beam's own flags.
+    `towers` has a layer for each tower, or the file of its vectors. `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET; `beam_args` are Beam's own flags.
     `started` is when the command line began, on the monotonic clock.
     """
 
@@ -55,6 +57,11 @@ class JobConfig:
     runner: str = "DirectRunner"
     beam_args: tuple[str, ...] = ()
     started: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        """The towers that are in a model, tower → layer."""
+        return {name: layer for name, layer in self.towers.items() if name not in self.vectors}
 
     @property
     def local(self) -> bool:
@@ -84,6 +91,9 @@ class Config(JobConfig):
     artifact_path: str | None = None
     towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
     discover: bool = False
+    ids: Mapping[str, NamedFile] = field(default_factory=dict)
+    first_row: Mapping[str, int] = field(default_factory=dict)
+    vectors: Mapping[str, NamedFile] = field(default_factory=dict)
     if_partition_taken: str = "fail"
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
@@ -323,6 +333,31 @@ def parser() -> argparse.ArgumentParser:
         f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     towers.add_argument(
+        "--ids",
+        action="append",
+        metavar="NAME=PATH",
+        help="the ids of a tower whose embedding has no lookup, in a file inside the run's artifacts or at gs://: text "
+        "(an id a line), a JSON array, .npy or .npz, in the order of the rows; or a JSON object of id and row, .csv or "
+        ".parquet with columns id and row (PATH#ID,ROW names them otherwise). NAME=rows: the number of a row is its "
+        "id. Repeat for each tower, or separate them by commas",
+    )
+    towers.add_argument(
+        "--first_row",
+        action="append",
+        metavar="NAME=ROW",
+        help="with --ids in the order of the rows: the row of the first id, if rows before it stand for unknown ids "
+        "(default: 0)",
+    )
+    towers.add_argument(
+        "--vectors",
+        action="append",
+        metavar="NAME=PATH",
+        help="instead of --tower: the vectors of a tower as the trainer logged them, in a file inside the run's "
+        "artifacts or at gs://: .parquet with columns id and vector (PATH#ID,VECTOR names them otherwise; also a "
+        "folder of such files, or a pattern), .npz with ids and vectors (PATH#IDS,VECTORS), .npy or .safetensors "
+        "(PATH#TENSOR) with --ids. The towers are then those that --tower and --vectors name",
+    )
+    towers.add_argument(
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
     )
     towers.add_argument(
@@ -446,7 +481,8 @@ def parse(argv: Sequence[str]) -> Config:
         ours.error("--since and --until choose among --all_runs")
     if found.since and found.until and found.since > found.until:
         ours.error(f"--since={found.since} is after --until={found.until}")
-    towers = _towers(ours, found.tower)
+    towers = _towers(ours, found.tower, found.vectors)
+    sources = _sources(ours, found, towers)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
     config = Config(
@@ -460,7 +496,8 @@ def parse(argv: Sequence[str]) -> Config:
         until=found.until,
         artifact_path=found.artifact_path and found.artifact_path.strip("/"),
         towers=towers,
-        discover=not found.tower,
+        discover=not found.tower and not found.vectors,
+        **sources,
         if_partition_taken=found.if_partition_taken,
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
@@ -502,18 +539,62 @@ def bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterato
             yield flag
 
 
-def _towers(ours: argparse.ArgumentParser, given: list[str] | None) -> dict[str, str]:
-    if not given:
+def _towers(
+    ours: argparse.ArgumentParser, given: list[str] | None, vectors: list[str] | None = None
+) -> dict[str, str]:
+    """Returns tower → layer, or the file of its vectors."""
+    if not given and not vectors:
         return dict(DEFAULT_TOWERS)
     towers: dict[str, str] = {}
-    for text in ",".join(given).split(","):  # A template takes a parameter once.
-        name, _, layer = text.partition("=")
-        if not layer or not _TOWER.fullmatch(name):
-            ours.error(f"--tower={text!r}: NAME=LAYER, with a NAME of lower-case letters, digits and _")
-        if name in towers:
-            ours.error(f"--tower={text!r}: tower {name!r} is named twice")
-        towers[name] = layer
+    # A template takes a parameter once.
+    for flag, pairs in (("--tower", ",".join(given or ()).split(",")), ("--vectors", _pairs(vectors))):
+        for text in pairs if given or flag == "--vectors" else ():
+            name, _, layer = text.partition("=")
+            if not layer or not _TOWER.fullmatch(name):
+                value = "LAYER" if flag == "--tower" else "PATH"
+                ours.error(f"{flag}={text!r}: NAME={value}, with a NAME of lower-case letters, digits and _")
+            if name in towers:
+                ours.error(f"{flag}={text!r}: tower {name!r} is named twice; a tower has one source")
+            towers[name] = layer
     return towers
+
+
+def _pairs(given: list[str] | None) -> list[str]:
+    return _PAIRS.split(",".join(given)) if given else []
+
+
+def _sources(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: Mapping[str, str]) -> dict[str, Any]:
+    """Returns --ids, --first_row and --vectors by tower."""
+    sources: dict[str, dict[str, Any]] = {"ids": {}, "first_row": {}, "vectors": {}}
+    for flag, values in sources.items():
+        for text in _pairs(getattr(found, flag)):
+            name, _, value = text.partition("=")
+            if name not in towers or not value:
+                ours.error(f"--{flag}={text!r}: NAME={'ROW' if flag == 'first_row' else 'PATH'} of one of the towers, "
+                           f"which are {', '.join(towers)}")  # fmt: skip
+            if name in values:
+                ours.error(f"--{flag}={text!r}: tower {name!r} is named twice")
+            if flag != "first_row":
+                values[name] = _named_file(ours, found, f"--{flag}={text!r}", value)
+            elif name not in sources["ids"]:
+                ours.error(f"--first_row={text!r}: of ids that --ids names, and there are none for {name!r}")
+            elif not value.isdecimal() or len(value) > 18:
+                ours.error(f"--first_row={text!r}: the number of a row, 0 or more")
+            else:
+                values[name] = int(value)
+    return sources
+
+
+def _named_file(ours: argparse.ArgumentParser, found: argparse.Namespace, flag: str, value: str) -> NamedFile:
+    path, _, names = value.partition("#")
+    if path == ROW_NUMBERS.path and flag.startswith("--ids"):
+        return ROW_NUMBERS
+    inside = path.removeprefix("gs://")
+    if not inside or inside.startswith("/") or "://" in inside or ".." in inside.split("/"):
+        ours.error(f"{flag}: a path inside the run's artifacts, or gs://BUCKET/PATH")
+    if path.startswith("gs://") and found.all_runs:
+        ours.error(f"{flag}: each of --all_runs has a file of its own; name it by its path inside the run's artifacts")
+    return NamedFile(path.rstrip("/"), tuple(names.split(",")) if names else ())
 
 
 def refuse_unknown(ours: argparse.ArgumentParser, rest: list[str]) -> None:

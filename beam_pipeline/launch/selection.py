@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from beam_pipeline.errors import ConfigError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
-from beam_pipeline.formats.model import Artifact, Tower
 from beam_pipeline.launch import preflight
 from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
 from beam_pipeline.launch.session import Session
+from beam_pipeline.launch.sources import Sources
 from beam_pipeline.reading.pieces import cover
 from beam_pipeline.tracking import download
 from beam_pipeline.tracking.runs import Model, choose, find_latest_run, find_model, find_run, find_runs, readable_folder
@@ -60,6 +60,8 @@ def wanted_runs(config: Config) -> tuple[list[Run], list[LeftOut]]:
             run_name=config.run_name,
             artifact_path=config.artifact_path,
             tracking_uri=config.tracking_uri,
+            files=[file.path for file in config.vectors.values() if not file.path.startswith("gs://")],
+            needs_model=bool(config.layers),
         )
         return [latest], [LeftOut(run, reason) for run, reason in passed]
     return [find_run(run_id=config.run_id, model_uri=config.model_uri, tracking_uri=config.tracking_uri)], []
@@ -82,12 +84,29 @@ def unpublished(config: Config, runs: Sequence[Run], session: Session) -> tuple[
     return left, replaced, len(published)
 
 
-def read_training(config: Config, run: Run, model: Model, folder: str) -> Selected:
+def read_files(config: Config, run: Run, sources: Sources) -> Selected:
+    """Returns the training of a run whose towers' vectors are all in files that the trainer logged.
+
+    Raises:
+        ArtifactError: a file is not what was asked for.
+    """
+    towers = sources.towers_of_files(config.towers)
+    return Selected(Training(run, run.artifact_uri, by_name(cover(towers))))
+
+
+def read_training(config: Config, run: Run, model: Model, folder: str, sources: Sources) -> Selected:
     """Returns the training of a run whose model can be read in a folder.
+
+    Args:
+        config: what was asked for.
+        run: the run.
+        model: its model.
+        folder: where that can be read.
+        sources: the run's files beside the model.
 
     Raises:
         ConfigError: the workers could not read that folder.
-        ArtifactError: the model is not what was asked for.
+        ArtifactError: the model, or a file, is not what was asked for.
     """
     if not config.reads_local_files and not folder.startswith("gs://"):
         sharing = ", --shared_files if the workers can read it" if config.waits else ""
@@ -96,13 +115,16 @@ def read_training(config: Config, run: Run, model: Model, folder: str) -> Select
             f"artifacts are on gs://{sharing}, or --runner=DirectRunner"
         )
     with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
-        layers = config.towers
+        layers = config.layers
         if config.discover:
-            layers = discover(artifact.tower_layers()) or layers
-        towers = _towers(config, artifact, layers)
+            without_ids = artifact.embeddings_without_ids() if config.ids else []
+            layers = discover([*artifact.tower_layers(), *without_ids]) or layers
+        of_model = sources.towers_of_model(artifact, layers, include_oov=config.include_oov)
+    found = by_name([*of_model, *sources.towers_of_files(config.towers)])
+    towers = cover([found[name] for name in config.towers])
     # A folder that is no copy says where the model is more plainly than its URI.
     model_uri = readable_folder(model) or model.uri
-    return Selected(Training(run, model_uri, by_name(towers)), layers if layers != config.towers else None)
+    return Selected(Training(run, model_uri, by_name(towers)), layers if layers != config.layers else None)
 
 
 def model_of(config: Config, run: Run) -> Model:
@@ -136,12 +158,6 @@ def unnamed_layers(config: Config) -> tuple[str, ...]:
     A layer that was named otherwise has to be there under its name: it may be misspelt.
     """
     return tuple(config.towers.values()) if dict(config.towers) == DEFAULT_TOWERS else ()
-
-
-def _towers(config: Config, artifact: Artifact, layers: Mapping[str, str]) -> tuple[Tower, ...]:
-    towers = [artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in layers.items()]
-    tails = artifact.tails(layers)
-    return cover([replace(tower, tail=tails[tower.name]) for tower in towers])
 
 
 def discover(layers: Sequence[str]) -> dict[str, str] | None:

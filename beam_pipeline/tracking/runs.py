@@ -118,6 +118,8 @@ def find_latest_run(
     run_name: str | None = None,
     artifact_path: str | None = None,
     tracking_uri: str | None = None,
+    files: Sequence[str] = (),
+    needs_model: bool = True,
 ) -> tuple[Run, list[tuple[Run, str]]]:
     """Returns an experiment's latest FINISHED run (of that name) that has the model, and the later runs without it.
 
@@ -126,6 +128,14 @@ def find_latest_run(
     several) is an error instead, since nobody would notice that an older training is published in its place.
 
     The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests.
+
+    Args:
+        experiment_name: the experiment.
+        run_name: of the run.
+        artifact_path: as `find_model` takes it.
+        tracking_uri: MLflow server or store.
+        files: paths of artifacts that the run has to have, too; of a pattern, its folder.
+        needs_model: False if these files are all that is wanted.
 
     Raises:
         RunNotFoundError: no such experiment, or no FINISHED run.
@@ -146,6 +156,12 @@ def find_latest_run(
         for found in islice(_finished(client, experiment.experiment_id, run_name), _MOST_RUNS):
             run = _run(found, experiment)
             artifacts = _Artifacts(run, uri)
+            if missing_file := _missing(artifacts, files):
+                passed.append((run, f"no {missing_file}"))
+                requests += artifacts.requests + 1
+                continue
+            if not needs_model:
+                return run, passed
             try:
                 model = _model_of(client, artifacts, artifact_path)
                 by_name = not model.notable and model.name != "."
@@ -169,8 +185,9 @@ def find_latest_run(
         raise missing
     run, why = passed[0]
     raise ArtifactMissingError(
-        f"none of the latest {len(passed)} FINISHED runs{called} of experiment {experiment_name!r} has the model; the "
-        f"latest, {run.run_name} ({run.run_id}): {why}; choose with --run_id, --run_name or --artifact_path"
+        f"none of the latest {len(passed)} FINISHED runs{called} of experiment {experiment_name!r} has "
+        f"{'the model' if needs_model else files[0]}; the latest, {run.run_name} ({run.run_id}): {why}; choose with "
+        "--run_id, --run_name or --artifact_path"
     )
 
 
@@ -436,6 +453,17 @@ class _Artifacts:
         self.requests += 1
         with stores.reading(self.run.artifact_uri):
             return list(self._repository.list_artifacts(folder or None))
+
+
+def _missing(artifacts: _Artifacts, files: Sequence[str]) -> str | None:
+    """Returns the first of these paths that is not among the artifacts."""
+    for path in files:
+        parent, _, last = path.rpartition("/")
+        wanted = parent if "*" in last else path
+        listed = artifacts.listed(wanted.rpartition("/")[0])
+        if wanted and wanted not in (file.path for file in listed):
+            return path
+    return None
 
 
 def _model_of(client: MlflowClient, artifacts: _Artifacts, artifact_path: str | None) -> Model:

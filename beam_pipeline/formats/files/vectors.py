@@ -12,7 +12,7 @@ from beam_pipeline.formats.model import Encoding, Ending, Matrix, Tail, Tower, V
 from beam_pipeline.formats.protobuf import Span
 
 
-def find_tower(
+def find_vectors(
     name: str,
     path: str,
     names: tuple[str, ...],
