@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain
 
 from beam_pipeline import command, credentials, metrics, tag
 from beam_pipeline.bigquery import publication
@@ -23,7 +24,7 @@ from beam_pipeline.launch.console import Terminal, set_up_logging
 from beam_pipeline.launch.options import Config
 from beam_pipeline.launch.plan import Plan, job_name, labels, make_plan
 from beam_pipeline.launch.session import Session, open_session
-from beam_pipeline.launch.sources import Sources, find_sources
+from beam_pipeline.launch.sources import find_sources
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
 from beam_pipeline.training import Run, Training
@@ -85,7 +86,7 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
         terminal.found(model)
         folder = stack.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
         artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
-        of_model = inspection.describe(artifact, folder, open_file, config.layers, beside.vocabularies(artifact))
+        of_model = inspection.describe(artifact, folder, open_file, config.layers, beside)
         terminal.inspected(run, folder, chain(of_model, of_files))
 
 

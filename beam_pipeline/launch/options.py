@@ -38,7 +38,7 @@ _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 class JobConfig:
     """What is asked of every job: where its tables are, where it runs, as whom. Each attribute is a flag.
 
-    `towers` has a layer for each tower, or the file of its vectors. `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET; `beam_args` are Beam's own flags.
+    `dataset` and `dataset_project` are the two parts of --dataset=PROJECT.DATASET; `beam_args` are Beam's own flags.
     `started` is when the command line began, on the monotonic clock.
     """
 
@@ -59,11 +59,6 @@ class JobConfig:
     started: float = field(default_factory=time.monotonic, compare=False)
 
     @property
-    def layers(self) -> Mapping[str, str]:
-        """The towers that are in a model, tower → layer."""
-        return {name: layer for name, layer in self.towers.items() if name not in self.vectors}
-
-    @property
     def local(self) -> bool:
         """Whether the job runs in this process."""
         return self.runner in _LOCAL_RUNNERS
@@ -75,10 +70,28 @@ class JobConfig:
 
 
 @dataclass(frozen=True)
+class NamedFile:
+    """A file that holds ids or vectors, as it is given with a flag: `PATH`, or `PATH#NAME,NAME`.
+
+    Attributes:
+        path: inside the run's artifacts, or `gs://`.
+        names: of columns or arrays in it.
+    """
+
+    path: str
+    names: tuple[str, ...] = ()
+
+
+ROW_NUMBERS = NamedFile("rows")
+"""Stands for a file of ids where a row's number is its id."""
+
+
+@dataclass(frozen=True)
 class Config(JobConfig):
     """What was asked of the main job. Each attribute is the flag of the same name.
 
-    `discover` says that no tower was named: `towers` are the default ones, and a model may show others.
+    `towers` has a layer for each tower, or the file of its vectors. `discover` says that none was named: they are the
+    default ones, and a model may show others.
     """
 
     run_id: str | None = None
@@ -104,6 +117,11 @@ class Config(JobConfig):
     inspect: bool = False
     plan: str | None = None
     shared_files: bool = False
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        """The towers that are in a model, tower → layer."""
+        return {name: layer for name, layer in self.towers.items() if name not in self.vectors}
 
     @property
     def reads_local_files(self) -> bool:
@@ -539,9 +557,7 @@ def bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterato
             yield flag
 
 
-def _towers(
-    ours: argparse.ArgumentParser, given: list[str] | None, vectors: list[str] | None = None
-) -> dict[str, str]:
+def _towers(ours: argparse.ArgumentParser, given: list[str] | None, vectors: list[str] | None = None) -> dict[str, str]:
     """Returns tower → layer, or the file of its vectors."""
     if not given and not vectors:
         return dict(DEFAULT_TOWERS)

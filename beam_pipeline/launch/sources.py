@@ -79,9 +79,7 @@ class Sources:
         return fitted(name, vocabulary, matrix)
 
 
-def find_sources(
-    config: Config, run: Run, copies_to: str, copies: ExitStack, progress: download.Progress
-) -> Sources:
+def find_sources(config: Config, run: Run, copies_to: str, copies: ExitStack, progress: download.Progress) -> Sources:
     """Returns the files that --ids and --vectors name, copied where the workers could not read them.
 
     Args:
@@ -117,7 +115,7 @@ def _readable(
         return copies.enter_context(download.copied(place, copies_to, config.tracking_uri, progress)) + pattern
     if not config.reads_local_files and not folder.startswith("gs://"):
         raise ConfigError(
-            f"{config.runner} cannot read {folder} of run {run.run_id} on this machine; use a run whose artifacts are on "
-            "gs://, or --runner=DirectRunner"
+            f"{config.runner} cannot read {folder} of run {run.run_id} on this machine; use a run whose artifacts are "
+            "on gs://, or --runner=DirectRunner"
         )
     return folder + pattern

@@ -150,7 +150,7 @@ def find_vectors(
             _require_id_column(file_path, file, names[0])
             dtype = _vector_type(file_path, file, names[1])
             counts: tuple[int, ...] = _counts(file_path, file)
-            if first is None and sum(counts):
+            if first is None and any(counts):
                 dimension = _dimension(file_path, file, names[1])
                 first = (*names, dimension, dtype)
             if first is not None:
@@ -190,7 +190,7 @@ def find_rows(
             if names != first:
                 raise UnsupportedModelError(f"{file_path} has columns {names}, the files before it {first}")
             found.append((file_path, _counts(file_path, file)))
-    if first is None or not any(sum(counts) for _, counts in found):
+    if first is None or not any(any(counts) for _, counts in found):
         raise BadIdError(f"{path} has no rows: no ids")
     return Table(path, _bounded(path, found), *first)
 
