@@ -197,8 +197,8 @@ class ModelTower:
         training = alone(self)
         (tower,) = training.towers.values()
         reports: list[Report] = []
-        for piece, rows_and_ids in _pieces(tower, size):
-            batch, report = read_piece(training.run.run_id, piece, tower, open_file, rows_and_ids)
+        for piece in _pieces(tower, size):
+            batch, report = read_piece(training.run.run_id, piece, tower, open_file)
             reports.append(report)
             if batch is not None:
                 yield batch.ids, batch.vectors
@@ -210,18 +210,17 @@ def alone(tower: ModelTower) -> Training:
     return Training(_NO_RUN, tower.model_path, by_name(pieces.cover([tower.description])))
 
 
-def _pieces(tower: Tower, size: int) -> Iterator[tuple[Piece, _Rows | None]]:
-    """Yields pieces that cover the matrix, with rows and ids where these are not where the piece says."""
+def _pieces(tower: Tower, size: int) -> Iterator[Piece]:
+    """Yields pieces that cover the matrix."""
     if tower.vocabulary.in_row_order:
-        for piece in pieces.cut(tower, open_file, size):
-            yield piece, None
+        yield from pieces.cut(tower, open_file, size)
         return
     rows, ids = _sorted_ids(tower)
     step = tower.matrix.rows_in(size)
     for first in range(0, tower.matrix.rows, step):
         count = min(step, tower.matrix.rows - first)
         start, end = np.searchsorted(rows, [first, first + count]).tolist()
-        yield Piece(tower.name, first, count, None), (rows[start:end], ids[start:end])
+        yield Piece(tower.name, first, count, None, rows_and_ids=(rows[start:end], ids[start:end]))
 
 
 def _sorted_ids(tower: Tower) -> _Rows:

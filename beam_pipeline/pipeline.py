@@ -1,6 +1,6 @@
 """The job graph.
 
-for each tower:  ReadTower ─► WriteStaging
+for each tower:  CutTower ─► WriteStaging
 Launch ─► Prepare ─► (the writes) ─► Check, Audit ─► Shape ─► Publish ─► Clean
 """
 
@@ -16,10 +16,9 @@ from apache_beam.typehints.decorators import no_annotations
 from beam_pipeline import emulators
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication, Tallies
-from beam_pipeline.bigquery.staging import WriteStaging
-from beam_pipeline.reading import transforms
+from beam_pipeline.bigquery.staging import COPIES, FILES, LOADS, WriteStaging
 from beam_pipeline.reading.tally import Report, Tally, tally
-from beam_pipeline.reading.transforms import ReadTower
+from beam_pipeline.reading.transforms import PIECES, REPORTS, CutTower
 from beam_pipeline.training import Training
 
 
@@ -82,13 +81,13 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
     waits, load_files, reports = [], [], []
     trainings = job.publication.trainings
     for tower in job.publication.towers:
-        read = pipeline | f"Read {tower}" >> ReadTower({t.run.run_id: t.towers[tower] for t in trainings})
-        written = read["batches"] | f"Write {tower}" >> WriteStaging(
+        cut = pipeline | f"Cut {tower}" >> CutTower({t.run.run_id: t.towers[tower] for t in trainings})
+        written = cut[PIECES] | f"Write {tower}" >> WriteStaging(
             tower, job.publication, beam.pvalue.AsSingleton(prepared), job.writer
         )
-        reports.append(read[transforms.REPORTS])
-        waits += [written.destination_load_jobid_pairs, written.destination_copy_jobid_pairs]
-        load_files.append(written.destination_file_pairs)
+        reports += [cut[REPORTS], written[REPORTS]]
+        waits += [written[LOADS], written[COPIES]]
+        load_files.append(written[FILES])
     tallies = beam.pvalue.AsSingleton(
         pipeline
         | "All" >> beam.Create([None])

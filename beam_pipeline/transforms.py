@@ -22,7 +22,7 @@ from beam_pipeline.pipeline import Job, build
 from beam_pipeline.reading import pieces
 from beam_pipeline.reading.rows import Batch
 from beam_pipeline.reading.tally import Report, tally
-from beam_pipeline.reading.transforms import REPORTS, ReadTower
+from beam_pipeline.reading.transforms import PIECES, REPORTS, ROWS, CutTower, ReadRows
 from beam_pipeline.training import Run, Training, by_name
 
 
@@ -62,18 +62,20 @@ class ReadEmbeddings(beam.PTransform[PBegin, PCollection[tuple[str, np.ndarray]]
         """Applies the transform."""
         training = alone(self.tower)
         (tower,) = training.towers.values()
-        read = pbegin | ReadTower({training.run.run_id: tower})
+        towers = {training.run.run_id: tower}
+        cut = pbegin | CutTower(towers)
+        read = cut[PIECES] | ReadRows(towers, _rows)
         _ = (
             pbegin
             | "CreateCheck" >> beam.Create([training])
-            | "Check" >> beam.Map(_check, beam.pvalue.AsIter(read[REPORTS]))
+            | "Check" >> beam.Map(_check, *(beam.pvalue.AsIter(reports) for reports in (cut[REPORTS], read[REPORTS])))
         )
-        rows: PCollection[tuple[str, np.ndarray]] = read["batches"] | "SplitRows" >> beam.FlatMap(_rows)
+        rows: PCollection[tuple[str, np.ndarray]] = read[ROWS]
         return rows
 
 
-def _check(training: Training, reports: Iterable[Report]) -> None:
-    tally(reports, [training])
+def _check(training: Training, of_cutting: Iterable[Report], of_reading: Iterable[Report]) -> None:
+    tally([*of_cutting, *of_reading], [training])
 
 
 def _rows(batch: Batch) -> Iterator[tuple[str, np.ndarray]]:

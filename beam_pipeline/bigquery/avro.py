@@ -1,9 +1,11 @@
-"""Batches straight to Avro blocks: a `WriteToBigQuery` whose files are written column by column.
+"""Pieces straight to Avro blocks: Beam's file loads for BigQuery, with files that are written column by column.
 
-Stock `WriteToBigQuery` encodes Avro a value at a time, 30,000 rows of 64 floats a second. But an Avro array of doubles
-is a count, the doubles as they are in memory, and a zero: a whole column can be joined by Arrow at memory speed. Only
-the step from rows to file bytes is replaced. Load jobs, their ids, retries and limits stay Beam's, and so does the
-Avro schema: the files hold what the stock sink would have written.
+The built-in `WriteToBigQuery` encodes Avro a value at a time, 30,000 rows of 64 floats a second. But an Avro array of
+floats is a count, the floats as they are in memory, and a zero: a whole column can be joined by Arrow at memory speed.
+Only the step from elements to file bytes is replaced. Load jobs, their ids, retries and limits stay Beam's, and so does
+the Avro schema but for one type: the built-in sink has doubles where these files have floats, if the model has no wider
+ones. BigQuery loads both into FLOAT64, which has every float exactly
+(https://cloud.google.com/bigquery/docs/loading-data-cloud-storage-avro#primitive_types).
 """
 
 import json
@@ -11,6 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, BinaryIO
 
@@ -20,15 +23,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.io.gcp.bigquery import WriteResult, WriteToBigQuery
 from apache_beam.io.gcp.bigquery_avro_tools import get_record_schema_from_dict_table_schema
 from apache_beam.io.gcp.bigquery_file_loads import BigQueryBatchFileLoads
 from apache_beam.io.gcp.bigquery_tools import get_hashable_destination
-from apache_beam.pvalue import PCollection
+from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 
-from beam_pipeline import emulators
-from beam_pipeline.reading.rows import Batch
+from beam_pipeline import emulators, metrics
+from beam_pipeline.files import open_file
+from beam_pipeline.formats.model import Tower
+from beam_pipeline.reading import rows
+from beam_pipeline.reading.rows import Batch, Element
+from beam_pipeline.reading.tally import Report
+from beam_pipeline.reading.transforms import REPORTS, count_read, displayed
 
 BLOCK_BYTES = 1 << 20
 """Of vectors in an Avro block."""
@@ -40,9 +47,33 @@ _MAGIC = b"Obj\x01"
 _EPOCH = date(1970, 1, 1)
 
 
-def avro_schema(table_schema: dict[str, Any]) -> dict[str, Any]:
-    """Returns the Avro schema that Beam's own sink writes for a table schema."""
-    return get_record_schema_from_dict_table_schema("root", table_schema)
+@dataclass(frozen=True)
+class Writing:
+    """What the step that reads and writes pieces has to know.
+
+    Attributes:
+        tower: name of the tower.
+        towers: run id → the tower in that run's model.
+        constants: run id → the columns before the id.
+        dtype: floats of the file, "<f4" or "<f8": wide enough for every run's.
+        shown: display data beside those of the towers.
+    """
+
+    tower: str
+    towers: dict[str, Tower]
+    constants: dict[str, list[date | int]]
+    dtype: str
+    shown: dict[str, Any] = field(default_factory=dict)
+
+
+def avro_schema(table_schema: dict[str, Any], dtype: str = "<f8") -> dict[str, Any]:
+    """Returns the Avro schema that Beam's own sink writes for a table schema; arrays of floats if those are narrow."""
+    schema: dict[str, Any] = get_record_schema_from_dict_table_schema("root", table_schema)
+    if dtype == "<f4":
+        for column in schema["fields"]:
+            if column["type"] == {"type": "array", "items": "double"}:
+                column["type"] = {"type": "array", "items": "float"}
+    return schema
 
 
 def file_header(schema: dict[str, Any], sync: bytes) -> bytes:
@@ -52,44 +83,52 @@ def file_header(schema: dict[str, Any], sync: bytes) -> bytes:
     return _MAGIC + _long(len(metadata)) + entries + _long(0) + sync
 
 
-def encode(batch: Batch, constants: list[date | str], start: int = 0, end: int | None = None) -> pa.Array:
+def encode(
+    batch: Batch, constants: list[date | int], dtype: str = "<f8", start: int = 0, end: int | None = None
+) -> pa.Array:
     """Returns the Avro record of each row of a batch as one binary array, in row order.
 
-    A record is the constant columns, the id, and the vector as an array of doubles, all of them REQUIRED or REPEATED.
+    A record is the constant columns, the id, and the vector as an array, all of them REQUIRED or REPEATED.
 
     Args:
         batch: the rows.
         constants: values of the columns before the id, the same in every row.
+        dtype: floats of the record, "<f4" or "<f8".
         start: the first row.
         end: the row after the last; None for all.
+
+    Raises:
+        TypeError: the record's floats are narrower than the batch's.
     """
-    vectors = np.ascontiguousarray(batch.vectors[start:end], "<f8")
+    vectors = np.ascontiguousarray(batch.vectors[start:end].astype(dtype, casting="safe", copy=False))
     ids = batch.ids[start:end]
-    rows, dimension = vectors.shape
-    prefix = b"".join(_long((v - _EPOCH).days) if isinstance(v, date) else _bytes(v.encode()) for v in constants)
-    offsets = np.arange(0, (rows + 1) * 8 * dimension, 8 * dimension, dtype=np.int32)
-    doubles = pa.Array.from_buffers(pa.binary(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(vectors)])
+    count, dimension = vectors.shape
+    prefix = b"".join(_long((v - _EPOCH).days if isinstance(v, date) else v) for v in constants)
+    offsets = np.arange(count + 1, dtype=np.int32) * np.int32(vectors.itemsize * dimension)
+    floats = pa.Array.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), pa.py_buffer(vectors)])
     return pc.binary_join_element_wise(
         pa.scalar(prefix, pa.binary()),
         _longs(pc.binary_length(ids).to_numpy(zero_copy_only=False)),
         ids.cast(pa.binary()),
         pa.scalar(_long(dimension), pa.binary()),
-        doubles,
+        floats,
         pa.scalar(_long(0), pa.binary()),  # the end of an array
         pa.scalar(b"", pa.binary()),  # the separator
     )
 
 
-def blocks(batch: Batch, constants: list[date | str], sync: bytes) -> Iterator[tuple[bytes | memoryview, ...]]:
+def blocks(
+    batch: Batch, constants: list[date | int], sync: bytes, dtype: str = "<f8"
+) -> Iterator[tuple[bytes | memoryview, ...]]:
     """Yields the bytes of Avro blocks that hold a batch, each as its head, its records and its end.
 
     Rows are widened, encoded and yielded a block at a time, which stays in the processor's cache and keeps memory to a
     block beside the batch. A block has BLOCK_BYTES of vectors and whatever their ids take, which is cut further where
     ids are very long.
     """
-    step = max(1, BLOCK_BYTES // (8 * batch.vectors.shape[1]))
+    step = max(1, BLOCK_BYTES // (np.dtype(dtype).itemsize * batch.vectors.shape[1]))
     for start in range(0, len(batch.ids), step):
-        records = encode(batch, constants, start, start + step)
+        records = encode(batch, constants, dtype, start, start + step)
         _, offsets_buffer, data = records.buffers()
         offsets = np.frombuffer(offsets_buffer, np.int32)[: len(records) + 1]
         body = memoryview(data)
@@ -102,95 +141,99 @@ def blocks(batch: Batch, constants: list[date | str], sync: bytes) -> Iterator[t
             row = end
 
 
-class WriteBatches(WriteToBigQuery):
-    """`WriteToBigQuery` for batches instead of rows; Batch in, `WriteResult` out.
+class WritePieces(BigQueryBatchFileLoads):
+    """Beam's file loads for pieces instead of rows; `Element` in, a dict of PCollections out.
+
+    A piece is read, checked, encoded and written in one step: its vectors are in no element. What is returned are those
+    of `BigQueryBatchFileLoads`, and the report of each element as "reports".
 
     Files that fit one load job are loaded into the destination directly, although its name is computed while the job
     runs; Beam's own transform would load a temporary table and copy it.
 
-    Takes the arguments of `WriteToBigQuery` for FILE_LOADS with AVRO, and `constants`: the columns before the id, by
-    run id.
+    Takes the arguments of `BigQueryBatchFileLoads` and `writing`: what the step that writes has to know.
     """
 
-    def __init__(self, *, constants: dict[str, list[date | str]], **options: Any) -> None:
+    def __init__(self, *, writing: Writing, **options: Any) -> None:
         super().__init__(**options)
-        self._constants = constants
-
-    def expand(self, batches: PCollection[Batch]) -> Any:
-        """Applies the transform."""
-        loads = _BatchFileLoads(
-            constants=self._constants,
-            destination=self.table_reference,
-            schema=self.schema,
-            create_disposition=self.create_disposition,
-            write_disposition=self.write_disposition,
-            temp_file_format=self._temp_file_format,
-            max_file_size=self.max_file_size,
-            max_partition_size=self.max_partition_size,
-            custom_gcs_temp_location=self.custom_gcs_temp_location,
-            table_side_inputs=self.table_side_inputs,
-            additional_bq_parameters=self.additional_bq_parameters,
-            test_client=self.test_client,
-            validate=self._validate,
-            load_job_project_id=self.load_job_project_id,
-        )
-        output = batches | loads
-        return WriteResult(
-            method=WriteToBigQuery.Method.FILE_LOADS,
-            destination_load_jobid_pairs=output[loads.DESTINATION_JOBID_PAIRS],
-            destination_file_pairs=output[loads.DESTINATION_FILE_PAIRS],
-            destination_copy_jobid_pairs=output[loads.DESTINATION_COPY_JOBID_PAIRS],
-        )
-
-
-class _BatchFileLoads(BigQueryBatchFileLoads):
-    def __init__(self, *, constants: dict[str, list[date | str]], **options: Any) -> None:
-        super().__init__(**options)
-        self._constants = constants
+        self._writing = writing
         # Beam takes every computed destination for many destinations. Here it is one, so one load job needs no
         # temporary table to be atomic.
         self.dynamic_destinations = False
 
-    # A private method of Beam: setup.py pins the version, and a test compares the files with the stock sink's.
+    def expand(self, elements: PCollection[Element]) -> dict[str, PCollection[Any]]:
+        """Applies the transform."""
+        outputs = super().expand(elements)
+        return {**outputs, REPORTS: self._reports}
+
+    # A private method of Beam: setup.py pins the version, and a test compares the files with the built-in sink's.
     def _write_files(self, destination_data_kv_pc: PCollection[Any], file_prefix_pcv: Any) -> PCollection[Any]:
-        write = beam.ParDo(_WriteFilesFn(self.schema, self._constants, self.max_file_size), file_prefix_pcv)
-        files: PCollection[Any] = destination_data_kv_pc | "WriteBatchesToFiles" >> write
+        write = beam.ParDo(_WriteFn(self.schema, self._writing, self.max_file_size), file_prefix_pcv)
+        written = destination_data_kv_pc | "WritePiecesToFiles" >> write.with_outputs(REPORTS, main="files")
+        self._reports: PCollection[Any] = written[REPORTS]
+        files: PCollection[Any] = written.files
         return files
 
 
-class _WriteFilesFn(beam.DoFn):
-    """Writes (destination, Batch) to files and emits (destination, (path, size)) of each.
+class _WriteFn(beam.DoFn):
+    """Reads the pieces of (destination, Element), writes them to files and emits (destination, (path, size)) of each.
 
-    A file that has reached `max_bytes` is closed before the next batch.
-    A file is open for as long as the bundle lasts, so small pieces share one.
+    Pieces are read one ahead: while one is encoded and written, a second thread reads the next. Two are in memory at a
+    time, whatever their number. A file that has reached `max_bytes` is closed before the next piece. A file is open for
+    as long as the bundle lasts, so small pieces share one; a bundle that is retried reads again and writes files of its
+    own.
     """
 
-    def __init__(self, schema: dict[str, Any], constants: dict[str, list[date | str]], max_bytes: int) -> None:
-        self._schema = schema
-        self._constants = constants
+    def __init__(self, schema: dict[str, Any], writing: Writing, max_bytes: int) -> None:
+        self._schema = avro_schema(schema, writing.dtype)
+        self._writing = writing
         self._max_bytes = max_bytes
+
+    def display_data(self) -> dict[str, Any]:
+        return {**displayed(self._writing.towers), **self._writing.shown}
 
     def setup(self) -> None:
         emulators.connect_if_emulated()
+        self._reader = ThreadPoolExecutor(1)
 
     def start_bundle(self) -> None:
         self._files: dict[str, _AvroFile] = {}
+        self._ahead: tuple[Any, str, Future[tuple[Batch | None, Report]]] | None = None
 
-    def process(self, element: tuple[Any, Batch], file_prefix: str) -> Iterator[Any]:
-        destination = get_hashable_destination(element[0])
+    def process(self, element: tuple[Any, Element], file_prefix: str) -> Iterator[Any]:
+        read = self._reader.submit(rows.read, element[1], self._writing.towers, open_file)
+        before, self._ahead = self._ahead, (element[0], file_prefix, read)
+        if before:
+            yield from self._write(*before)
+
+    def finish_bundle(self) -> Iterator[Any]:
+        outputs = [*self._write(*self._ahead)] if self._ahead else []
+        outputs += [(destination, file.close()) for destination, file in self._files.items()]
+        self._files, self._ahead = {}, None
+        for output in outputs:
+            if isinstance(output, TaggedOutput):
+                yield TaggedOutput(output.tag, GlobalWindows.windowed_value(output.value))
+            else:
+                yield GlobalWindows.windowed_value(output)
+
+    def teardown(self) -> None:
+        self._reader.shutdown()
+
+    def _write(self, table: Any, file_prefix: str, read: Future[tuple[Batch | None, Report]]) -> Iterator[Any]:
+        batch, report = read.result()
+        count_read(report)
+        yield TaggedOutput(REPORTS, report)
+        if batch is None:
+            return
+        destination = get_hashable_destination(table)
         file = self._files.get(destination)
         if file and file.size >= self._max_bytes:
             yield destination, self._files.pop(destination).close()
             file = None
         if file is None:
             folder = FileSystems.join(file_prefix, destination.replace(":", "."))
-            file = self._files[destination] = _AvroFile(folder, avro_schema(self._schema))
-        file.write(element[1], self._constants[element[1].run_id])
-
-    def finish_bundle(self) -> Iterator[Any]:
-        for destination, file in self._files.items():
-            yield GlobalWindows.windowed_value((destination, file.close()))
-        self._files = {}
+            file = self._files[destination] = _AvroFile(folder, self._schema)
+        file.write(batch, self._writing.constants[batch.run_id], self._writing.dtype)
+        metrics.count(f"write-rows-{self._writing.tower}", len(batch.ids))
 
 
 class _AvroFile:
@@ -208,8 +251,8 @@ class _AvroFile:
         self._writer = ThreadPoolExecutor(1)
         self._unwritten: deque[Future[Any]] = deque()
 
-    def write(self, batch: Batch, constants: list[date | str]) -> None:
-        for block in blocks(batch, constants, self._sync):
+    def write(self, batch: Batch, constants: list[date | int], dtype: str) -> None:
+        for block in blocks(batch, constants, self._sync, dtype):
             if len(self._unwritten) == _BLOCKS_AHEAD:
                 self._unwritten.popleft().result()
             self._unwritten.append(self._writer.submit(self._stream.writelines, block))

@@ -35,6 +35,7 @@ cancels one of them; it starts over, and sees what the other has published.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
@@ -191,7 +192,7 @@ def prepare(client: bigquery.Client, publication: Publication, launch: str) -> N
     now = datetime.now(UTC)
     oldest = min(training.run.train_date for training in publication.trainings)
     for tower in publication.towers:
-        table = bigquery.Table(publication.destination.staging(tower, launch), schema=tables.schema_fields(tower))
+        table = bigquery.Table(publication.destination.staging(tower, launch), schema=tables.staging_fields(tower))
         table.time_partitioning = bigquery.TimePartitioning(
             type_="DAY",
             field=tables.PARTITION_COLUMN,
@@ -218,19 +219,20 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
     # BigQuery keeps results for a day. Not in the client's defaults: DDL and scripts, which have none, refuse a key.
     keyed = bigquery.QueryJobConfig(destination_encryption_configuration=publication.encryption)
     found = {
-        (run_id, tower): (rows, ids)
+        (day, number, tower): (rows, ids)
         for tower in publication.towers
-        for run_id, rows, ids in client.query_and_wait(
+        for day, number, rows, ids in client.query_and_wait(
             tables.audit_sql(publication.destination, tower, launch), job_config=keyed
         )
     }
-    for run, tower in ((training.run, tower) for training in publication.trainings for tower in publication.towers):
+    runs = [training.run for training in publication.trainings]
+    for (number, run), tower in itertools.product(enumerate(runs), publication.towers):
         tally = tallies[run.run_id, tower]
-        rows, ids = found.pop((run.run_id, tower), (0, 0))
+        rows, ids = found.pop((run.train_date, number, tower), (0, 0))
         if rows == ids == tally.ids:
             continue
         if rows == tally.ids:
-            query = tables.duplicates_sql(publication.destination, tower, launch, run)
+            query = tables.duplicates_sql(publication.destination, tower, launch, run, number)
             ((name, times),) = client.query_and_wait(query, job_config=keyed)
             raise BadIdError(
                 f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
@@ -241,7 +243,8 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
             "ids; nothing was published: start the job again, and report it if it happens twice"
         )
     if found:
-        raise AuditError(f"rows of another run were loaded: {', '.join(map(str, found))}; nothing was published")
+        others = ", ".join(f"{tower} of {day}, training {number}" for day, number, tower in found)
+        raise AuditError(f"rows of another training were loaded: {others}; nothing was published")
 
 
 def shape(client: bigquery.Client, publication: Publication, _launch: str) -> None:
@@ -312,6 +315,7 @@ def publish(
     for number, training in enumerate(publication.trainings):
         script = tables.publish_script(
             publication.destination,
+            number,
             training,
             launch,
             publication.if_partition_taken,

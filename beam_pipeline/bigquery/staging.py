@@ -1,4 +1,4 @@
-"""Writes a tower's batches into its staging table, through Beam's own `WriteToBigQuery`."""
+"""Writes a tower's pieces into its staging table, through Beam's own file loads."""
 
 import functools
 from collections.abc import Iterator
@@ -14,26 +14,31 @@ from apache_beam.pvalue import PCollection
 
 from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import tables
-from beam_pipeline.bigquery.avro import WriteBatches
+from beam_pipeline.bigquery.avro import WritePieces, Writing
 from beam_pipeline.bigquery.publication import Publication
-from beam_pipeline.reading.rows import Batch, to_rows
+from beam_pipeline.reading.rows import Batch, Element, to_rows
+from beam_pipeline.reading.transforms import REPORTS, ROWS, ReadRows
+
+LOADS, COPIES, FILES = "loads", "copies", "files"
 
 MAX_FILE_BYTES = 192 << 20
 """BigQuery reads load files in parallel; Beam's own limit of 4 TB would make one file of a whole bundle.
-The batch that reaches it is finished: files stay below 256 MB."""
+The piece that reaches it is finished: files stay below 256 MB."""
 
 
 @dataclass
-class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
-    """Writes batches of a tower into the launch's staging table; Batch in, Beam's `WriteResult` out.
+class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[Any]]]):
+    """Reads pieces of a tower and writes their rows into the launch's staging table.
 
+    `Element` in; out come "reports", a `Report` of each, and what Beam's file loads return: "loads" and "copies", the
+    jobs once they are done, and "files".
     The launch id comes as a side input from the step that made the tables, so nothing is written before.
 
     Attributes:
         tower: name of the tower.
         publication: what is published.
         prepared: the launch id, once the staging tables are there.
-        writer: "columnar" or "rows"; both write the same. Rows go through stock `WriteToBigQuery`, which loads a
+        writer: "columnar" or "rows"; both write the same. Rows go through the built-in `WriteToBigQuery`, which loads a
             temporary table and copies it, since the table's name is known only while the job runs.
     """
 
@@ -42,28 +47,48 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
     prepared: beam.pvalue.AsSingleton
     writer: str
 
-    def expand(self, batches: PCollection[Batch]) -> Any:
+    def expand(self, elements: PCollection[Element]) -> Any:
         """Applies the transform."""
-        constants = {training.run.run_id: tables.run_values(training.run) for training in self.publication.trainings}
-        counted = batches | "Count" >> beam.ParDo(_CountFn(self.tower, self.publication, self.writer))
+        trainings = self.publication.trainings
+        towers = {training.run.run_id: training.towers[self.tower] for training in trainings}
+        columns = tables.staged_values(trainings)
+        shown = {
+            "table": self.publication.destination.staging(self.tower, "<launch>"),
+            "load_files": self.publication.load_files,
+            "writer": self.writer,
+        }
         if self.writer == "columnar":
-            values = {run_id: list(columns.values()) for run_id, columns in constants.items()}
-            return counted | "Load" >> WriteBatches(constants=values, **self._sink_options())
-        rows = counted | "Rows" >> beam.FlatMap(to_rows, self.tower, constants)
-        return rows | "Load" >> WriteToBigQuery(**self._sink_options())
+            wide = any(tower.matrix.dtype == "float64" for tower in towers.values())
+            values = {run_id: list(of_run.values()) for run_id, of_run in columns.items()}
+            writing = Writing(self.tower, towers, values, "<f8" if wide else "<f4", shown)
+            loads = elements | "Load" >> WritePieces(destination=self._staging, writing=writing, **self._sink_options())
+            return {
+                LOADS: loads[WritePieces.DESTINATION_JOBID_PAIRS],
+                COPIES: loads[WritePieces.DESTINATION_COPY_JOBID_PAIRS],
+                FILES: loads[WritePieces.DESTINATION_FILE_PAIRS],
+                REPORTS: loads[REPORTS],
+            }
+        split = functools.partial(_counted_rows, tower=self.tower, constants=columns)
+        read = elements | "Rows" >> ReadRows(towers, split, shown)
+        written = read[ROWS] | "Load" >> WriteToBigQuery(
+            table=self._staging, method=WriteToBigQuery.Method.FILE_LOADS, **self._sink_options()
+        )
+        return {
+            LOADS: written.destination_load_jobid_pairs,
+            COPIES: written.destination_copy_jobid_pairs,
+            FILES: written.destination_file_pairs,
+            REPORTS: read[REPORTS],
+        }
+
+    def _staging(self, _: Any, launch: str) -> str:
+        """Returns the staging table of a launch, as Beam spells it."""
+        project, dataset, table = tables.split_name(self.publication.destination.staging(self.tower, launch))
+        return f"{project}:{dataset}.{table}"
 
     def _sink_options(self) -> dict[str, Any]:
-        tower, destination = self.tower, self.publication.destination
-
-        def staging(_: Any, launch: str) -> str:
-            project, dataset, table = tables.split_name(destination.staging(tower, launch))
-            return f"{project}:{dataset}.{table}"
-
         return {
-            "table": staging,
             "table_side_inputs": (self.prepared,),
-            "schema": {"fields": tables.schema(tower)},
-            "method": WriteToBigQuery.Method.FILE_LOADS,
+            "schema": {"fields": tables.staging_schema(self.tower)},
             "temp_file_format": "AVRO",
             "create_disposition": BigQueryDisposition.CREATE_NEVER,
             # Truncating would be no safer: job ids are deterministic, and the audit counts.
@@ -71,7 +96,7 @@ class WriteStaging(beam.PTransform[PCollection[Batch], Any]):
             "custom_gcs_temp_location": self.publication.load_files,
             "max_file_size": MAX_FILE_BYTES,
             # Of load and copy jobs; by default Beam's run in the table's project.
-            "load_job_project_id": destination.job_project,
+            "load_job_project_id": self.publication.destination.job_project,
             # Beam drops its own kms_key for FILE_LOADS.
             "additional_bq_parameters": (
                 {"destinationEncryptionConfiguration": {"kmsKeyName": self.publication.kms_key}}
@@ -125,23 +150,6 @@ class _SinkClient:
         return client
 
 
-class _CountFn(beam.DoFn):
-    """Counts rows; its display data stand for all that is written, since a runner gets those of DoFns alone."""
-
-    def __init__(self, tower: str, publication: Publication, writer: str) -> None:
-        self._tower = tower
-        self._shown = {
-            "table": publication.destination.staging(tower, "<launch>"),
-            "load_files": publication.load_files,
-            "writer": writer,
-        }
-
-    def display_data(self) -> dict[str, Any]:
-        return self._shown
-
-    def setup(self) -> None:
-        emulators.connect_if_emulated()  # For Beam's DoFn that writes the rows, too, which runs in the same stage.
-
-    def process(self, batch: Batch) -> Iterator[Batch]:
-        metrics.count(f"write-rows-{self._tower}", len(batch.ids))
-        yield batch
+def _counted_rows(batch: Batch, tower: str, constants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    metrics.count(f"write-rows-{tower}", len(batch.ids))
+    yield from to_rows(batch, tower, constants)

@@ -20,7 +20,7 @@ from beam_pipeline.training import Run, Training
 if TYPE_CHECKING:
     from beam_pipeline.reading.tally import Tally
 
-PARTITION_COLUMN = "train_date"
+PARTITION_COLUMN, TRAINING_COLUMN = "train_date", "training"
 _TYPE_ALIASES = {"FLOAT64": "FLOAT", "INT64": "INTEGER", "BOOL": "BOOLEAN"}
 _SAFE_LITERAL = re.compile(r"[A-Za-z0-9_.:-]{1,256}")
 
@@ -105,6 +105,18 @@ def schema(tower: str) -> list[dict[str, str]]:
     ]
 
 
+def staging_schema(tower: str) -> list[dict[str, str]]:
+    """Returns the columns of a tower's staging table: what differs from row to row, and which training it is."""
+    partition, *_, name, vector = schema(tower)
+    number = {
+        "name": TRAINING_COLUMN,
+        "type": "INTEGER",
+        "mode": "REQUIRED",
+        "description": "Number of the training in its launch",
+    }
+    return [partition, number, name, vector]
+
+
 LOG_SCHEMA = [
     bigquery.SchemaField(name, type_, description=description)
     for name, type_, description in (
@@ -147,6 +159,11 @@ def schema_fields(tower: str) -> list[bigquery.SchemaField]:
     return [bigquery.SchemaField.from_api_repr(column) for column in schema(tower)]
 
 
+def staging_fields(tower: str) -> list[bigquery.SchemaField]:
+    """Returns the columns of a staging table as google-cloud-bigquery's fields."""
+    return [bigquery.SchemaField.from_api_repr(column) for column in staging_schema(tower)]
+
+
 def run_values(run: Run) -> dict[str, Any]:
     """Returns the values of all columns but the last two: they are the same in every row of a training."""
     return {
@@ -155,6 +172,14 @@ def run_values(run: Run) -> dict[str, Any]:
         "mlflow_experiment_name": run.experiment_name,
         "mlflow_run_id": run.run_id,
         "mlflow_run_name": run.run_name,
+    }
+
+
+def staged_values(trainings: Sequence[Training]) -> dict[str, dict[str, Any]]:
+    """Returns run id → the values of a staging table's columns but the last two, which tell the trainings apart."""
+    return {
+        training.run.run_id: {PARTITION_COLUMN: training.run.train_date, TRAINING_COLUMN: number}
+        for number, training in enumerate(trainings)
     }
 
 
@@ -249,6 +274,7 @@ def text(value: str) -> str:
 
 def publish_script(
     destination: Destination,
+    number: int,
     training: Training,
     launch: str,
     if_partition_taken: str,
@@ -259,6 +285,15 @@ def publish_script(
 
     It begins by updating the lock table, so that of two publications at the same time BigQuery cancels one, which
     then starts over: reading and appending alone would not conflict, and both could pass the same check.
+
+    Args:
+        destination: the tables.
+        number: of the training in its launch; its staged rows carry it.
+        training: what is published.
+        launch: the launch id.
+        if_partition_taken: "fail", "replace" or "keep".
+        tallies: tower → what was read of it, for the log.
+        job_name: of the Beam job, for the log.
     """
     run, towers = training.run, [*training.towers]
     day, run_id = literal(run.train_date), literal(run.run_id)
@@ -275,13 +310,22 @@ def publish_script(
             f"ERROR('{TAKEN_MARK} {destination.table(tower)}'), 1)"
             for tower in towers
         ]
+    # What is the same in every row is not staged.
+    of_run = [
+        day,
+        literal(run.experiment_id),
+        text(run.experiment_name),
+        run_id,
+        text(run.run_name),
+    ]
     for tower in towers:
-        columns = ", ".join(column["name"] for column in schema(tower))
+        columns = [column["name"] for column in schema(tower)]
         # By the partition column alone a DELETE drops the whole partition, which costs nothing.
         statements += [
             f"DELETE FROM `{destination.table(tower)}` WHERE {of_ours if if_partition_taken == 'keep' else partition}",
-            f"INSERT INTO `{destination.table(tower)}` ({columns}) "
-            f"SELECT {columns} FROM `{destination.staging(tower, launch)}` WHERE {of_ours}",
+            f"INSERT INTO `{destination.table(tower)}` ({', '.join(columns)}) "
+            f"SELECT {', '.join([*of_run, *columns[-2:]])} FROM `{destination.staging(tower, launch)}` "
+            f"WHERE {_staged(run, number)}",
         ]
     entries = ", ".join(
         f"({', '.join(_log_entry(destination, training, tower, launch, tallies[tower.name], job_name).values())})"
@@ -297,7 +341,7 @@ def _log_entry(
     destination: Destination, training: Training, tower: Tower, launch: str, tally: Tally, job_name: str
 ) -> dict[str, str]:
     """Returns column → SQL expression of a tower's row in the log, in the order of the log's columns."""
-    run = training.run
+    run, checksum = training.run, tower.matrix.checksum
     return {
         "published_at": "CURRENT_TIMESTAMP()",
         "train_date": literal(run.train_date),
@@ -315,7 +359,7 @@ def _log_entry(
         "norm_max": literal(tally.norm_max),
         "zero_vectors": literal(tally.zero_vectors),
         "bytes_read": literal(tally.bytes),
-        "checksum": literal(f"{tower.matrix.checksum.algorithm}:{tower.matrix.checksum.value:08x}"),
+        "checksum": literal(f"{checksum.algorithm}:{checksum.value:08x}") if checksum else "NULL",
         "vector_source": literal(tower.vector_source),
         "job_name": text(job_name),
         "launch": literal(launch),
@@ -328,20 +372,25 @@ TAKEN_MARK = "partition taken:"
 
 
 def audit_sql(destination: Destination, tower: str, launch: str) -> str:
-    """Returns a query for rows and distinct ids of each run in a staging table; it reads only the two id columns."""
+    """Returns a query for rows and distinct ids of each training in a staging table; it reads no vectors."""
     return (
-        f"SELECT mlflow_run_id, COUNT(*), COUNT(DISTINCT {tower}_id) FROM `{destination.staging(tower, launch)}` "
-        "GROUP BY mlflow_run_id"
+        f"SELECT {PARTITION_COLUMN}, {TRAINING_COLUMN}, COUNT(*), COUNT(DISTINCT {tower}_id) "
+        f"FROM `{destination.staging(tower, launch)}` GROUP BY {PARTITION_COLUMN}, {TRAINING_COLUMN}"
     )
 
 
-def duplicates_sql(destination: Destination, tower: str, launch: str, run: Run) -> str:
-    """Returns a query for one id that appears more than once in a run."""
+def duplicates_sql(destination: Destination, tower: str, launch: str, run: Run, number: int) -> str:
+    """Returns a query for one id that appears more than once in a training."""
     return (
         f"SELECT {tower}_id, COUNT(*) FROM `{destination.staging(tower, launch)}` "
-        f"WHERE {PARTITION_COLUMN} = {literal(run.train_date)} AND mlflow_run_id = {literal(run.run_id)} "
+        f"WHERE {_staged(run, number)} "
         f"GROUP BY {tower}_id HAVING COUNT(*) > 1 ORDER BY COUNT(*) DESC, {tower}_id LIMIT 1"
     )
+
+
+def _staged(run: Run, number: int) -> str:
+    """Returns the condition for a training's rows in a staging table."""
+    return f"{PARTITION_COLUMN} = {literal(run.train_date)} AND {TRAINING_COLUMN} = {literal(number)}"
 
 
 def partitions_sql(table: str) -> str:

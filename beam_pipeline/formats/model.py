@@ -77,7 +77,7 @@ class Matrix:
         rows: number of rows.
         dimension: values in a row.
         dtype: "float32", "float64", "float16" or "bfloat16".
-        checksum: covers all its bytes, and perhaps others of the same file.
+        checksum: covers all its bytes, and perhaps others of the same file; None if the artifact has none.
     """
 
     path: str
@@ -85,7 +85,7 @@ class Matrix:
     rows: int
     dimension: int
     dtype: str
-    checksum: Checksum
+    checksum: Checksum | None
 
     @property
     def row_bytes(self) -> int:

@@ -95,13 +95,14 @@ def as_sql(publication: Publication) -> str:
         f"-- run {training.run.run_id}; the job fills in the launch id and the numbers of the log's rows\n"
         + tables.publish_script(
             publication.destination,
+            number,
             training,
             "LAUNCH",
             publication.if_partition_taken,
             dict.fromkeys(publication.towers, unknown),
             publication.job_name,
         )
-        for training in publication.trainings
+        for number, training in enumerate(publication.trainings)
     )
 
 

@@ -1,13 +1,14 @@
 """Cuts a vocabulary into pieces without reading it whole, and reads the ids of one piece.
 
 A piece is a description: rows of the matrix and the byte range of their ids. It costs the same to send for ten
-ids as for a hundred thousand; ids and vectors are read where the piece lands.
+ids as for a hundred thousand; ids and vectors are read where the piece lands. Only the ids of a vocabulary in no
+order, which had to be sorted, travel in the piece itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import google_crc32c
 import numpy as np
@@ -42,6 +43,8 @@ class Piece:
         rows: number of rows.
         ids: where the ids of these rows are, one for each; None for rows that belong to no id.
         rest: instead of rows, other bytes of the matrix's file, which count for the checksum alone.
+        rows_and_ids: the ids themselves, and the row of the matrix of each (int64 [n], Arrow binary array [n]), where
+            ids are not in row order; rows of the piece that are not among them belong to no id.
     """
 
     tower: str
@@ -49,6 +52,7 @@ class Piece:
     rows: int
     ids: Span | None
     rest: Span | None = None
+    rows_and_ids: tuple[np.ndarray, pa.Array] | None = field(default=None, compare=False)
 
 
 def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
@@ -166,7 +170,8 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
     """Returns the towers such that together they read every byte that their matrices' checksums cover.
 
     A checksum may cover more than a matrix: in a `.keras` file both towers, the optimizer's state and whatever else
-    lies in `model.weights.h5`. What belongs to no matrix becomes the `rest` of the first of the towers concerned.
+    lies in `model.weights.h5`. What belongs to no matrix becomes the `rest` of the first of the towers concerned. A
+    matrix without a checksum is read alone.
 
     Raises:
         CorruptFileError: two different matrices share bytes.
@@ -180,6 +185,8 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
             )
     rest: dict[int, tuple[Span, ...]] = {}
     for path, checksum in dict.fromkeys((tower.matrix.path, tower.matrix.checksum) for tower in towers):
+        if checksum is None:
+            continue
         those = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]
         gaps, at = [], checksum.span.start
         for span in sorted({towers[i].matrix.span for i in those}):

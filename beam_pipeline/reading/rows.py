@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from beam_pipeline import checksums
-from beam_pipeline.errors import AuditError, BadIdError, BadVectorError
-from beam_pipeline.files import OpenFile, open_file
+from beam_pipeline.errors import BadIdError, BadVectorError, PipelineError
+from beam_pipeline.files import OpenFile
 from beam_pipeline.formats.encodings import shown
 from beam_pipeline.formats.model import Tower
 from beam_pipeline.formats.protobuf import Span
@@ -27,42 +27,65 @@ _NORM_ROWS = 512
 class Batch:
     """Rows of a tower.
 
-    A batch that was read is pickled as the description of where it was read, and read again where it is unpickled:
-    Beam pickles elements merely to estimate their size, which would copy every vector several times.
-
     Attributes:
         run_id: the run that they belong to.
         ids: Arrow string array [n].
         vectors: floats of any width [n, dimension]; float64 holds each exactly.
-        source: the piece and the tower that it was read from, and which rows and ids of it if they are in no order.
     """
 
     run_id: str
     ids: pa.Array
     vectors: np.ndarray
-    source: tuple[Any, ...] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Returns how to make the batch again."""
-        if self.source:
-            return _read_again, (self.run_id, *self.source)
-        return Batch, (self.run_id, self.ids, self.vectors)
 
 
-def _read_again(run_id: str, piece: Piece, tower: Tower, *rows_and_ids: Any) -> Batch:
-    batch, _ = read_piece(run_id, piece, tower, open_file, *rows_and_ids)
-    if batch is None:
-        raise AuditError(f"tower {tower.name!r}: rows at {piece.first_row:,} had ids and have none: the file changed")
-    return batch
+Element = tuple[str, Piece] | Batch
+"""What travels from step to step: (run id, a piece of a tower), or vectors that lie in no file but were computed."""
 
 
-def read_piece(
-    run_id: str,
-    piece: Piece,
-    tower: Tower,
-    open_file: OpenFile,
-    rows_and_ids: tuple[np.ndarray, pa.Array] | None = None,
-) -> tuple[Batch | None, Report]:
+def read(element: Element, towers: Mapping[str, Tower], open_file: OpenFile) -> tuple[Batch | None, Report]:
+    """Returns the rows of an element, if it has any, and what was seen of them, which says what is wrong.
+
+    What is wrong is not raised, since a retry would not mend it.
+
+    Args:
+        element: a piece of a tower, or its computed vectors.
+        towers: run id → the tower in that run's model.
+        open_file: how its files are opened.
+    """
+    if isinstance(element, Batch):
+        run_id, first_row, tower = element.run_id, None, towers[element.run_id]
+    else:
+        run_id, first_row, tower = element[0], element[1].first_row, towers[element[0]]
+    try:
+        if isinstance(element, Batch):
+            return check_batch(element, tower)
+        return read_piece(*element, tower, open_file)
+    except PipelineError as problem:
+        return None, Report(run_id, tower.name, first_row, problem=problem)
+
+
+def check_batch(batch: Batch, tower: Tower) -> tuple[Batch | None, Report]:
+    """Returns computed vectors, None if there are none, and what was seen of them.
+
+    Raises:
+        BadIdError: an id is empty.
+        BadVectorError: a vector holds NaN or infinity, or there is not one of the tower's dimension for each id.
+    """
+    count, shape = len(batch.ids), (len(batch.ids), tower.matrix.dimension)
+    if batch.vectors.shape != shape:
+        raise BadVectorError(
+            f"tower {tower.name!r}: vectors of shape {batch.vectors.shape} were computed, not {shape}: the model's "
+            "output is not one vector for each id"
+        )
+    report = Report(batch.run_id, tower.name, None, count, count, bytes=batch.vectors.nbytes)
+    if not count:
+        return None, report
+    names, rows = batch.ids.cast(pa.binary()), range(count)
+    _checked_ids(names, rows, tower)
+    return batch, replace(report, norms=_checked_norms(batch.vectors, names, rows, tower))
+
+
+def read_piece(run_id: str, piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch | None, Report]:
     """Reads the ids and the vectors of a piece; None instead of a batch if its rows belong to no id.
 
     Args:
@@ -70,33 +93,59 @@ def read_piece(
         piece: what is read.
         tower: of which tower.
         open_file: how its files are opened.
-        rows_and_ids: the ids and the row of each, if they are not in row order and so not where the piece says.
 
     Raises:
         PipelineError: anything that is wrong with its bytes.
     """
+    # The one place that knows how vectors lie in a file.
+    content = _read_matrix(piece, tower, open_file)
+    rows, names = content.rows, content.names
+    report = Report(
+        run_id, tower.name, piece.first_row, piece.rows, len(names), content.offset, content.bytes, content.crc
+    )
+    if not len(names):
+        return None, report
+    text = _checked_ids(names, rows, tower)
+    norms = _checked_norms(content.vectors, names, rows, tower)
+    return Batch(run_id, text, content.vectors), replace(report, norms=norms)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the files hold of a piece, not checked yet.
+
+    Attributes:
+        rows: the row of each id, for messages.
+        names: ids, an Arrow binary array [n].
+        vectors: [n, dimension].
+        offset, bytes, crc: as in a `Report`.
+    """
+
+    rows: Sequence[int] | np.ndarray
+    names: pa.Array
+    vectors: np.ndarray
+    offset: int
+    bytes: int
+    crc: int
+
+
+def _read_matrix(piece: Piece, tower: Tower, open_file: OpenFile) -> _Content:
+    """Reads rows of a matrix by their byte range."""
     matrix = tower.matrix
     start = matrix.offset + piece.first_row * matrix.row_bytes
     span = piece.rest or Span(start, start + piece.rows * matrix.row_bytes)
     with open_file(matrix.path) as file:
         raw = file.read(span.start, span.end - span.start)
-    rows: Sequence[int] | np.ndarray
-    if rows_and_ids is None:
-        rows, names = range(piece.first_row, piece.first_row + piece.rows), pieces.read(piece, tower, open_file)
+    rows: Sequence[int] | np.ndarray = range(piece.first_row, piece.first_row + piece.rows)
+    if piece.rows_and_ids is None:
+        names = pieces.read(piece, tower, open_file)
     else:
-        rows, names = rows_and_ids
-    crc = checksums.value(matrix.checksum.algorithm, raw)
-    report = Report(run_id, tower.name, piece.first_row, piece.rows, len(names), span.start, len(raw), crc)
-    if not len(names):
-        return None, report
-    vectors = matrix.decode(raw)
-    source: tuple[Any, ...] = (piece, tower)
-    if rows_and_ids is not None:
-        vectors = vectors[rows_and_ids[0] - piece.first_row]
-        source = (piece, tower, rows_and_ids)
-    text = _checked_ids(names, rows, tower)
-    norms = _checked_norms(vectors, names, rows, tower)
-    return Batch(run_id, text, vectors, source=source), replace(report, norms=norms)
+        rows, names = piece.rows_and_ids
+    crc = checksums.value(matrix.checksum.algorithm, raw) if matrix.checksum else 0
+    vectors = matrix.decode(raw) if len(names) else np.empty((0, matrix.dimension), np.float32)
+    if piece.rows_and_ids is not None and len(names):
+        vectors = vectors[piece.rows_and_ids[0] - piece.first_row]
+    return _Content(rows, names, vectors, span.start, len(raw), crc)
 
 
 def _checked_ids(names: pa.Array, rows: Sequence[int] | np.ndarray, tower: Tower) -> pa.Array:

@@ -29,17 +29,18 @@ class Report:
     Attributes:
         run_id: the run.
         tower: name of the tower.
-        first_row, rows: rows of the matrix that were read; 0 rows if none could be.
+        first_row, rows: rows of the matrix that were read; 0 rows if none could be. The first is None for computed
+            vectors, which are in no order: they are only counted.
         ids: how many of them belong to ids.
         offset, bytes: where in the matrix's file they lie, and how many bytes they are.
-        crc: checksum of these bytes, by the algorithm of the matrix's.
+        crc: checksum of these bytes, by the algorithm of the matrix's; 0 if it has none.
         norms: Euclidean norms of the ids' vectors; None without ids.
         problem: what is wrong, if anything is.
     """
 
     run_id: str
     tower: str
-    first_row: int
+    first_row: int | None
     rows: int = 0
     ids: int = 0
     offset: int = 0
@@ -76,7 +77,7 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
         ChecksumError: the bytes that were read do not match the artifact's checksum.
         AuditError: reports are missing or double.
     """
-    ordered = sorted(reports, key=lambda report: (report.run_id, report.tower, report.first_row))
+    ordered = sorted(reports, key=lambda report: (report.run_id, report.tower, report.first_row or 0))
     problems = [report.problem for report in ordered if report.problem]
     if problems:
         more = f" (and {len(problems) - 1:,} more problems)" if len(problems) > 1 else ""
@@ -93,16 +94,17 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
         rows = [report for report in own if report.rows]
         row = 0
         for report in rows:
-            if report.first_row != row:
+            if report.first_row is not None and report.first_row != row:
                 raise AuditError(f"tower {tower.name!r}: rows {row:,} to {report.first_row:,} were not read once")
             row += report.rows
         if row != matrix.rows:
             raise AuditError(f"tower {tower.name!r}: {row:,} of {matrix.rows:,} rows were read")
-        crc = checksums.combine(matrix.checksum.algorithm, ((report.crc, report.bytes) for report in rows))
-        # A set: towers that share a matrix read it once each.
-        spans = read.setdefault((matrix.path, matrix.checksum), set())
-        spans.add((matrix.offset, matrix.size, crc))
-        spans.update((report.offset, report.bytes, report.crc) for report in own if not report.rows)
+        if matrix.checksum:
+            crc = checksums.combine(matrix.checksum.algorithm, ((report.crc, report.bytes) for report in rows))
+            # A set: towers that share a matrix read it once each.
+            spans = read.setdefault((matrix.path, matrix.checksum), set())
+            spans.add((matrix.offset, matrix.size, crc))
+            spans.update((report.offset, report.bytes, report.crc) for report in own if not report.rows)
         count = sum(report.ids for report in own)
         norms = [report.norms for report in own if report.norms]
         if not count or not norms:

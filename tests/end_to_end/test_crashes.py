@@ -42,7 +42,7 @@ def publish(client, what, launch, tallies):
     for tower in training.towers.values():
         half = dataclasses.replace(training, towers={tower.name: tower})
         of_run = {tower.name: tallies[training.run.run_id, tower.name]}
-        client.query_and_wait(tables.publish_script(what.destination, half, launch, "fail", of_run, "job"))
+        client.query_and_wait(tables.publish_script(what.destination, 0, half, launch, "fail", of_run, "job"))
         time.sleep(1)
 publication.publish = publish
 """

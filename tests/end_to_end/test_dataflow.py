@@ -175,7 +175,7 @@ def test_the_graph_has_every_step(staged, job):
         for transform in staged.graph.components.transforms.values()
         if transform.unique_name and "/" not in transform.unique_name
     }
-    towers = {f"{verb} {tower}" for verb in ("Read", "Write") for tower in ("user", "item")}
+    towers = {f"{verb} {tower}" for verb in ("Cut", "Write") for tower in ("user", "item")}
     assert towers | {"Prepare", "Check", "Audit", "Shape", "Publish", "Clean"} <= roots
     assert job.tables() == set()  # building a graph makes none
 
@@ -184,19 +184,18 @@ def test_pieces_are_spread_before_they_are_read(staged):
     """What lets Dataflow add workers: between cutting and reading there is a shuffle, so the two do not fuse."""
     transforms = {t.unique_name: t for t in staged.graph.components.transforms.values()}
     for tower in ("user", "item"):
-        assert transforms[f"Read {tower}/Spread"].spec.urn == "beam:transform:reshuffle:v1"
-        (spread,) = transforms[f"Read {tower}/Spread"].outputs.values()
-        assert spread in transforms[f"Read {tower}/Read/ParDo(_ReadFn)"].inputs.values()
+        assert transforms[f"Cut {tower}/Spread"].spec.urn == "beam:transform:reshuffle:v1"
+        (spread,) = transforms[f"Cut {tower}/Spread"].outputs.values()
+        assert spread in transforms[f"Write {tower}/Load"].inputs.values()
 
 
 def test_steps_show_what_they_do(staged, job):
-    read = staged.shown("Read item/Read/ParDo(_ReadFn)")
-    assert read["tower"] == "item"
-    assert read["layer"] == "item_layer"
-    assert (read["rows"], read["dimension"], read["dtype"]) == (2015, 8, "float32")
-    assert re.fullmatch(r"gs://.+/artifacts/model/variables/variables\.data-00000-of-00001", read["vectors"])
-    assert re.fullmatch(r"gs://.+/artifacts/model/assets/items\.txt", read["ids"])
-    write = staged.shown("Write item/Count")
+    write = staged.shown("Write item/Load/WritePiecesToFiles/ParDo(_WriteFn)")
+    assert write["tower"] == "item"
+    assert write["layer"] == "item_layer"
+    assert (write["rows"], write["dimension"], write["dtype"]) == (2015, 8, "float32")
+    assert re.fullmatch(r"gs://.+/artifacts/model/variables/variables\.data-00000-of-00001", write["vectors"])
+    assert re.fullmatch(r"gs://.+/artifacts/model/assets/items\.txt", write["ids"])
     assert write["table"] == f"{job.destination.table('item')}_staging_<launch>"
     assert write["writer"] == "columnar"
     for step in ("Prepare", "Audit", "Shape", "Publish", "Clean"):

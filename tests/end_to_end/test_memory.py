@@ -18,8 +18,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from beam_pipeline.bigquery import avro, tables
 from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary
 from beam_pipeline.formats.protobuf import Span
-from beam_pipeline.training import Run
-from beam_pipeline.reading.transforms import ReadTower
+from beam_pipeline.reading.transforms import PIECES, CutTower
 
 folder, rows = sys.argv[1], int(sys.argv[2])
 with open(f"{folder}/ids", "w") as file:
@@ -32,14 +31,14 @@ tower = Tower(
     Matrix(f"{folder}/weights", 0, rows, 100, "float32", Checksum("crc32c", 0, Span(0, rows * 400))),
     Vocabulary(f"{folder}/ids", Span(0, os.path.getsize(f"{folder}/ids")), Encoding.LINES, 0),
 )
-constants = {"r": [*tables.run_values(Run("r", "n", "1", "e", date(2026, 3, 1), "gs://b/a")).values()]}
+writing = avro.Writing("user", {"r": tower}, {"r": [date(2026, 3, 1), 0]}, "<f4")
 with beam.Pipeline(runner=FnApiRunner()) as pipeline:
-    batches = (pipeline | ReadTower({"r": tower}))["batches"]
-    keyed = batches | beam.Map(lambda batch: ("p:d.t", batch))
-    write = avro._WriteFilesFn({"fields": tables.schema("user")}, constants, 1 << 30)
-    _ = keyed | beam.ParDo(write, f"{folder}/out")
+    pieces = (pipeline | CutTower({"r": tower}))[PIECES]
+    keyed = pieces | beam.Map(lambda piece: ("p:d.t", piece))
+    write = avro._WriteFn({"fields": tables.staging_schema("user")}, writing, 1 << 30)
+    _ = keyed | beam.ParDo(write, f"{folder}/out").with_outputs("reports", main="files")
 written = sum(os.path.getsize(os.path.join(f, name)) for f, _, names in os.walk(f"{folder}/out") for name in names)
-assert written > rows * 800, written
+assert written > rows * 400, written
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
 """
 

@@ -122,12 +122,12 @@ def test_truncated_weights(job, store, damaged, capsys):
 def test_weights_cut_while_the_job_runs(job, store, models, tmp_path):
     run = store.log(models("plain"), "cut", MARCH_1)
     hook = """
-from beam_pipeline.reading import transforms
-original = transforms.read_piece
-def read_piece(run_id, piece, tower, open_file, *rest):
+from beam_pipeline.reading import rows
+original = rows.read_piece
+def read_piece(run_id, piece, tower, open_file):
     open(tower.matrix.path, "r+b").truncate(1000)
-    return original(run_id, piece, tower, open_file, *rest)
-transforms.read_piece = read_piece
+    return original(run_id, piece, tower, open_file)
+rows.read_piece = read_piece
 """
     process = job.hooked(tmp_path, hook, run)
     _, err = process.communicate(timeout=100)

@@ -117,7 +117,7 @@ def staged(warehouse, destination, client):
         publication.prepare(client, what, launch)
         publication.shape(client, what, launch)
         for name in what.towers:
-            rows = ", ".join(f"(DATE '2026-03-02', '1', 'e', '{run_id}', 'n', 'id{i}', [1.0, {i}.0])" for i in (1, 2))
+            rows = ", ".join(f"(DATE '2026-03-02', 0, 'id{i}', [1.0, {i}.0])" for i in (1, 2))
             client.query_and_wait(f"INSERT INTO `{destination.staging(name, launch)}` VALUES {rows}")
         return what, launch, tallies
 
@@ -182,7 +182,7 @@ def test_no_expiration_is_inherited(warehouse, destination, client):
         training = Training(run, "gs://b/a", {"user": described("user", rows=3, dimension=2)})
         what = Publication(there, (training,), warehouse.temp_location, "fail", "token")
         publication.prepare(client, what, "launch")
-        row = "(DATE '2020-01-01', '1', 'e', 'r', 'n', 'id', [1.0])"
+        row = "(DATE '2020-01-01', 0, 'id', [1.0])"
         client.query_and_wait(f"INSERT INTO `{there.staging('user', 'launch')}` VALUES {row}")
         publication.audit(client, what, "launch", {("r", "user"): Tally(1, 8, 1.0, 1.0, 1.0, 0)})
         publication.shape(client, what, "launch")

@@ -69,7 +69,12 @@ def first_version(tower):
 
 ARGUMENTS = {
     ("destination", "Destination"): [DESTINATION],
-    ("training", "Training"): [Training(RUN, "gs://b/m", {name: described(name) for name in TOWERS})],
+    ("training", "Training"): [
+        Training(RUN, "gs://b/m", {name: described(name) for name in TOWERS}),
+        # The log's rows are of towers with a checksum and without.
+        Training(RUN, "gs://b/m", {name: described(name, checksum=at == 0) for at, name in enumerate(TOWERS)}),
+    ],
+    ("number", "int"): [0, 12],
     ("run", "Run"): [RUN],
     ("launch", "str"): [LAUNCH],
     ("tower", "str"): TOWERS,
@@ -256,7 +261,7 @@ class GoogleSql:
         found = {DESTINATION.log: tables.LOG_SCHEMA, DESTINATION.lock: tables.LOCK_SCHEMA}
         for tower in TOWERS:
             found[DESTINATION.table(tower)] = tables.schema_fields(tower)
-            found[DESTINATION.staging(tower, LAUNCH)] = tables.schema_fields(tower)
+            found[DESTINATION.staging(tower, LAUNCH)] = tables.staging_fields(tower)
             found[comparison_tables.change_table(DESTINATION, tower)] = comparison_tables.change_schema(tower)
             staged = comparison_tables.staged_change(DESTINATION, tower, LAUNCH)
             found[staged] = comparison_tables.staged_change_schema(tower)
@@ -388,7 +393,7 @@ def test_sql_is_made_in_tables_alone(google):
 @pytest.mark.parametrize(
     ("function", "right", "wrong", "message"),
     [
-        ("audit_sql", "mlflow_run_id", "run_id", "Unrecognized name: run_id"),
+        ("audit_sql", "training", "mlflow_run_id", "Unrecognized name: mlflow_run_id"),
         ("publish_script", "(published_at, ", "(", "Inserted row has wrong column count"),
         ("publish_script", "WHERE TRUE;", "WHERE TRUE", "Syntax error"),
         ("partitions_sql", "@last", "@until", "Query parameter 'until' not found"),

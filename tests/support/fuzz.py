@@ -150,9 +150,10 @@ def _pieces(tower, open_file, piece_bytes):
     rows, names = np.concatenate(rows), pa.concat_arrays(names)
     step = max(1, piece_bytes // tower.matrix.row_bytes)
     for first in range(0, tower.matrix.rows, step):
-        piece = pieces.Piece(tower.name, first, min(step, tower.matrix.rows - first), None)
         own = np.flatnonzero((rows >= first) & (rows < first + step))
-        yield read_piece("run", piece, tower, open_file, (rows[own], names.take(pa.array(own))))
+        found = rows[own], names.take(pa.array(own))
+        piece = pieces.Piece(tower.name, first, min(step, tower.matrix.rows - first), None, rows_and_ids=found)
+        yield read_piece("run", piece, tower, open_file)
 
 
 def subjects(folders, kind):

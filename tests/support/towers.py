@@ -6,10 +6,10 @@ from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.reading import pieces
 
 
-def described(name, folder="gs://bucket", *, rows=11, dimension=8, ids_bytes=100):
+def described(name, folder="gs://bucket", *, rows=11, dimension=8, ids_bytes=100, checksum=True):
     """Returns a tower of float32 vectors and a vocabulary file, neither of which is there."""
-    checksum = Checksum("crc32c", 0xABC, Span(0, rows * dimension * 4))
-    matrix = Matrix(f"{folder}/data", 0, rows, dimension, "float32", checksum)
+    stored = Checksum("crc32c", 0xABC, Span(0, rows * dimension * 4)) if checksum else None
+    matrix = Matrix(f"{folder}/data", 0, rows, dimension, "float32", stored)
     return Tower(name, f"{name}_layer", matrix, Vocabulary(f"{folder}/ids", Span(0, ids_bytes), Encoding.LINES, 1))
 
 

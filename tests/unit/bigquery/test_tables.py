@@ -20,7 +20,7 @@ TALLIES = {"user": Tally(10, 352, 0.5, 1.25, 2.0, 0), "item": Tally(7, 352, 0.0,
 
 
 def script(how):
-    return tables.publish_script(DESTINATION, TRAINING, "launch1", how, TALLIES, "job")
+    return tables.publish_script(DESTINATION, 3, TRAINING, "launch1", how, TALLIES, "job")
 
 
 # The table of the first version: fewer columns, NULLABLE.
@@ -73,10 +73,28 @@ def test_schema():
     assert {*tables.run_values(RUN)} == {c["name"] for c in tables.schema("item")[:-2]}
 
 
+def test_a_staging_table_holds_what_differs_from_row_to_row():
+    assert [(c["name"], c["type"], c["mode"]) for c in tables.staging_schema("item")] == [
+        ("train_date", "DATE", "REQUIRED"),
+        ("training", "INTEGER", "REQUIRED"),
+        ("item_id", "STRING", "REQUIRED"),
+        ("item_embedding", "FLOAT64", "REPEATED"),
+    ]
+    later = dataclasses.replace(TRAINING, run=dataclasses.replace(RUN, run_id="later", train_date=date(2026, 3, 8)))
+    values = tables.staged_values([TRAINING, later])
+    assert values == {
+        "0123abcd": {"train_date": date(2026, 3, 1), "training": 0},
+        "later": {"train_date": date(2026, 3, 8), "training": 1},
+    }
+    assert [*values["later"]] == [c["name"] for c in tables.staging_schema("item")[:-2]]
+
+
 def test_the_publish_script():
     columns = "train_date, mlflow_experiment_id, mlflow_experiment_name, mlflow_run_id, mlflow_run_name"
     others = "train_date = DATE '2026-03-01' AND (mlflow_run_id IS NULL OR mlflow_run_id != '0123abcd')"
-    ours = "train_date = DATE '2026-03-01' AND mlflow_run_id = '0123abcd'"
+    names = [tables.text(name) for name in ("two_tower", "it's; DROP")]
+    of_run = f"DATE '2026-03-01', '7', {names[0]}, '0123abcd', {names[1]}"
+    ours = "train_date = DATE '2026-03-01' AND training = 3"
     *lines, log, commit = script("fail").splitlines()
     assert lines == [
         "BEGIN TRANSACTION;",
@@ -86,10 +104,10 @@ def test_the_publish_script():
         f"SELECT IF(EXISTS(SELECT 1 FROM `p.raw_dev.two_tower_item_embedding` WHERE {others}), "
         "ERROR('partition taken: p.raw_dev.two_tower_item_embedding'), 1);",
         "DELETE FROM `p.raw_dev.two_tower_user_embedding` WHERE train_date = DATE '2026-03-01';",
-        f"INSERT INTO `p.raw_dev.two_tower_user_embedding` ({columns}, user_id, user_embedding) SELECT {columns}, user_id, "
+        f"INSERT INTO `p.raw_dev.two_tower_user_embedding` ({columns}, user_id, user_embedding) SELECT {of_run}, user_id, "
         f"user_embedding FROM `p.raw_dev.two_tower_user_embedding_staging_launch1` WHERE {ours};",
         "DELETE FROM `p.raw_dev.two_tower_item_embedding` WHERE train_date = DATE '2026-03-01';",
-        f"INSERT INTO `p.raw_dev.two_tower_item_embedding` ({columns}, item_id, item_embedding) SELECT {columns}, item_id, "
+        f"INSERT INTO `p.raw_dev.two_tower_item_embedding` ({columns}, item_id, item_embedding) SELECT {of_run}, item_id, "
         f"item_embedding FROM `p.raw_dev.two_tower_item_embedding_staging_launch1` WHERE {ours};",
     ]
     assert log.startswith("INSERT INTO `p.raw_dev.two_tower_embedding_log` (published_at, train_date, ")
@@ -103,6 +121,10 @@ def test_the_publish_script():
 def test_every_column_of_the_log_has_a_value():
     entry = tables._log_entry(DESTINATION, TRAINING, TOWERS[0], "launch1", TALLIES["user"], "job")
     assert [*entry] == [column.name for column in tables.LOG_SCHEMA]
+    matrix = dataclasses.replace(TOWERS[0].matrix, checksum=None)
+    unsummed = dataclasses.replace(TOWERS[0], matrix=matrix)
+    without = tables._log_entry(DESTINATION, TRAINING, unsummed, "launch1", TALLIES["user"], "job")
+    assert without == {**entry, "checksum": "NULL"}
 
 
 def test_the_tables_may_require_a_partition_filter():

@@ -1,7 +1,8 @@
 """The transforms in a pipeline, and what their reports add up to."""
 
 import dataclasses
-import pickle
+import functools
+import re
 from datetime import date
 
 import apache_beam as beam
@@ -11,6 +12,7 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
+from towers import described
 
 from beam_pipeline import metrics
 from beam_pipeline.errors import AuditError, BadIdError, BadVectorError, ChecksumError
@@ -19,14 +21,23 @@ from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocab
 from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.formats.saved_model.reader import SavedModel
 from beam_pipeline.reading import pieces, rows
-from beam_pipeline.reading.rows import read_piece, to_rows
+from beam_pipeline.reading.rows import Batch, read_piece, to_rows
 from beam_pipeline.reading.tally import Report, tally
-from beam_pipeline.reading.transforms import REPORTS, ReadTower
+from beam_pipeline.reading.transforms import PIECES, REPORTS, ROWS, CutTower, ReadRows
 from beam_pipeline.training import Run, Training, by_name
 
 
 def tower_of(model, name):
     return SavedModel(str(model.folder), open_file).tower(name, f"{name}_layer")
+
+
+def read(pipeline, tower):
+    """Reads a tower by rows, as dicts with a day."""
+    towers = {"run": tower}
+    split = functools.partial(to_rows, tower=tower.name, constants={"run": {"day": 1}})
+    cut = pipeline | CutTower(towers)
+    read = cut[PIECES] | ReadRows(towers, split)
+    return {ROWS: read[ROWS], REPORTS: (cut[REPORTS], read[REPORTS]) | beam.Flatten()}
 
 
 def training(*towers):
@@ -43,27 +54,16 @@ def small_pieces(monkeypatch):
 def test_read_tower_emits_every_row(models, small_pieces, name, tower):
     model = models(name)
     with TestPipeline(runner=FnApiRunner()) as pipeline:
-        read = pipeline | ReadTower({"run": tower_of(model, tower)})
-        rows = read["batches"] | beam.FlatMap(to_rows, tower, {"run": {"day": 1}})
+        rows = read(pipeline, tower_of(model, tower))[ROWS]
         expected = [
             {"day": 1, f"{tower}_id": key, f"{tower}_embedding": vector} for key, vector in model.rows(tower).items()
         ]
         assert_that(rows, equal_to(expected))
 
 
-def test_a_batch_is_pickled_as_its_source(models):
-    tower = tower_of(models("plain"), "user")
-    piece = list(pieces.cut(tower, open_file, 8 << 20))[1]
-    batch, _ = read_piece("run", piece, tower, open_file)
-    pickled = pickle.dumps(batch)
-    assert len(pickled) < 2000
-    assert pickle.loads(pickled).ids == batch.ids
-    assert (pickle.loads(pickled).vectors == batch.vectors).all()
-
-
 def test_counters(models, small_pieces):
     pipeline = TestPipeline(runner=FnApiRunner())
-    _ = pipeline | ReadTower({"run": tower_of(models("special"), "user")})
+    _ = read(pipeline, tower_of(models("special"), "user"))
     result = pipeline.run()
     assert metrics.committed(result, "read-rows") == 150
     assert metrics.committed(result, "read-bytes") == 150 * 16
@@ -107,6 +107,55 @@ def test_norms_at_the_edges():
         rows._checked_norms(vectors, names, range(4), tower)
 
 
+def unsummed(tower):
+    return dataclasses.replace(tower, matrix=dataclasses.replace(tower.matrix, checksum=None))
+
+
+def test_a_matrix_without_a_checksum_is_counted(models):
+    """Rows and bytes of all pieces, and every piece once; there is nothing to compare the bytes with."""
+    user, item = (tower_of(models("special"), name) for name in ("user", "item"))
+    towers = pieces.cover([unsummed(user), item])
+    assert towers[0].rest == ()
+    reports = [report for tower in towers for report in reports_of(tower)]
+    found = tally(reports, training(*towers))
+    assert found == tally([*reports_of(user), *reports_of(item)], training(user, item))
+    with pytest.raises(AuditError, match="tower 'user': rows"):
+        tally(reports[1:], training(*towers))
+
+
+def computed(tower, vectors, ids=None):
+    ids = [f"id {at}" for at in range(len(vectors))] if ids is None else ids
+    return rows.read(Batch("run", pa.array(ids, pa.string()), np.array(vectors, "f4")), {"run": tower}, open_file)
+
+
+def test_computed_vectors_are_counted_in_any_order():
+    tower = described("user", rows=3, dimension=2, checksum=False)
+    batch, first = computed(tower, [[3, 4], [0, 0]])
+    assert batch.vectors.tolist() == [[3, 4], [0, 0]]
+    _, second = computed(tower, [[6, 8]])
+    nothing, third = computed(tower, np.empty((0, 2)))
+    assert nothing is None
+    found = tally([second, third, first], training(tower))["run", "user"]
+    assert (found.ids, found.bytes, found.norm_min, found.norm_max, found.zero_vectors) == (3, 24, 0, 10, 1)
+    with pytest.raises(AuditError, match="2 of 3 rows were read"):
+        tally([first], training(tower))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "ids", "words"),
+    [
+        ([[1, 2], [1, np.nan]], None, r"vector of id 'id 1' \(row 1\) holds NaN or infinity"),
+        ([[1, 2], [3, 4]], ["a", ""], "the id of row 1 is empty"),
+        ([[1, 2, 3]], None, r"vectors of shape \(1, 3\) were computed, not \(1, 2\)"),
+        ([[1, 2]], ["a", "b"], r"vectors of shape \(1, 2\) were computed, not \(2, 2\)"),
+    ],
+)
+def test_what_is_wrong_with_computed_vectors_is_reported(vectors, ids, words):
+    batch, report = computed(described("user", rows=3, dimension=2), vectors, ids)
+    assert batch is None
+    assert re.search(words, str(report.problem))
+
+
 @pytest.mark.parametrize("change", [lambda r: r[1:], lambda r: r[:-1], lambda r: r[:2] + r[3:], lambda r: [*r, r[2]]])
 def test_a_report_that_is_missing_or_double(models, change):
     tower = tower_of(models("special"), "user")
@@ -141,8 +190,7 @@ def test_a_problem_is_reported_not_raised(damaged, small_pieces):
         ]
 
     with TestPipeline(runner=FnApiRunner()) as pipeline:
-        read = pipeline | ReadTower({"run": tower_of(model, "item")})
-        assert_that(read[REPORTS], check)
+        assert_that(read(pipeline, tower_of(model, "item"))[REPORTS], check)
 
 
 def test_an_empty_vocabulary(damaged):
