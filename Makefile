@@ -15,6 +15,7 @@ ENGINES := .engines/.installed
 TRACKING_URI := sqlite:///demo/mlflow.db
 TRAIN := $(BIN)/python examples/train_two_tower.py --tracking_uri=$(TRACKING_URI) --artifact_root=demo/artifacts
 HISTORIZE := $(BIN)/python -m beam_pipeline --tracking_uri=$(TRACKING_URI) --warehouse=demo/warehouse
+SEARCH := $(BIN)/python -m beam_pipeline.search --warehouse=demo/warehouse --k=5
 COMPARE := $(BIN)/python -m beam_pipeline.compare --warehouse=demo/warehouse
 
 define WRITE_LOCK
@@ -32,7 +33,7 @@ export WRITE_LOCK
 .PHONY: help demo check test fuzz test-airflow test-engines lint bench lock test-gcp gcp-variables clean
 
 help:
-	@echo 'make demo      train a small model twice, historize both, show the history, compare them (in demo/)'
+	@echo 'make demo      train a small model twice, historize both, search them, compare them (in demo/)'
 	@echo 'make check     lint, types and unit tests, while you work: a minute and a half'
 	@echo 'make test      run all tests, two at a time'
 	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
@@ -64,7 +65,8 @@ demo: $(VENV)
 	$(TRAIN) --start=2026-03-08T23:30 --seed=2 --moved_item=item-jazz-007 > demo/second_run
 	$(HISTORIZE) --run_id="$$(cat demo/first_run)"
 	$(HISTORIZE) --run_id="$$(cat demo/second_run)"
-	$(BIN)/python examples/show_history.py demo/warehouse --item=item-jazz-007
+	$(SEARCH) --item=item-jazz-007 --date=2026-03-01
+	$(SEARCH) --item=item-jazz-007
 	$(COMPARE) --report=demo/changes.html
 
 # Each worker has emulators of its own, and a file's tests stay together.

@@ -31,6 +31,8 @@ setup(
         "google-cloud-bigquery>=3.40",
         # Reads what a comparison has joined, as Arrow pages; apache-beam[gcp] brings it, unpinned.
         "google-cloud-bigquery-storage>=2.27",
+        # Reads models on gs:// by exact byte ranges; Beam's files fetch 16 MiB at least. Beam brings it.
+        "google-cloud-storage>=3",
         # The checksum of TensorFlow's checkpoints, in C: a Python loop would take minutes per gigabyte.
         "google-crc32c>=1.5",
         # Turns the bytes of an embedding matrix into rows, and widens them to float64.

@@ -77,6 +77,10 @@ class TruncatedFileError(ArtifactError):
     """A file of the artifact ends before bytes that its own index says it holds."""
 
 
+class FileReplacedError(ArtifactError):
+    """A file of the artifact was replaced or deleted between its opening and a read."""
+
+
 class CorruptFileError(ArtifactError):
     """A file of the artifact contradicts its own format."""
 
@@ -135,6 +139,18 @@ class PublishError(DestinationError):
 
 class TrainingMissingError(DestinationError):
     """The tables hold no such training, or not the towers or columns that a comparison needs."""
+
+
+class IdMissingError(DestinationError):
+    """A training has no vector of the id whose neighbours are wanted."""
+
+
+class ZeroVectorError(DestinationError):
+    """A vector of zeros has no cosine."""
+
+
+class SearchError(DestinationError):
+    """BigQuery refused a search."""
 
 
 class UnusualError(PipelineError):

@@ -1,19 +1,41 @@
-"""Counters of the job: Beam's metrics, and the same numbers for a launcher that runs the job in its own process."""
+"""Counters of the job: Beam's metrics, and the same numbers for a launcher that runs the job in its own process.
+
+Also the phases of a launch, as far as they happen in this process.
+"""
 
 from __future__ import annotations
 
+import resource
+import sys
 import threading
 import time
 from collections import Counter
+from typing import NamedTuple
 
 from apache_beam.metrics.metric import Metrics, MetricsFilter
 from apache_beam.runners.runner import PipelineResult
 
 NAMESPACE = "beam_pipeline"
 
+
+class Phase(NamedTuple):
+    """A part of a launch that has ended.
+
+    Attributes:
+        name: what was done.
+        ended: on the clock of `time.monotonic`.
+        peak: bytes resident at most until then.
+    """
+
+    name: str
+    ended: float
+    peak: int
+
+
 _lock = threading.Lock()
 _here: Counter[str] = Counter()
 _first: dict[str, float] = {}
+_phases: list[Phase] = []
 
 
 def count(name: str, amount: int) -> None:
@@ -41,3 +63,17 @@ def committed(result: PipelineResult, name: str) -> int:
     counters = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE).with_name(name))["counters"]
     # A runner that does not tell what was committed tells what was attempted.
     return sum(counter.result or 0 for counter in counters)
+
+
+def end_phase(name: str) -> None:
+    """Notes that a part of the launch has ended, which began when the one before had."""
+    # Linux counts kilobytes, macOS bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with _lock:
+        _phases.append(Phase(name, time.monotonic(), peak))
+
+
+def phases() -> list[Phase]:
+    """Returns the phases that have ended in this process, in order; what other processes do is not among them."""
+    with _lock:
+        return [*_phases]

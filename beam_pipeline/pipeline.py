@@ -13,7 +13,7 @@ import apache_beam as beam
 from apache_beam.pvalue import PCollection
 from apache_beam.typehints.decorators import no_annotations
 
-from beam_pipeline import emulators
+from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication, Tallies
 from beam_pipeline.bigquery.staging import COPIES, FILES, LOADS, WriteStaging
@@ -60,6 +60,7 @@ class _StepFn(beam.DoFn):
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
     def process(self, launch: str, *inputs: Any) -> Iterator[str]:
         self._step(self._client, self._publication, launch, *inputs)
+        metrics.end_phase(f"the job, until {self._step.__name__.strip('_')} has ended")
         yield launch
 
 

@@ -35,7 +35,12 @@ WAYS = {
     "c": "naive Beam pipeline",
     "d": "limit: same bytes, nothing in between",
 }
-INFORMATIVE = {"a-rows": "this pipeline, --writer=rows"}
+INFORMATIVE = {"a-rows": "this pipeline, --writer=rows", "a-gs": "this pipeline, the model on gs://"}
+STORAGE = ROOT / "tests/support/storage_server.py"
+"""The Cloud Storage that way (a-gs) reads from, and that counts the bytes."""
+TRAINED = 1_772_366_400_000
+"""When all models were trained, in milliseconds: noon of the day that fake_bigquery.py names."""
+HUNDRED_MILLION = (100_000_000, 16)
 PHASES = "a-phases"
 """Way (a) once more at each size, with a note of when each of its phases ends; not among the runs."""
 SAMPLE_SECONDS = 0.05
@@ -105,6 +110,7 @@ def find_model(size, vocabulary, work, environment):
             f"--items={counts['item']}",
             f"--dimension={dimension}",
             f"--vocabulary={kind}",
+            f"--trained={TRAINED}",
         ],
         stdout=subprocess.PIPE,
         stderr=(work / "logs" / "make_model.log").open("w"),
@@ -145,9 +151,9 @@ class FakeBigQuery:
         )
         self.url = f"http://127.0.0.1:{self._process.stdout.readline().strip()}"
 
-    def reset(self, rows, run_id):
-        """Forgets everything and says from now on that each tower of the run has its rows."""
-        body = json.dumps({"run_id": run_id, "counts": split(rows)}).encode()
+    def reset(self, rows):
+        """Forgets everything and says from now on that each tower has its rows."""
+        body = json.dumps({"counts": split(rows)}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/reset", body, method="POST")).close()
 
     def seen(self):
@@ -175,8 +181,17 @@ def tree_rss(root):
     return total
 
 
+def bytes_read(pid):
+    """Returns the bytes that a process has read so far, from files and pipes alike, its imports among them."""
+    try:
+        text = Path(f"/proc/{pid}/io").read_text()
+    except (OSError, ValueError):
+        return 0
+    return int(text.split("rchar: ")[1].split()[0])
+
+
 def measure(command, log, environment, memory_limit, timeout):
-    """Runs a command to its end; returns seconds, cpu_seconds, peak_rss, and `failed`: None or why.
+    """Runs a command to its end; returns seconds, cpu_seconds, peak_rss, read, and `failed`: None or why.
 
     CPU seconds are those of the process and of all its children that it waited for. The peak is the largest sum over
     the tree that was sampled, or the kernel's own peak of the process if that is larger.
@@ -190,16 +205,17 @@ def measure(command, log, environment, memory_limit, timeout):
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=limit, start_new_session=True
         )
-        peak, age, late = 0, 0.0, False
+        peak, read, age, late = 0, 0, 0.0, False
         ended = os.pidfd_open(process.pid)
         try:
             while not select.select([ended], [], [], EARLY_SAMPLE_SECONDS if age < 0.2 else SAMPLE_SECONDS)[0]:
-                peak = max(peak, tree_rss(process.pid))
+                peak, read = max(peak, tree_rss(process.pid)), bytes_read(process.pid)
                 age = time.monotonic() - started
                 if not late and age > timeout:
                     late = True
                     os.killpg(process.pid, signal.SIGKILL)
             seconds = time.monotonic() - started
+            read = max(read, bytes_read(process.pid))
         except BaseException:  # Ctrl-C reaches this process alone.
             os.killpg(process.pid, signal.SIGKILL)
             raise
@@ -214,6 +230,7 @@ def measure(command, log, environment, memory_limit, timeout):
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_rss": peak,
+        "read": read,
         "failed": None,
     }
     if late:
@@ -229,15 +246,58 @@ def measure(command, log, environment, memory_limit, timeout):
 def command_of(way, model, work, output_bytes):
     """Returns the command line of a way."""
     ways = [sys.executable, str(HERE / "ways.py")]
-    text = json.dumps(model)
+    text, store = json.dumps(model), f"--tracking_uri={tracking_uri(work)}"
     return {
-        "a": [*ways, "pipeline", text, f"--tracking_uri={tracking_uri(work)}"],
-        "a-phases": [*ways, "phases", text, f"--tracking_uri={tracking_uri(work)}"],
-        "a-rows": [*ways, "pipeline", text, f"--tracking_uri={tracking_uri(work)}", "--writer=rows"],
+        "a": [*ways, "pipeline", text, store],
+        "a-phases": [*ways, "phases", text, store],
+        "a-gs": [*ways, "pipeline", json.dumps({**model, "run_id": model.get("gs_run_id")}), store],
+        "a-rows": [*ways, "pipeline", text, store, "--writer=rows"],
         "b": [*ways, "script", text],
         "c": [*ways, "naive", text],
         "d": [*ways, "limit", text, str(output_bytes)],
     }[way]
+
+
+def on_cloud_storage(model, work, environment):
+    """Returns the id of another run of the same model, whose artifacts are in a bucket that `STORAGE` serves."""
+    code = (
+        "import sys, mlflow; client = mlflow.MlflowClient(sys.argv[1]); name = 'benchmark on gs'\n"
+        "found = client.get_experiment_by_name(name)\n"
+        "experiment = found.experiment_id if found else client.create_experiment(name, 'gs://models')\n"
+        "run = client.create_run(experiment, int(sys.argv[3]), run_name=sys.argv[2]).info.run_id\n"
+        "client.set_terminated(run, 'FINISHED'); print(run)"
+    )
+    command = [sys.executable, "-c", code, tracking_uri(work), model["run_name"], str(TRAINED)]
+    with (work / "logs" / "on_cloud_storage.log").open("w") as log:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
+    run_id = done.stdout.split()[-1]
+    folder = work / "storage" / "models" / run_id / "artifacts"
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(model["folder"])
+    return run_id
+
+
+def needed(model):
+    """Returns the bytes of vectors and ids in a model."""
+    folder = Path(model["folder"])
+    ids = [*folder.glob("assets/*")] or [folder / "saved_model.pb"]
+    return sum(path.stat().st_size for path in [*folder.glob("variables/variables.data-*"), *ids])
+
+
+class Storage:
+    """The Cloud Storage of one run, in a process of its own that no way is charged for."""
+
+    def __init__(self, folder):
+        self._process = subprocess.Popen([sys.executable, STORAGE, folder], stdout=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{self._process.stdout.readline().strip()}"
+
+    def close(self):
+        """Returns the bytes and requests that were asked for, and ends the process."""
+        with urllib.request.urlopen(f"{self.url}/seen") as answer:
+            seen = json.load(answer)
+        self._process.terminate()
+        self._process.wait()
+        return seen
 
 
 class Bench:
@@ -251,7 +311,7 @@ class Bench:
         self.args = args
         self.work = Path(args.work).resolve()
         self.bucket = self.work / "bucket"
-        for folder in ("models", "logs", "bucket", "tmp"):
+        for folder in ("models", "logs", "bucket", "tmp", "storage"):
             (self.work / folder).mkdir(parents=True, exist_ok=True)
         self.runs = []
         self.encoded = {}
@@ -284,9 +344,11 @@ class Bench:
         if rows > self.args.naive_up_to * 1e6 or dimension != self.args.dimension:
             ways = [way for way in ways if way != "c"]
         model = find_model(size, self.args.vocabulary, self.work, self.environment)
-        output_bytes = rows * (70 + 8 * dimension)  # If (a) is not measured: about what it writes.
+        if size == HUNDRED_MILLION:
+            ways = [way for way in ways if way in "ad"]
+        output_bytes = rows * (20 + 4 * dimension)  # If (a) is not measured: about what it writes.
         for number in range(1, runs + 1):
-            informative = list(INFORMATIVE) if number == 1 and "c" in ways else []
+            informative = [way for way in INFORMATIVE if way != "a-rows" or "c" in ways] if number == 1 else []
             for way in [*ways, *informative]:
                 run = self._run_way(way, size, number, model, output_bytes)
                 if way == "a" and not run["failed"]:
@@ -302,15 +364,22 @@ class Bench:
         self._empty()
         read_through(model["folder"])
         os.sync()  # What the run before has left to write must not slow this one.
-        self.fake.reset(size[0], model["run_id"])
+        environment, storage = self.environment, None
+        if way == "a-gs":
+            model = {**model, "gs_run_id": on_cloud_storage(model, self.work, self.environment)}
+            storage = Storage(self.work / "storage")
+            environment = {**environment, "STORAGE_EMULATOR_HOST": storage.url}
+        self.fake.reset(size[0])
         log = self.work / "logs" / f"{way}-{size[0]}x{size[1]}-{number}.log"
         run = measure(
             command_of(way, model, self.work, output_bytes),
             log,
-            self.environment,
+            environment,
             self.args.memory_limit << 30,
             self.args.timeout,
         )
+        if storage:
+            run |= {**storage.close(), "needed": needed(model)}
         if way == "d":
             sizes = [path.stat().st_size for path in self.bucket.iterdir()]
             run |= {"jobs": 0, "files": len(sizes), "bytes": sum(sizes)}
@@ -421,8 +490,9 @@ def spread(values, form):
 def run_table(results):
     """Returns the table of all runs."""
     lines = [
-        "| rows | way | runs | seconds | CPU seconds | peak memory, MB | written, MB | files |",
-        "|---|---|---|---|---|---|---|---|",
+        "| rows | way | runs | seconds | CPU seconds | peak memory, MB | read, bytes a row | written, bytes a row "
+        "| written, MB | files |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for size in results.sizes():
         for way, name in {**WAYS, **INFORMATIVE}.items():
@@ -434,6 +504,8 @@ def run_table(results):
                     spread([run["seconds"] for run in runs], "{:.2f}"),
                     spread([run["cpu_seconds"] for run in runs], "{:.2f}"),
                     spread([run["peak_rss"] / 1e6 for run in runs], "{:,.0f}"),
+                    f"{median(run['read'] for run in runs) / size[0]:,.0f}",
+                    f"{median(run['bytes'] for run in runs) / size[0]:,.0f}",
                     f"{median(run['bytes'] for run in runs) / 1e6:,.0f}",
                     f"{median(run['files'] for run in runs):g}",
                 ]
@@ -442,8 +514,21 @@ def run_table(results):
                 run = results.failed_run(way, size)
                 lines.append(
                     f"| {size_name(size)} | {label} | 1 | **{failure}** after {run['seconds']:.0f} | "
-                    f"{run['cpu_seconds']:.0f} | {run['peak_rss'] / 1e6:,.0f} | | |"
+                    f"{run['cpu_seconds']:.0f} | {run['peak_rss'] / 1e6:,.0f} | | | | |"
                 )
+    return "\n".join(lines)
+
+
+def fetched_table(results):
+    """Returns the table of what the runs that read from Cloud Storage fetched."""
+    lines = ["| rows | requests | fetched, MB | vectors and ids, MB | |", "|---|---|---|---|---|"]
+    for size in results.sizes():
+        for run in results.of("a-gs", size):
+            ratio = run["fetched"] / run["needed"]
+            lines.append(
+                f"| {size_name(size)} | {run['requests']:,} | {run['fetched'] / 1e6:,.1f} | "
+                f"{run['needed'] / 1e6:,.1f} | {ratio:.3f} × |"
+            )
     return "\n".join(lines)
 
 
@@ -590,10 +675,20 @@ unless the command says otherwise. MB are 10⁶ bytes.
 
 ![rows against seconds, and rows against peak memory](benchmark.png)
 
+What is read is what the process asks the kernel for, its imports among it (about 60 MB).
+
+## What is fetched from Cloud Storage
+
+One run at each size whose model is on `gs://`, served by a small HTTP server that counts bytes and requests
+(`tests/support/storage_server.py`; the storage emulator reads a whole file for each range). Ids are fetched twice: when
+they are cut into pieces, and with their vectors.
+
+{fetched}
+
 ## Where the time of (a) goes
 
 One run more at each size, by `benchmarks/phases.py`: seconds since the process began, and the peak of its memory so
-far.
+far. The launcher notes the phases itself.
 
 {phases}
 
@@ -628,6 +723,7 @@ def report(results, docs, args):
         inline=INLINE_ROWS / 1e6,
         ratios=ratio_table(results),
         runs=run_table(results),
+        fetched=fetched_table(results),
         phases=phase_tables(Path(args.work) / "logs"),
         dimension=results.dimension,
         encoded_rows=ENCODED_ROWS,
@@ -650,6 +746,11 @@ def parse(argv):
     parser.add_argument(
         "--naive_up_to", type=float, default=0.1, help="million rows that (c) gets at most (default: %(default)s)"
     )
+    parser.add_argument(
+        "--hundred_million",
+        action="store_true",
+        help="also 100 million rows × 16, once, this pipeline and the limit alone; the model is 8 GB",
+    )
     parser.add_argument("--vocabulary", choices=("list", "file"), help=f"default: list up to {INLINE_ROWS:,} rows")
     parser.add_argument(
         "--memory_limit", type=int, default=16, help="address space of a run, GiB (default: %(default)s)"
@@ -657,6 +758,7 @@ def parse(argv):
     parser.add_argument("--timeout", type=float, default=1800, help="seconds of a run (default: %(default)g)")
     parser.add_argument("--work", default=str(ROOT / "bench"), help="folder for models and runs (default: bench)")
     parser.add_argument("--docs", default=str(ROOT / "docs"), help="folder for the report (default: docs)")
+    parser.add_argument("--compiled", action="store_true", help="bytecode is there already")
     parser.add_argument("--keep", action="store_true", help="keep models of more than 2 million rows")
     parser.add_argument("--report", action="store_true", help="write the report of the last measurement again")
     args = parser.parse_args(argv)
@@ -666,13 +768,16 @@ def parse(argv):
     counts = [int(count) for count in args.runs.split(",")]
     args.plan = [(size, counts[min(at, len(counts) - 1)]) for at, size in enumerate(sizes)]
     args.plan += [(size, counts[0]) for size in parse_sizes(args.also, args.dimension)]
+    args.plan += [(HUNDRED_MILLION, 1)] if args.hundred_million else []
     # Where files lie is of no interest to a reader.
     changed = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("plan", "docs", "work", "keep", "report") and value != parser.get_default(name)
+        if name not in ("plan", "docs", "work", "keep", "report", "compiled") and value != parser.get_default(name)
     }
-    args.facts = machine_facts([f"--{name}={value}" for name, value in changed.items()])
+    args.facts = machine_facts(
+        [f"--{name}" if value is True else f"--{name}={value}" for name, value in changed.items()]
+    )
     return args
 
 
@@ -681,7 +786,7 @@ def main(argv):
     args = parse(argv)
     if not args.report:
         print("compiling bytecode", flush=True)
-        for folder in [*site.getsitepackages(), ROOT / "beam_pipeline", HERE]:
+        for folder in [] if args.compiled else [*site.getsitepackages(), ROOT / "beam_pipeline", HERE]:
             compileall.compile_dir(folder, quiet=2, workers=0)
         Bench(args).run()
     results = json.loads((Path(args.work) / "results.json").read_text())

@@ -100,6 +100,11 @@ def measure(args):
         }
         workers, flags = pool(args.boot, environment) if args.prism else (None, [])
         ways = {"in the launcher's process": []}
+        for count in args.workers[1:]:
+            ways[f"{count} threads of it"] = [
+                "--direct_running_mode=multi_threading",
+                f"--direct_num_workers={count}",
+            ]
         for count in args.workers:
             ways[f"{count} worker processes"] = [
                 "--direct_running_mode=multi_processing",
@@ -121,7 +126,7 @@ def measure(args):
 
 def one(args, model, work, fake, environment, name, engine):
     """Measures one run and prints its line."""
-    fake.reset(args.rows, model["run_id"])
+    fake.reset(args.rows)
     command = [sys.executable, "-m", "beam_pipeline", f"--run_id={model['run_id']}", "--project=local"]
     command += ["--dataset=raw_dev", "--temp_location=gs://bench/tmp", f"--tracking_uri={bench.tracking_uri(work)}"]
     peaks = Peaks(f"BENCH_BUCKET={environment['BENCH_BUCKET']}")

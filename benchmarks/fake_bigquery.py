@@ -6,8 +6,8 @@ the numbers that the benchmark expects; every other query has one row at most.
 
     python fake_bigquery.py BUCKET_FOLDER      prints its port; gs://bench/… are the files below the folder
 
-Two paths are the benchmark's own: POST /reset with {"run_id", "counts": {tower: rows}} forgets everything, GET /seen
-returns {"jobs", "files", "bytes"} of the load jobs since.
+Two paths are the benchmark's own: POST /reset with {"counts": {tower: rows}} forgets everything, GET /seen returns
+{"jobs", "files", "bytes"} of the load jobs since.
 """
 
 import json
@@ -19,6 +19,8 @@ from urllib.parse import urlparse
 
 BUCKET = "gs://bench/"
 LOCATION = "US"
+TRAIN_DATE = "2026-03-01"
+"""On which make_model.py says that all models were trained."""
 
 
 class Service:
@@ -28,9 +30,9 @@ class Service:
         self._folder = folder
         self.reset({})
 
-    def reset(self, counts, run_id=""):
+    def reset(self, counts):
         """Forgets everything; `counts` are the rows that each tower of the run is said to have."""
-        self._run_id, self._counts = run_id, counts
+        self._counts = counts
         self._tables = {}
         self._jobs = {}
         self._results = {}
@@ -39,7 +41,7 @@ class Service:
     def answer(self, method, path, body):
         """Returns (status, body)."""
         if path == "/reset":
-            self.reset(body["counts"], body["run_id"])
+            self.reset(body["counts"])
             return 200, {}
         if path == "/seen":
             return 200, self.seen
@@ -101,7 +103,7 @@ class Service:
             "jobComplete": True,
             "schema": {
                 "fields": [
-                    {"name": f"f{at}_", "type": "STRING" if isinstance(value, str) else "INTEGER"}
+                    {"name": f"f{at}_", "type": "DATE" if isinstance(value, str) else "INTEGER"}
                     for at, value in enumerate(row)
                 ]
             },
@@ -111,9 +113,9 @@ class Service:
         return 200, self._jobs[job_id]
 
     def _row(self, sql):
-        audit = re.match(r"SELECT mlflow_run_id, COUNT\(\*\), COUNT\(DISTINCT (\w+)_id\)", sql)
+        audit = re.match(r"SELECT train_date, \w+, COUNT\(\*\), COUNT\(DISTINCT (\w+)_id\)", sql)
         if audit:
-            return [self._run_id, *[self._counts[audit[1]]] * 2]
+            return [TRAIN_DATE, 0, *[self._counts[audit[1]]] * 2]
         return [1] if sql.startswith("SELECT COUNT(*)") else []
 
 

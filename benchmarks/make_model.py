@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--items", type=int, required=True)
     parser.add_argument("--dimension", type=int, required=True)
     parser.add_argument("--vocabulary", choices=("list", "file"), required=True)
+    parser.add_argument("--trained", type=int, help="when the run began, in milliseconds; default: now")
     args = parser.parse_args()
 
     client = mlflow.MlflowClient(args.tracking_uri)
@@ -69,7 +70,7 @@ def main():
         if experiment
         else client.create_experiment(EXPERIMENT, artifact_location=Path(args.artifact_root).absolute().as_uri())
     )
-    run = client.create_run(experiment_id, run_name=f"{args.users + args.items} rows of {args.dimension}")
+    run = client.create_run(experiment_id, args.trained, run_name=f"{args.users + args.items} rows of {args.dimension}")
     folder = Path(args.artifact_root).absolute() / run.info.run_id / "artifacts" / "model"
     with tempfile.TemporaryDirectory() as files:
         where = files if args.vocabulary == "file" else None

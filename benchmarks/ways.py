@@ -156,6 +156,8 @@ def encode(writer, rows, dimension):
     That is batches for ours and dicts for Beam's, made before the clock starts, 8 MB of vectors at a time. The stock
     sink asks its writer for the position after each row, to compare it with the file size limit; so does this.
     """
+    from datetime import date
+
     import numpy as np
     import pyarrow as pa
     from apache_beam.io.gcp import bigquery_tools
@@ -165,15 +167,15 @@ def encode(writer, rows, dimension):
     from beam_pipeline.reading.rows import Batch, to_rows
 
     rows, dimension = int(rows), int(dimension)
-    schema = {"fields": tables.schema("user")}
-    constants = _constants({"run_id": "0" * 32})
+    schema = {"fields": tables.staging_schema("user")}
+    constants = {tables.PARTITION_COLUMN: date(2026, 3, 1), tables.TRAINING_COLUMN: 0}
     random = np.random.default_rng(1)
     path = Path(os.environ["BENCH_BUCKET"], "encoded.avro")
     spent = 0.0
     with path.open("wb") as file:
         sync = bytes(16)
         if writer == "columnar":
-            file.write(avro.file_header(avro.avro_schema(schema), sync))
+            file.write(avro.file_header(avro.avro_schema(schema, "<f4"), sync))
         else:
             stock = bigquery_tools.AvroRowWriter(file, bigquery_tools.parse_table_schema_from_json(json.dumps(schema)))
         step = max(PIECE_BYTES // (4 * dimension), 1)
@@ -183,7 +185,7 @@ def encode(writer, rows, dimension):
             batch = Batch("run", names, random.random((count, dimension), "f4"))
             if writer == "columnar":
                 started = time.process_time()
-                for block in avro.blocks(batch, list(constants.values()), sync):
+                for block in avro.blocks(batch, list(constants.values()), sync, "<f4"):
                     file.writelines(block)
             else:
                 dicts = list(to_rows(batch, "user", {"run": constants}))

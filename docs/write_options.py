@@ -7,6 +7,7 @@ from pathlib import Path
 
 from beam_pipeline.comparison import command as comparison
 from beam_pipeline.launch import options
+from beam_pipeline.retrieval import command as search
 
 PAGE = Path(__file__).with_name("options.md")
 
@@ -15,7 +16,7 @@ _HEAD = """\
 
 <!-- Written by docs/write_options.py from the parsers; not edited by hand. -->
 
-For whoever starts a job: every flag of the two pipelines. All options of Apache Beam work too, such as `--project`,
+For whoever starts a job or a search: every flag. For the two pipelines all options of Apache Beam work too, such as
 `--region`, `--temp_location`, `--job_name` and `--setup_file`; an unknown flag is an error (exit 2). A switch may
 have a value, as in `--include_oov=true`. Most flags are also parameters of the [Flex Templates](dataflow.md).
 """
@@ -26,6 +27,7 @@ def page() -> str:
     commands = {
         "python -m beam_pipeline": options.parser(),
         "python -m beam_pipeline.compare": comparison.parser(),
+        "python -m beam_pipeline.search": search.parser(),
     }
     return _HEAD + "".join(f"\n## `{name}`\n{_groups(parser)}" for name, parser in commands.items())
 

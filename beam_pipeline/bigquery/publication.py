@@ -53,6 +53,7 @@ from google.cloud import bigquery
 
 from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery.indexes import ensure_index
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.credentials import credentials
 from beam_pipeline.errors import (
@@ -109,6 +110,7 @@ class Publication:
         partition_expiration_days: for tables that are made; None keeps partitions forever.
         require_partition_filter: for tables that are made: queries must name a partition.
         kms_key: Cloud KMS key of every table and job; None leaves it to the dataset.
+        vector_index: distance of the vector index of each tower's history; None creates none.
     """
 
     destination: Destination
@@ -120,6 +122,7 @@ class Publication:
     partition_expiration_days: int | None = None
     require_partition_filter: bool = False
     kms_key: str | None = None
+    vector_index: str | None = None
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -248,10 +251,11 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
 
 
 def shape(client: bigquery.Client, publication: Publication, _launch: str) -> None:
-    """Creates the destination tables, or adds the columns that they lack; changes nothing else.
+    """Creates the destination tables and their indexes, or adds the columns that they lack; changes nothing else.
 
     Raises:
         IncompatibleTableError: a table exists that cannot be used.
+        PublishError: BigQuery refuses the vector index.
     """
     destination = publication.destination
     for tower in publication.towers:
@@ -269,6 +273,8 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
         table = create_table(client, wanted, publication.encryption)
         require_compatible(table, tower)
         add_columns(client, table, fields)
+        if publication.vector_index:
+            ensure_index(client, destination.table(tower), tower, publication.vector_index)
     log = bigquery.Table(destination.log, schema=tables.LOG_SCHEMA)
     log.description = "One row for each run, tower and publication, written in the transaction that published them."
     add_columns(client, create_table(client, log, publication.encryption), tables.LOG_SCHEMA)

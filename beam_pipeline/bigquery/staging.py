@@ -1,7 +1,7 @@
 """Writes a tower's pieces into its staging table, through Beam's own file loads."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
             wide = any(tower.matrix.dtype == "float64" for tower in towers.values())
             values = {run_id: list(of_run.values()) for run_id, of_run in columns.items()}
             writing = Writing(self.tower, towers, values, "<f8" if wide else "<f4", shown)
-            loads = elements | "Load" >> WritePieces(destination=self._staging, writing=writing, **self._sink_options())
+            loads = elements | "Load" >> WritePieces(destination=self._table(), writing=writing, **self._sink_options())
             return {
                 LOADS: loads[WritePieces.DESTINATION_JOBID_PAIRS],
                 COPIES: loads[WritePieces.DESTINATION_COPY_JOBID_PAIRS],
@@ -71,7 +71,7 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
         split = functools.partial(_counted_rows, tower=self.tower, constants=columns)
         read = elements | "Rows" >> ReadRows(towers, split, shown)
         written = read[ROWS] | "Load" >> WriteToBigQuery(
-            table=self._staging, method=WriteToBigQuery.Method.FILE_LOADS, **self._sink_options()
+            table=self._table(), method=WriteToBigQuery.Method.FILE_LOADS, **self._sink_options()
         )
         return {
             LOADS: written.destination_load_jobid_pairs,
@@ -80,10 +80,15 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
             REPORTS: read[REPORTS],
         }
 
-    def _staging(self, _: Any, launch: str) -> str:
-        """Returns the staging table of a launch, as Beam spells it."""
-        project, dataset, table = tables.split_name(self.publication.destination.staging(self.tower, launch))
-        return f"{project}:{dataset}.{table}"
+    def _table(self) -> Callable[[Any, str], str]:
+        """Returns what gives the staging table of a launch, as Beam spells it; not a method, which would be shown."""
+        tower, destination = self.tower, self.publication.destination
+
+        def staging(_: Any, launch: str) -> str:
+            project, dataset, table = tables.split_name(destination.staging(tower, launch))
+            return f"{project}:{dataset}.{table}"
+
+        return staging
 
     def _sink_options(self) -> dict[str, Any]:
         return {

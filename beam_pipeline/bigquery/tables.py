@@ -331,8 +331,8 @@ def publish_script(
         f"({', '.join(_log_entry(destination, training, tower, launch, tallies[tower.name], job_name).values())})"
         for tower in training.towers.values()
     )
-    columns = ", ".join(column.name for column in LOG_SCHEMA)
-    statements.append(f"INSERT INTO `{destination.log}` ({columns}) VALUES {entries}")
+    log_columns = ", ".join(column.name for column in LOG_SCHEMA)
+    statements.append(f"INSERT INTO `{destination.log}` ({log_columns}) VALUES {entries}")
     statements.append("COMMIT TRANSACTION")
     return "".join(f"{statement};\n" for statement in statements)
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beam_pipeline import __version__
 from beam_pipeline import command as boundary
-from beam_pipeline.errors import ConfigError, LabelsError, PipelineError
-from beam_pipeline.launch import options
+from beam_pipeline.errors import ConfigError, PipelineError
+from beam_pipeline.launch import asking, options
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
     from google.cloud import bigquery
 
+    from beam_pipeline.bigquery.history import Towers
     from beam_pipeline.bigquery.tables import Destination
-    from beam_pipeline.comparison.pairs import Towers
     from beam_pipeline.comparison.results import Result
     from beam_pipeline.comparison.tables import Pair
     from beam_pipeline.comparison.terminal import ComparisonTerminal
@@ -31,9 +29,8 @@ if TYPE_CHECKING:
     from beam_pipeline.launch.findings import Findings
     from beam_pipeline.launch.session import Session
 
-_LABELS = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
-_DOLLARS_PER_TIB, _DOLLARS_PER_TIB_READ = 6.25, 1.10
-"""BigQuery on demand, and its Storage Read API, US and EU (https://cloud.google.com/bigquery/pricing)."""
+_DOLLARS_PER_TIB_READ = 1.10
+"""BigQuery's Storage Read API, US and EU (https://cloud.google.com/bigquery/pricing)."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +88,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--all", action="store_true", help="every pair of successive trainings that has no result yet, in one job"
     )
-    which.add_argument(
-        "--towers",
-        metavar="USERS,ITEMS",
-        help="which tower is which, where they are not called user and item; or one tower alone",
-    )
+    asking.add_towers(which)
     options.add_destination(which)
     what = result.add_argument_group("what is compared")
     what.add_argument(
@@ -115,12 +108,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("dot", "cosine"),
         help="how the model scores a user and an item (default: dot)",
     )
-    what.add_argument(
-        "--labels",
-        action="append",
-        metavar="TOWER=SELECT…",
-        help="a query for id, label and group_name of a tower's ids, repeatable; key=value is Beam's own --labels",
-    )
+    asking.add_labels(what, "; key=value is Beam's own --labels")
     then = result.add_argument_group("where to")
     then.add_argument("--report", metavar="FILE.html", help="write a page about the comparison and those before")
     then.add_argument(
@@ -160,29 +148,20 @@ def parse(argv: Sequence[str]) -> Config:
     ours = parser()
     found, rest = ours.parse_known_args(list(options.bare_switches(ours, argv)))
     options.refuse_unknown(ours, rest)
-    labels: dict[str, str] = {}
-    for text in found.labels or []:
-        # Airflow and people give Dataflow's labels by the same flag, and those are never SQL.
-        if match := _LABELS.fullmatch(text):
-            if match[1] in labels:
-                ours.error(f"--labels: tower {match[1]!r} has two queries")
-            labels[match[1]] = match[2].strip().rstrip(";")
-        else:
-            rest.append(f"--labels={text}")
+    # Airflow and people give Dataflow's labels by the same flag, and those are never SQL.
+    labels, of_beam = asking.labels(ours, found.labels or [])
+    rest += [f"--labels={text}" for text in of_beam]
     if found.all and (found.earlier or found.later):
         ours.error("--all compares every pair; leave out --from and --to")
     for name, least in (("k", 1), ("queries", 1), ("top", 0)):
         if getattr(found, name) < least:
             ours.error(f"--{name}={getattr(found, name)}: at least {least}")
-    towers = tuple(found.towers.split(",")) if found.towers else ()
-    if towers and (len({*towers}) != len(towers) or len(towers) > 2 or not all(map(options.is_tower, towers))):
-        ours.error(f"--towers={found.towers!r}: USERS,ITEMS or one tower, of lower-case letters, digits and _")
     config = Config(
         **options.job_values(ours, found, rest),
         earlier=found.earlier,
         later=found.later,
         all=found.all,
-        towers=towers,
+        towers=asking.towers(ours, found),
         ids=found.ids,
         k=found.k,
         queries=found.queries,
@@ -289,12 +268,13 @@ class _Plan:
 
 def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: ComparisonTerminal) -> _Plan | None:
     """Returns the plan for the pairs that are to be compared; None if there is none, which is printed."""
-    from beam_pipeline.comparison import pairs, work
+    from beam_pipeline.bigquery import history
+    from beam_pipeline.comparison import work
     from beam_pipeline.launch import bucket, execution, preflight
     from beam_pipeline.launch.findings import Findings
 
     client, destination = opened.client, opened.destination
-    towers = pairs.find_towers(client, destination, config.towers)
+    towers = history.find_towers(client, destination, config.towers)
     wanted = _pairs(config, client, destination, towers, terminal)
     name = execution.job_name(config, opened.token, given, _subject(config, wanted))
     labels = execution.job_labels(
@@ -325,7 +305,7 @@ def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: Com
         kms_key=config.kms_key,
         fail_if_unusual=config.fail_if_unusual and not config.waits,
     )
-    _check_labels(client, comparison)
+    history.check_labels(client, comparison.labels, comparison.towers)
     findings = Findings()
     findings.ok("dataset", f"{destination.project}.{destination.dataset} in {destination.location}")
     preflight.examine_projects(findings, destination)
@@ -337,21 +317,22 @@ def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: Com
 
 def _require_readable(comparison: Comparison) -> None:
     """Raises what the job would, if this account may not read the tables: opening a session costs nothing."""
-    from beam_pipeline.comparison import reading
+    from beam_pipeline.bigquery import storage_read
 
-    reader, destination = reading.make_client(), comparison.destination
+    reader, destination = storage_read.make_client(), comparison.destination
     for tower in comparison.towers:
         nothing = "train_date = DATE '0001-01-01'"
         fields = [f"{tower}_id"]
-        reading.open_streams(reader, destination.job_project, destination.table(tower), fields, nothing, most=1)
+        storage_read.open_streams(reader, destination.job_project, destination.table(tower), fields, nothing, most=1)
 
 
 def _pairs(
     config: Config, client: bigquery.Client, destination: Destination, towers: Towers, terminal: ComparisonTerminal
 ) -> list[Pair]:
+    from beam_pipeline.bigquery import history
     from beam_pipeline.comparison import pairs
 
-    trainings = pairs.find_trainings(client, destination, towers.names)
+    trainings = history.find_trainings(client, destination, towers.names)
     if config.all:
         done = pairs.compared(client, destination)
         wanted = pairs.consecutive(trainings, towers.names, done, terminal.skipped)
@@ -369,31 +350,10 @@ def _ids(wanted: str, towers: Towers) -> tuple[str, ...]:
     return tuple(tower for tower in chosen if tower)
 
 
-def _check_labels(client: bigquery.Client, comparison: Comparison) -> None:
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.cloud import bigquery
-
-    from beam_pipeline.comparison import tables
-
-    for tower, query in comparison.labels.items():
-        if tower not in comparison.towers:
-            raise LabelsError(
-                f"--labels={tower}=…: there is no tower {tower!r}; towers are {', '.join(comparison.towers)}"
-            )
-        sql = tables.double_labels_sql(query)
-        try:
-            client.query(sql, job_config=bigquery.QueryJobConfig(dry_run=True))  # A mistake costs nothing.
-            twice = [row.values() for row in client.query_and_wait(sql)]
-        except GoogleAPICallError as error:
-            reason = (error.message or str(error)).strip().splitlines()[0]
-            raise LabelsError(f"--labels={tower}=…: the query for id, label and group_name fails: {reason}") from error
-        for name, times in twice:
-            raise LabelsError(f"--labels={tower}=…: the query gives id {name!r} {times} times; an id has one label")
-
-
 def _estimate(findings: Findings, client: bigquery.Client, comparison: Comparison) -> None:
     from google.cloud import bigquery
 
+    from beam_pipeline.bigquery import history
     from beam_pipeline.comparison import tables
 
     size = 0
@@ -409,8 +369,9 @@ def _estimate(findings: Findings, client: bigquery.Client, comparison: Compariso
     tib = size / (1 << 40)
     findings.ok(
         "cost",
-        f"joining reads {size / 1e9:,.2f} GB: about ${tib * _DOLLARS_PER_TIB:.2f} at ${_DOLLARS_PER_TIB}/TiB; reading "
-        f"what was joined, items twice: at most ${2 * tib * _DOLLARS_PER_TIB_READ:.2f} at "
+        f"joining reads {size / 1e9:,.2f} GB: about ${tib * history.DOLLARS_PER_TIB:.2f} at "
+        f"${history.DOLLARS_PER_TIB}/TiB; reading what was joined, items twice: "
+        f"at most ${2 * tib * _DOLLARS_PER_TIB_READ:.2f} at "
         f"${_DOLLARS_PER_TIB_READ:.2f}/TiB",
     )
 
@@ -519,53 +480,20 @@ def report(argv: Sequence[str] | None = None) -> int:
     options.add_tracking(ours)
     found = ours.parse_args(argv)
     dataset_project, dataset = options.dataset(ours, found)
-    config = Config(
-        project=found.project,
-        dataset=dataset,
-        dataset_project=dataset_project,
-        table_prefix=found.table_prefix,
-        table_suffix=found.table_suffix,
-        warehouse=found.warehouse,
-    )
-    return boundary.exit_code(lambda: _report(config, found))
+    return boundary.exit_code(lambda: _report(found, dataset_project, dataset))
 
 
-def _report(config: Config, found: argparse.Namespace) -> None:
-    from google.cloud import bigquery
-
-    from beam_pipeline import emulators
-    from beam_pipeline.bigquery import publication
+def _report(found: argparse.Namespace, dataset_project: str | None, dataset: str) -> None:
     from beam_pipeline.comparison import page, results
-    from beam_pipeline.launch.session import find_destination
     from beam_pipeline.tracking import auth
 
     require_writable(found.output)
     page.require()
     auth.authorize(found.tracking_uri, found.tracking_audience)
-    with ExitStack() as stack:
-        if config.warehouse:
-            stack.enter_context(_warehouse(config.warehouse))
-        if emulators.emulated():
-            emulators.connect()
-        destination = find_destination(
-            config.dataset_project or config.project or bigquery.Client().project,
-            config.dataset,
-            config.table_prefix,
-            billing_project=config.project,
-            suffix=config.table_suffix,
-        )
-        client = publication.make_client(destination)
+    with asking.connected(found, dataset_project, dataset) as (client, destination):
         last = results.date_of(client, destination, found.later) if found.later else None
         told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)
         html = page.render(told, destination)
         write(found.output, html)
         if found.log_run:
             log_run([result for result in told if result.pair == told[-1].pair], html, found.tracking_uri)
-
-
-def _warehouse(directory: str) -> AbstractContextManager[Any]:
-    from beam_pipeline import emulators
-
-    if not Path(directory).is_dir():
-        raise ConfigError(f"there is no warehouse at {directory}")
-    return emulators.Warehouse(directory)

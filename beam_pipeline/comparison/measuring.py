@@ -16,7 +16,7 @@ from google.cloud import bigquery
 from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 
 from beam_pipeline import metrics
-from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery import publication, storage_read
 from beam_pipeline.bigquery.publication import LABELS, STAGING_LIFE
 from beam_pipeline.comparison import measures, reading, tables
 from beam_pipeline.comparison.files import ChangeWriter, fit_arrays, fit_of, load_arrays, save_arrays
@@ -87,7 +87,7 @@ def fit(client: bigquery.Client, comparison: Comparison, work: tuple[int, Iterab
     """
     number, found = work
     joined = {one.tower: one for one in sorted(found, key=lambda one: one.tower)}
-    storage = reading.make_client()
+    storage = storage_read.make_client()
     samples = {tower: _sample(storage, comparison.destination.job_project, one) for tower, one in joined.items()}
     launch = next(iter(joined.values())).launch
     pairs = {
@@ -144,7 +144,7 @@ def fit(client: bigquery.Client, comparison: Comparison, work: tuple[int, Iterab
     )
     for tower, one in joined.items():
         fields = reading.GROUPED_FIELDS if tower in comparison.labels else reading.FIELDS
-        for name in reading.open_streams(storage, comparison.destination.job_project, one.table, fields):
+        for name in storage_read.open_streams(storage, comparison.destination.job_project, one.table, fields):
             yield Stream(one, name, fit_path)
 
 
@@ -159,10 +159,10 @@ def _sample(storage: BigQueryReadClient, project: str, joined: Joined) -> Rows:
     restriction = f"before_length > 0 AND after_length > 0 AND {tables.sample_restriction(wanted, joined.common)}"
     pages = [
         page
-        for stream in reading.open_streams(
+        for stream in storage_read.open_streams(
             storage, project, joined.table, (*reading.FIELDS, "sample"), restriction, most=1
         )
-        for page in reading.read(storage, stream)
+        for page in storage_read.read(storage, stream)
         if page.num_rows
     ]
     if not pages:
@@ -196,7 +196,9 @@ def measure(client: bigquery.Client, comparison: Comparison, stream: Stream) -> 
     totals = Totals(top=comparison.top)
     path = comparison.new_file(joined.launch, f"{joined.tower}.parquet")
     writer = ChangeWriter(path, joined) if joined.tower in comparison.ids else None
-    blocks = reading.read_blocks(reading.make_client(), stream.name, joined.dimension_before, joined.dimension_after)
+    blocks = reading.read_blocks(
+        storage_read.make_client(), stream.name, joined.dimension_before, joined.dimension_after
+    )
     for rows in blocks:
         change, found = measures.measure(rows, joined.tower, fitted, comparison.top)
         totals.add(found)
@@ -244,7 +246,7 @@ def ask(
         path = comparison.new_file(items.launch, "asked.npz")
         save_arrays(path, arrays)
         project = comparison.destination.job_project
-        for name in reading.open_streams(reading.make_client(), project, items.table, reading.FIELDS):
+        for name in storage_read.open_streams(storage_read.make_client(), project, items.table, reading.FIELDS):
             yield Stream(items, name, path)
 
 
@@ -262,7 +264,9 @@ def look(client: bigquery.Client, comparison: Comparison, stream: Stream) -> Ite
             queries[tower, when] = measures.unit(vectors) if of_items or comparison.cosine else vectors
             # An item finds itself first, which is left out later.
             found[tower, when] = Nearest.none(len(vectors), k + of_items)
-    blocks = reading.read_blocks(reading.make_client(), stream.name, joined.dimension_before, joined.dimension_after)
+    blocks = reading.read_blocks(
+        storage_read.make_client(), stream.name, joined.dimension_before, joined.dimension_after
+    )
     for rows in blocks:
         for (tower, when), vectors in queries.items():
             candidates = rows.before if when == "before" else rows.after

@@ -7,32 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 
 from google.cloud import bigquery
 
+from beam_pipeline.bigquery.history import Trained, labels_sql
 from beam_pipeline.bigquery.tables import PARTITION_COLUMN, Destination, literal, text
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A training whose embeddings are in the tables.
-
-    Attributes:
-        train_date: its partition.
-        run_id: MLflow run.
-        run_name, experiment_name: of the run; empty where a table does not have them.
-        rows: ids of each tower.
-    """
-
-    train_date: date
-    run_id: str
-    run_name: str
-    experiment_name: str
-    rows: dict[str, int]
-
-    def __str__(self) -> str:
-        return f"{self.train_date} {self.run_name or self.run_id}"
 
 
 @dataclass(frozen=True)
@@ -261,7 +241,7 @@ def join_sql(destination: Destination, tower: str, pair: Pair, labels: str | Non
         if labels
         else "CAST(NULL AS STRING) AS label, CAST(NULL AS STRING) AS group_name"
     )
-    join = f"\nLEFT JOIN {_labels(labels)} AS label ON label.id = joined.id" if labels else ""
+    join = f"\nLEFT JOIN {labels_sql(labels)} AS label ON label.id = joined.id" if labels else ""
     return (
         f"SELECT joined.*, {label} FROM (\n"
         "SELECT COALESCE(earlier.id, later.id) AS id, FARM_FINGERPRINT(COALESCE(earlier.id, later.id)) AS sample, "
@@ -272,16 +252,6 @@ def join_sql(destination: Destination, tower: str, pair: Pair, labels: str | Non
         f"FULL OUTER JOIN {side(pair.after)} AS later ON later.id = earlier.id\n"
         f") AS joined{join}"
     )
-
-
-def _labels(query: str) -> str:
-    columns = ", ".join(f"CAST(given.{name} AS STRING) AS {name}" for name in ("id", "label", "group_name"))
-    return f"(SELECT {columns} FROM ({query}\n) AS given)"
-
-
-def double_labels_sql(query: str) -> str:
-    """Returns a query for one id that a labels query gives twice."""
-    return f"SELECT id, COUNT(*) FROM {_labels(query)} GROUP BY id HAVING COUNT(*) > 1 ORDER BY id LIMIT 1"
 
 
 def create_joined_sql(name: str, select: str, expires: datetime, kms_key: str | None, labels: dict[str, str]) -> str:
@@ -385,43 +355,6 @@ def publish_script(
 
 
 # Questions.
-
-
-def partitions_sql(destination: Destination, names: Sequence[str]) -> str:
-    """Returns a query for the partitions of these tables that hold rows, by metadata.
-
-    The names are literals: of a dataset with more than a thousand tables, BigQuery refuses to look at all of them.
-    """
-    listed = ", ".join(map(literal, names))
-    return (
-        "SELECT table_name, partition_id, total_rows "
-        f"FROM `{destination.project}.{destination.dataset}`.INFORMATION_SCHEMA.PARTITIONS "
-        f"WHERE table_name IN ({listed}) AND total_rows > 0 AND partition_id NOT LIKE '\\\\_\\\\_%'"
-    )
-
-
-def logged_sql(destination: Destination) -> str:
-    """Returns a query for what the log says of each run and tower, latest publication first."""
-    return (
-        "SELECT train_date, tower, mlflow_run_id, mlflow_run_name, mlflow_experiment_name, row_count "
-        f"FROM `{destination.log}` WHERE TRUE "  # without one, QUALIFY is an error
-        "QUALIFY ROW_NUMBER() OVER (PARTITION BY train_date, tower, mlflow_run_id ORDER BY published_at DESC) = 1 "
-        "ORDER BY published_at DESC"
-    )
-
-
-def runs_sql(table: str, names: Sequence[str]) -> str:
-    """Returns a query for the runs in some partitions; parameter: days (ARRAY<DATE>).
-
-    Args:
-        table: a tower's history.
-        names: columns that the table has of mlflow_run_name and mlflow_experiment_name.
-    """
-    named = [f"ANY_VALUE({name})" if name in names else "''" for name in ("mlflow_run_name", "mlflow_experiment_name")]
-    return (
-        f"SELECT {PARTITION_COLUMN}, mlflow_run_id, COUNT(*), {', '.join(named)} FROM `{table}` "
-        f"WHERE {PARTITION_COLUMN} IN UNNEST(@days) GROUP BY {PARTITION_COLUMN}, mlflow_run_id"
-    )
 
 
 def compared_sql(destination: Destination) -> str:

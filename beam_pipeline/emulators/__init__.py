@@ -74,6 +74,11 @@ def read_host(environ: Mapping[str, str] = os.environ) -> str:
     return environ[_READ_HOST].rpartition("://")[2]
 
 
+def storage_url(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Returns where the emulator of Cloud Storage answers, if the environment points to one."""
+    return _url(environ["STORAGE_EMULATOR_HOST"]) if environ.get("STORAGE_EMULATOR_HOST") else None
+
+
 def connect() -> None:
     """Makes the Google clients of this process, Beam's among them, talk to the emulators without credentials."""
     import google.auth
@@ -81,8 +86,7 @@ def connect() -> None:
     from google.auth.credentials import AnonymousCredentials
 
     for name in ("BIGQUERY_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
-        if "://" not in os.environ[name]:  # The clients want a URL, and emulators often tell host:port.
-            os.environ[name] = f"http://{os.environ[name]}"
+        os.environ[name] = _url(os.environ[name])
     project = os.environ.get("GOOGLE_CLOUD_PROJECT", PROJECT)
 
     def default(*_args: Any, **_options: Any) -> tuple[AnonymousCredentials, str]:
@@ -92,6 +96,11 @@ def connect() -> None:
     google.auth.default = default
     # Beam's own BigQuery client knows no variable.
     BigqueryV2.BASE_URL = f"{os.environ['BIGQUERY_EMULATOR_HOST'].rstrip('/')}/bigquery/v2/"
+
+
+def _url(host: str) -> str:
+    """Returns a URL, as the clients want it; emulators often report host:port."""
+    return host if "://" in host else f"http://{host}"
 
 
 def beam_client() -> Any:

@@ -12,7 +12,7 @@ from beam_pipeline.formats.model import Artifact
 from beam_pipeline.formats.saved_model.reader import SavedModel
 
 _PLACES = ("saved_model.pb", "data/model.keras", "data/model/saved_model.pb", "model.keras")
-"""Where a model lies in a folder: as the trainer logs it, as `mlflow.tensorflow.log_model` does, as a single file."""
+"""Where a model is in a folder: as the trainer logs it, as `mlflow.tensorflow.log_model` does, as a single file."""
 
 
 _HDF5 = (".h5", ".hdf5")
@@ -21,7 +21,7 @@ _HDF5_PLACES = ("data/model.h5", "model.h5", "model.weights.h5")
 
 
 def is_hdf5(path: str) -> bool:
-    """Returns whether a file is Keras' own kind of HDF5 file, by its name."""
+    """Returns whether a file is an HDF5 file of Keras, by its name."""
     return path.endswith(_HDF5)
 
 
@@ -42,7 +42,7 @@ def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) 
         layers: all layers that will be asked for as towers.
 
     Raises:
-        NotAModelError: there is none.
+        NotAModelError: there is no model.
         UnsupportedModelError: it is in a form that cannot be read.
         CorruptFileError: a file contradicts its format.
     """

@@ -1,6 +1,6 @@
-"""How ids lie in a file, encoding by encoding: where they can be cut, and what they are.
+"""Encodings of ids in a file: where a list of ids can be cut, and which ids a part of it holds.
 
-Cutting scans the bytes in blocks and keeps none of them; decoding makes an Arrow array of one cut at a time.
+Cutting scans the bytes in blocks and keeps none of them; decoding returns an Arrow array of one cut at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def decode(encoding: Encoding, data: bytes, count: int) -> pa.Array:
 
     Raises:
         CorruptFileError: there are more or fewer.
-        BadIdError: a line that should be an integer is none.
+        BadIdError: a non-integer line in a vocabulary of integers.
     """
     if encoding in (Encoding.UTF32, Encoding.FIXED):
         return _decode_fixed(data, count, is_utf32=encoding is Encoding.UTF32)
@@ -55,7 +55,7 @@ def first(file: ByteFile, vocabulary: Vocabulary, count: int) -> tuple[list[str]
 
 def cuts(file: ByteFile, vocabulary: Vocabulary, rows: int) -> Iterator[tuple[int, int]]:
     """Yields (number of ids, position after them), `rows` at a time."""
-    if vocabulary.encoding in (Encoding.INT32, Encoding.UTF32, Encoding.FIXED):
+    if vocabulary.encoding in (Encoding.UTF32, Encoding.FIXED):
         return _fixed_cuts(vocabulary.span, vocabulary.count or 0, rows)
     if vocabulary.encoding in _PLAIN_CUTS:
         return _PLAIN_CUTS[vocabulary.encoding](file, vocabulary.span, rows)
@@ -84,10 +84,9 @@ def decode_with_rows(vocabulary: Vocabulary, data: bytes, count: int) -> tuple[n
 
 
 def verify(file: ByteFile, vocabulary: Vocabulary) -> None:
-    """Raises ChecksumError if the ids do not match the checksum of an array's, which cutting it up does not read."""
-    if vocabulary.encoding in (Encoding.INT64, Encoding.INT32, Encoding.UTF32, Encoding.FIXED) and vocabulary.checksum:
-        for _ in _blocks(file, vocabulary.span, vocabulary.checksum):
-            pass
+    """Raises ChecksumError if ids of one width, which cutting them does not read, do not match their checksum."""
+    for _ in _blocks(file, vocabulary.span, vocabulary.checksum):
+        pass
 
 
 def _blocks(file: ByteFile, span: Span, checksum: Checksum | None) -> Iterator[tuple[int, bytes]]:
@@ -154,7 +153,7 @@ def _string_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, i
 
 
 class JsonScanner:
-    """Finds what lies outside of strings in JSON text that comes in blocks."""
+    """Finds characters outside of strings in JSON text that comes in blocks."""
 
     def __init__(self) -> None:
         self._inside = 0  # 1 in the middle of a string
@@ -198,14 +197,14 @@ def _decode_json(data: bytes) -> pa.Array:
     try:
         elements = json.loads(b"[" + data.strip().removesuffix(b",") + b"]")
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"no list of ids in JSON ({error}); log the model again") from error
+        raise CorruptFileError(f"not a list of ids in JSON ({error}); log the model again") from error
     wrong = next((element for element in elements if type(element) not in (str, int)), None)
     if wrong is not None or None in elements:
         kind = type(wrong).__name__  # Not the thing itself: its repr may recurse too deeply.
         raise UnsupportedModelError(
             f"an id that is neither string nor integer, but of JSON type {kind}; log the model again"
         )
-    # Half a surrogate pair becomes bytes that are not UTF-8, which is told later, with its row.
+    # Half a surrogate pair becomes bytes that are not UTF-8, which is reported later, with its row.
     return pa.array([str(element).encode("utf-8", "surrogatepass") for element in elements], pa.binary())
 
 
@@ -222,10 +221,13 @@ def _varint_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, i
         yield count, span.end
 
 
-def _int64_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
-    for start in range(span.start, span.end, 8 * rows):
-        end = min(start + 8 * rows, span.end)
-        yield (end - start) // 8, end
+def _integer_cuts(size: int) -> Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]:
+    def cuts_of_size(_: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
+        for start in range(span.start, span.end, size * rows):
+            end = min(start + size * rows, span.end)
+            yield (end - start) // size, end
+
+    return cuts_of_size
 
 
 def _fixed_cuts(span: Span, count: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -263,18 +265,18 @@ def _decode_integers(numbers: np.ndarray) -> pa.Array:
 
 
 def _decode_integer_lines(data: bytes) -> pa.Array:
-    # TensorFlow takes spaces around a number, and zeros before it, for no part of it.
+    # TensorFlow ignores spaces around a number, and zeros before it.
     lines = pc.ascii_trim_whitespace(_decode_lines(data).cast(pa.string(), safe=False))
     try:
         return lines.cast(pa.int64()).cast(pa.string()).cast(pa.binary())
     except pa.ArrowInvalid as error:
-        raise BadIdError(f"a vocabulary of integers has a line that is none ({error}); train with integers") from error
+        raise BadIdError(f"a vocabulary of integers has a non-integer line ({error}); train with integers") from error
 
 
 def _decode_lines(data: bytes) -> pa.Array:
     if data and not data.endswith(b"\n"):
         data += b"\n"
-    # TensorFlow takes one carriage return before a line's end for a part of it.
+    # To TensorFlow one carriage return before a newline is a part of the line's end.
     data = data.replace(b"\r\n", b"\n")
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
     # Without the newlines, line i ends i bytes earlier than in the file.
@@ -285,7 +287,7 @@ def _decode_lines(data: bytes) -> pa.Array:
 
 
 def _strings_message() -> Any:
-    """Makes a message with TensorProto's `string_val` alone, so that protobuf's C parser splits the strings."""
+    """Returns a message class with TensorProto's `string_val` alone, so that protobuf's C parser splits the strings."""
     file = descriptor_pb2.FileDescriptorProto(name="beam_pipeline/strings.proto", package="beam_pipeline")
     message = file.message_type.add(name="Strings")
     message.field.add(
@@ -306,7 +308,7 @@ def _decode_strings(data: bytes) -> pa.Array:
     try:
         return pa.array(list(_Strings.FromString(data).string_val), pa.binary())
     except DecodeError as error:
-        raise CorruptFileError(f"no list of ids in protobuf ({error}); log the model again") from error
+        raise CorruptFileError(f"not a list of ids in protobuf ({error}); log the model again") from error
 
 
 def _decode_fixed(data: bytes, count: int, *, is_utf32: bool) -> pa.Array:
@@ -363,7 +365,8 @@ def _decode_csv(data: bytes, vocabulary: Vocabulary) -> tuple[np.ndarray, pa.Arr
 
 _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]] = {
     Encoding.PROTOBUF: _string_cuts,
-    Encoding.INT64: _int64_cuts,
+    Encoding.INT32: _integer_cuts(4),
+    Encoding.INT64: _integer_cuts(8),
     Encoding.VARINTS: _varint_cuts,
     Encoding.ROWS: lambda _, span, rows: _row_cuts(span, rows),
 }
@@ -372,12 +375,12 @@ _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
     Encoding.INTEGER_LINES: _decode_integer_lines,
     Encoding.JSON: _decode_json,
     Encoding.PROTOBUF: _decode_strings,
+    Encoding.INT32: lambda data: _decode_integers(np.frombuffer(data[: len(data) // 4 * 4], "<i4")),
     Encoding.INT64: lambda data: _decode_integers(np.frombuffer(data[: len(data) // 8 * 8], "<i8")),
     Encoding.VARINTS: lambda data: _decode_integers(varints(data).view("<i8")),
-    Encoding.INT32: lambda data: _decode_integers(np.frombuffer(data[: len(data) // 4 * 4], "<i4")),
 }
 
 
 def shown(name: bytes) -> str:
-    """An id as it can stand in a message."""
+    """Returns an id in a form that is safe in a message."""
     return repr(name.decode("utf-8", "backslashreplace"))

@@ -32,12 +32,12 @@ class Encoding(Enum):
     """A string tensor of a checkpoint: all lengths (varints), their masked crc32c, then the bytes of all ids."""
     INTEGER_LINES = "integer lines"
     """One integer per line; an id is its decimal digits, as with all integers."""
+    INT32 = "int32"
+    """Integers of four bytes, little-endian."""
     INT64 = "int64"
     """Integers of eight bytes, little-endian."""
     VARINTS = "varints"
     """Integers as a packed protobuf field, negative ones in ten bytes."""
-    INT32 = "int32"
-    """Integers of four bytes, little-endian."""
     UTF32 = "UTF-32"
     """Strings of one width, as NumPy's type `<U`: four bytes a character, padded with NULs."""
     FIXED = "fixed width"
@@ -277,21 +277,28 @@ class Tower:
         vocabulary: its ids.
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
         tail: what the model does with the rows.
+        source: "embedding", "index" if the rows are those of a search index, or "file" if the trainer logged them.
     """
 
     name: str
     layer: str
-    matrix: Matrix
+    matrix: Matrix | VectorTable
     vocabulary: Vocabulary
     rest: tuple[Span, ...] = ()
     tail: Tail = Tail(Ending.UNKNOWN)
+    source: str = "embedding"
+
+    @property
+    def contiguous(self) -> Matrix:
+        """The matrix, of a tower whose vectors lie one after the other."""
+        if not isinstance(self.matrix, Matrix):
+            raise TypeError(f"the vectors of tower {self.name!r} are in Parquet files")
+        return self.matrix
 
     @property
     def vector_source(self) -> str:
         """What the published vectors are: what the model serves, or rows after which its tower goes on."""
-        if self.tail.ending == Ending.LOGGED:
-            return "file"
-        return "embedding_rows" if self.tail.ending == Ending.GOES_ON else "embedding"
+        return "embedding_rows" if self.tail.ending == Ending.GOES_ON else self.source
 
 
 class Artifact(Protocol):
@@ -335,6 +342,10 @@ class Artifact(Protocol):
 
     def tower_layers(self) -> list[str]:
         """Returns what could be given as `layer`: all layers that are towers."""
+        ...
+
+    def index_layers(self) -> list[str]:
+        """Returns those of them that are search indexes: their vectors and ids are those of the items they find."""
         ...
 
     def close(self) -> None:

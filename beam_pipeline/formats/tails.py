@@ -1,7 +1,7 @@
-"""What a model does with the rows of an embedding after they are gathered, whatever format its graph came from.
+"""How a model uses the rows of an embedding after they are gathered, whatever format its graph came from.
 
 The graph is followed from the arguments of a call to its outputs. Of every tensor the trace knows which embeddings'
-rows it holds and in which state: the row itself, the row times a factor of its own, something else. Where two towers
+rows it holds and in which state: the row itself, the row times a factor of the row, something else. Where two towers
 meet, or where a call returns, the state says whether the row is the vector that the model serves.
 
 Operations have TensorFlow's names (https://www.tensorflow.org/mlir/tf_ops); readers of other formats translate.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from beam_pipeline.errors import CorruptFileError
 from beam_pipeline.formats.model import Ending, Tail
+from beam_pipeline.formats.protobuf import Span
 
 _MAX_DEPTH = 60
 """Functions that call each other; a model inside of a model is some ten."""
@@ -28,8 +29,9 @@ _LOOPS = frozenset({"While", "StatelessWhile"})
 _PASSING = frozenset(
     {
         "BroadcastTo", "Cast", "CheckNumerics", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "ParallelConcat",
-        "PlaceholderWithDefault", "PreventGradient", "RaggedTensorToTensor", "ReadVariableOp", "Reshape", "Slice",
-        "Snapshot", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile", "Transpose", "Unpack",
+        "PlaceholderWithDefault", "PreventGradient", "RaggedTensorToTensor", "ReadVariableOp", "Reshape",
+        "Scann>TensorsToScann", "Slice", "Snapshot", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice",
+        "Tile", "Transpose", "Unpack",
     }
 )  # fmt: skip
 """Operations that leave the values of a row as they are."""
@@ -43,7 +45,7 @@ _DIVISIONS = frozenset({"Div", "DivNoNan", "RealDiv"})
 _MATRIX_PRODUCTS = frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "MatMul", "Dot"})
 _DIFFERENCES = frozenset({"SquaredDifference", "Sub"})
 _PAIRINGS = _MULTIPLICATIONS | _MATRIX_PRODUCTS | _DIFFERENCES
-"""What two vectors of one embedding are compared by, as those of two items."""
+"""Operations that compare two vectors of one embedding, such as the vectors of two items."""
 _POWERS = frozenset({"Abs", "Pow", "Square"})
 _REDUCTIONS = frozenset({"EuclideanNorm", "Max", "Mean", "Sum"})
 _OF_NORMS = frozenset(
@@ -53,7 +55,22 @@ _OF_NORMS = frozenset(
     }
 )  # fmt: skip
 _OF_SCORES = frozenset({"Add", "AddV2", "BiasAdd", "Mean", "Sum", *_MULTIPLICATIONS, *_DIVISIONS})
-"""What leaves a sum of products a score."""
+"""Operations after which a sum of products is still a score."""
+_SEARCHES = frozenset({"Scann>ScannSearch", "Scann>ScannSearchBatched"})
+"""Operations that compare something with all rows of a matrix and number the best (scann/scann_ops/cc/ops)."""
+_TOP = frozenset({"ApproxTopK", "ArgMax", "TopK", "TopKV2"})
+_WHOLE = frozenset(
+    {"Cast", "CheckNumerics", "EnsureShape", "ExpandDims", "Identity", "PreventGradient", "ReadVariableOp", "Snapshot",
+     "Scann>TensorsToScann", "Squeeze", "StopGradient"}
+)  # fmt: skip
+"""Operations after which the rows of a matrix, or the elements of a list, are still all there and in their order."""
+_EACH_SCORE = frozenset(
+    {
+        "Add", "AddV2", "BiasAdd", "Exp", "Log", "LogSoftmax", "Neg", "Reshape", "Sigmoid", "Softmax", "Sub", "Tanh",
+        "Transpose", *_MULTIPLICATIONS, *_DIVISIONS, *_SELECTS, *_WHOLE,
+    }
+)  # fmt: skip
+"""Operations after which the scores of all rows are still all there and in their order."""
 _SPLITS = frozenset(
     {"StringNGrams", "StringSplit", "StringSplitV2", "UnicodeDecode", "UnicodeDecodeWithOffsets", "WordpieceTokenize"}
 )
@@ -65,14 +82,14 @@ SCALING = "Normalize"
 
 
 class Shape(IntEnum):
-    """What has become of a row; the larger, the further it is from the row."""
+    """What a tensor holds of a row; the larger, the further it is from the row."""
 
     ROW = 0
     SCALED = 1
     FACTOR = 2
     """A number of the row alone, such as its norm."""
     SQUARES = 3
-    """Something of each value, on the way to such a number."""
+    """A function of each value, on the way to such a number."""
     SCORES = 4
     """Products with the rows of another matrix, which an index sorts."""
     OPAQUE = 5
@@ -83,7 +100,7 @@ _VECTORS = tuple(shape for shape in Shape if shape != Shape.FACTOR)
 
 
 class State(NamedTuple):
-    """What has become of a row, and by which operations, each as (layer, operation)."""
+    """The shape that a row has taken, and the operations that it passed, each as (layer, operation)."""
 
     shape: Shape
     operations: tuple[tuple[str, str], ...] = ()
@@ -109,6 +126,11 @@ class Value:
         is_gathered: whether it was gathered from something that is not followed, such as a bias per id.
         meetings: where towers met on the way to it.
         products: the meetings that it is the product of, not summed yet or not added to.
+        matrix: the matrix that it is, with all of its rows.
+        is_transposed: whether it is that transposed.
+        scores: the matrices with all rows of which something was multiplied.
+        best: the matrices whose best rows it numbers.
+        ids: the list of ids that it is, all of them: the number of an object, or where in the file its tensor is.
     """
 
     rows: tuple[tuple[Use, State], ...] = ()
@@ -119,6 +141,11 @@ class Value:
     is_gathered: bool = False
     meetings: frozenset[str] = frozenset()
     products: frozenset[str] = frozenset()
+    matrix: int | None = None
+    is_transposed: bool = False
+    scores: frozenset[int] = frozenset()
+    best: frozenset[int] = frozenset()
+    ids: int | Span | None = None
 
     @property
     def is_scalar(self) -> bool:
@@ -145,6 +172,7 @@ class Operation:
         value: of a constant.
         bodies: functions that it calls.
         is_transposed: whether a matrix product takes its second matrix transposed.
+        is_first_transposed: whether it takes its first matrix transposed.
     """
 
     name: str
@@ -153,6 +181,7 @@ class Operation:
     value: Value = UNKNOWN
     bodies: tuple[str, ...] = ()
     is_transposed: bool = False
+    is_first_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +199,7 @@ class Meeting:
 
     Attributes:
         operation: layer and operation.
-        states: what each tower's rows had become.
+        states: the state of each tower's rows at that operation.
         is_summed: whether a product was summed up to a dot product.
         is_biased: whether something of an id was added to it.
     """
@@ -190,14 +219,18 @@ class Returned:
 
 
 class Steps:
-    """What may still be done before a graph is taken for one that means harm."""
+    """A limit on the work that a graph may cause: a crafted one could take days."""
 
     def __init__(self, path: str, limit: int) -> None:
         self._path = path
         self._left = limit
 
     def take(self, number: int) -> None:
-        """Raises CorruptFileError when more was done than any model takes."""
+        """Counts steps.
+
+        Raises:
+            CorruptFileError: they are more than any real model takes.
+        """
         self._left -= number
         if self._left < 0:
             raise CorruptFileError(f"{self._path}: its functions depend on each other too often; log the model again")
@@ -212,10 +245,11 @@ class Trace:
         dimensions: values in a row, of each embedding that is followed.
         are_rivals: whether two embeddings belong to different towers, which meet.
         steps: bounds the work.
-        keeps_changed: whether rows that have become something else are followed, too.
-        meetings: what was found: where towers met.
+        keeps_changed: whether rows that were changed are followed, too.
+        meetings: the operations where towers met, found so far.
         gathered: embeddings whose rows were gathered somewhere.
         words: tables that looked up words of a text.
+        indexes: matrix → the lists from which ids of its best rows were taken.
     """
 
     function: Callable[[str], Function | None]
@@ -226,10 +260,11 @@ class Trace:
     meetings: dict[str, Meeting] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
     words: set[int] = field(default_factory=set)
+    indexes: dict[int, set[int | Span]] = field(default_factory=dict)
     _results: dict[tuple[str, tuple[Value, ...], str], tuple[Value, ...]] = field(default_factory=dict)
 
     def returned(self, name: str, arguments: Sequence[Value]) -> Returned:
-        """Returns what becomes of the rows in a call of a function."""
+        """Returns the states of the rows that a call of a function returns."""
         values = self._call(name, tuple(arguments), "", 0)
         states: dict[Use, State] = {}
         for value in values:
@@ -270,7 +305,7 @@ class Trace:
                 stack += [source for source, _ in operation.inputs if source not in begun]
                 continue
             inputs = [_output(values, source) for source in operation.inputs]
-            self.steps.take(sum(len(value.rows) for value in inputs))
+            self.steps.take(sum(len(value.rows) + len(value.scores) + len(value.best) for value in inputs))
             values[node] = self._apply(operation, inputs, f"{name}:{node}", scope, depth)
         return tuple(_output(values, source) for source in function.outputs)
 
@@ -289,7 +324,38 @@ class Trace:
         result = self._result(operation, inputs, place, (layer, kind))
         if result.rows and not self.keeps_changed:
             result = replace(result, rows=tuple(each for each in result.rows if each[1].shape != Shape.CHANGED))
-        return (result,)
+        return (self._indexed(operation, inputs, result),)
+
+    def _indexed(self, operation: Operation, inputs: list[Value], result: Value) -> Value:
+        """Adds what concerns a search index: a matrix, the scores of its rows, the best of them, and their ids."""
+        kind = operation.kind
+        matrix, is_transposed, ids = None, False, None
+        scores, best = frozenset[int](), frozenset[int]()
+        if kind in _MATRIX_PRODUCTS:
+            scores = compared(operation, inputs)
+        elif kind in _TOP and inputs:
+            best = inputs[0].scores
+        elif kind in _SEARCHES:
+            best = compared(operation, inputs)
+        elif kind in GATHERS and len(inputs) > 1:
+            if inputs[0].ids is not None:
+                for each in inputs[1].best:
+                    self.indexes.setdefault(each, set()).add(inputs[0].ids)
+        elif inputs:
+            first = inputs[0]
+            if kind in _WHOLE:
+                matrix, is_transposed, ids = first.matrix, first.is_transposed, first.ids
+            elif kind == "Transpose":
+                matrix, is_transposed = first.matrix, not first.is_transposed
+            elif kind in (*_MULTIPLICATIONS, *_DIVISIONS, SCALING):
+                matrices = [value for value in inputs if value.matrix is not None]
+                if len({(value.matrix, value.is_transposed) for value in matrices}) == 1:
+                    matrix, is_transposed = matrices[0].matrix, matrices[0].is_transposed
+            if kind in _EACH_SCORE:
+                scores = frozenset().union(*(value.scores for value in inputs))
+            if kind in _PASSING or kind in _SELECTS:
+                best = frozenset().union(*(value.best for value in inputs))
+        return replace(result, matrix=matrix, is_transposed=is_transposed, scores=scores, best=best, ids=ids)
 
     def _apply_bodies(self, operation: Operation, inputs: list[Value], layer: str, depth: int) -> tuple[Value, ...]:
         if operation.kind in _LOOPS:
@@ -362,12 +428,12 @@ class Trace:
     ) -> Value:
         kind = operation.kind
         for value in inputs:
-            for product in value.products:  # A bias that is followed as an embedding of its own.
+            for product in value.products:  # A bias that is followed as another embedding.
                 self.meetings[product].is_biased |= kind in ("Add", "AddV2")
         if any(value.products for value in inputs):
             return replace(known, products=frozenset().union(*(value.products for value in inputs)))
-        if self._do_meet(kind, carriers):
-            return self._meet(carriers, place, label, known, is_summed=kind in _MATRIX_PRODUCTS)
+        if kind in _SEARCHES or self._do_meet(kind, carriers):
+            return self._meet(carriers, place, label, known, is_summed=kind in _MATRIX_PRODUCTS | _SEARCHES)
         if kind in ("TopKV2", "TopK") and any(state.shape == Shape.SCORES for _, state in carriers[0].rows):
             # The matrix is an index of the other tower's vectors.
             rows = tuple((use, _before_scores(state)) for use, state in carriers[0].rows)
@@ -416,6 +482,15 @@ class Trace:
         return replace(known, meetings=known.meetings | {key}, products=frozenset([key]))
 
 
+def compared(operation: Operation, inputs: Sequence[Value]) -> frozenset[int]:
+    """Returns the matrices with all rows of which a matrix product compares something."""
+    found = set[int]()
+    for value, is_turned in zip(inputs, (not operation.is_first_transposed, operation.is_transposed), strict=False):
+        if value.matrix is not None and value.is_transposed != is_turned:
+            found.add(value.matrix)
+    return frozenset(found)
+
+
 def _output(values: Mapping[str, tuple[Value, ...]], source: tuple[str, int]) -> Value:
     outputs = values.get(source[0], ())
     if not outputs:
@@ -429,11 +504,17 @@ def _either(values: Sequence[Value]) -> Value:
     for value in values:
         for use, state in value.rows:
             states[use] = max(states.get(use, state), state, key=lambda one: one.shape)
+    same = len({(value.matrix, value.is_transposed, value.ids) for value in values}) == 1
     return Value(
         rows=tuple(states.items()),
         is_text=any(value.is_text for value in values),
         meetings=frozenset().union(*(value.meetings for value in values)),
         products=frozenset().union(*(value.products for value in values)),
+        matrix=values[0].matrix if same else None,
+        is_transposed=same and values[0].is_transposed,
+        scores=frozenset().union(*(value.scores for value in values)),
+        best=frozenset().union(*(value.best for value in values)),
+        ids=values[0].ids if same else None,
     )
 
 
@@ -463,7 +544,7 @@ def _changed(values: Sequence[Value], label: tuple[str, str]) -> tuple[tuple[Use
 
 
 def _arrived(state: State) -> State:
-    """Returns what a state is where vectors are compared or returned: what was on its way to a scale is not."""
+    """Returns a state where vectors are compared or returned: a scale that was not finished is a change."""
     return State(Shape.CHANGED, state.operations) if state.shape in (Shape.SQUARES, Shape.SCORES) else state
 
 
@@ -476,7 +557,7 @@ def _before_scores(state: State) -> State:
 def _reshaped(
     rows: tuple[tuple[Use, State], ...], target: Value, dimensions: Mapping[int, int], label: tuple[str, str]
 ) -> tuple[tuple[Use, State], ...]:
-    """A list of rows that is made one long row is no row any more."""
+    """Returns the rows after a reshape: rows that were joined into one long row are changed."""
     last = target.numbers[-1] if target.numbers else -1
     return tuple(
         (use, state)
@@ -487,7 +568,7 @@ def _reshaped(
 
 
 def _advanced(operation: Operation, states: Sequence[State], inputs: Sequence[Value], label: tuple[str, str]) -> State:
-    """Returns what an operation makes of a row that is in one or several of its inputs."""
+    """Returns the state of a row after an operation that has it in one or several of its inputs."""
     kind, shapes = operation.kind, [state.shape for state in states]
     others = [value for value in inputs if not value.rows]
     operations = _extended(_merged(states), label)
@@ -506,7 +587,7 @@ def _advanced(operation: Operation, states: Sequence[State], inputs: Sequence[Va
                 return State(Shape.SQUARES, operations)
             if kind == "EuclideanNorm" and _is_last(others):
                 return State(Shape.FACTOR, operations)
-            if kind == "MatMul" and operation.is_transposed and inputs[0].rows:
+            if (kind == "MatMul" and operation.is_transposed and inputs[0].rows) or compared(operation, inputs):
                 return State(Shape.SCORES, operations)
         elif shape == Shape.SQUARES and kind in _REDUCTIONS and _is_last(others):
             return State(Shape.FACTOR, operations)
@@ -545,7 +626,7 @@ def _is_last(others: Sequence[Value]) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a call makes of one embedding: its states in the outputs, and where it meets another tower, in which."""
+    """The states of one embedding's rows in a call: in the outputs, and where they meet another tower."""
 
     outputs: tuple[tuple[Use, State], ...]
     meetings: tuple[tuple[Meeting, Use, State], ...]
@@ -559,7 +640,7 @@ class _Seen:
 def tail(
     embedding: int,
     calls: Iterable[Sequence[Returned]],
-    own: Iterable[Sequence[Returned]],
+    tower_calls: Iterable[Sequence[Returned]],
     meetings: Mapping[str, Meeting],
 ) -> Tail:
     """Returns how a tower goes on after its embedding.
@@ -567,11 +648,11 @@ def tail(
     Args:
         embedding: the tower's.
         calls: what the model's calls return; of each all variants that were saved, such as with and without dropout.
-        own: the same of calls of the tower's own layer.
+        tower_calls: the same of calls of the tower's layer alone.
         meetings: where towers met in them.
     """
     seen = [_served(embedding, variants, meetings) for variants in calls]
-    of_layer = [state for one in own for _, state in _served(embedding, one, meetings).outputs]
+    of_layer = [state for variants in tower_calls for _, state in _served(embedding, variants, meetings).outputs]
     if of_layer and all(state.shape >= Shape.SCORES for state in of_layer):
         return _tail(max(of_layer), [])
     met = [each for call in seen for each in call.meetings]
@@ -610,14 +691,14 @@ def rivals(towers: Iterable[tuple[int, set[int]]]) -> Rivals:
 def taking_part(calls: Iterable[Sequence[Returned]], meetings: Mapping[str, Meeting]) -> set[int]:
     """Returns the embeddings whose rows reach an output, or a place where towers meet."""
     found = set[int]()
-    for returned in (one for variants in calls for one in variants):
+    for returned in (each for variants in calls for each in variants):
         states = [*returned.states, *(each for key in returned.meetings for each in meetings[key].states.items())]
         found |= {use.embedding for use, _ in states}
     return found
 
 
 def _served(embedding: int, variants: Sequence[Returned], meetings: Mapping[str, Meeting]) -> _Seen:
-    """Returns what the variant does that changes least: others have dropout, which serving has not."""
+    """Returns the variant that changes the rows least: others have dropout, which serving does not."""
     seen = [
         _Seen(
             tuple((use, state) for use, state in returned.states if use.embedding == embedding),
@@ -636,10 +717,10 @@ def _served(embedding: int, variants: Sequence[Returned], meetings: Mapping[str,
 def _tail(state: State, meetings: Sequence[Meeting]) -> Tail:
     endings = {Shape.ROW: Ending.EMBEDDING, Shape.SCALED: Ending.SCALED, Shape.OPAQUE: Ending.UNKNOWN}
     ending = endings.get(state.shape, Ending.GOES_ON)
-    reason = f"{state.operations[-1][1]} cannot be looked into" if ending == Ending.UNKNOWN else ""
+    reason = f"{state.operations[-1][1]} is opaque: its code is not in the graph" if ending == Ending.UNKNOWN else ""
     if any(meeting.is_summed and not meeting.is_biased for meeting in meetings):
         return Tail(ending, state.operations, reason=reason)
-    # As a rule one; a model may compare in several ways.
+    # Usually there is one; a model may compare in several ways.
     others = [meeting for meeting in meetings if not meeting.is_summed]
     meeting = "/".join(part for part in others[0].operation if part) if others else ""
     return Tail(ending, state.operations, meeting, is_biased=bool(meetings) and not others, reason=reason)

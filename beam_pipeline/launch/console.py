@@ -11,17 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
-
 from beam_pipeline import metrics
 from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.launch.findings import Findings
 from beam_pipeline.launch.plan import Plan, as_json, as_sql
 from beam_pipeline.launch.selection import LeftOut
-from beam_pipeline.tracking.runs import Model
+from beam_pipeline.tracking.models import Model
 from beam_pipeline.training import Run
 
 _EVERY_TERMINAL, _EVERY_LOG = 0.2, 10.0
@@ -47,6 +42,8 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, started: float | None = None) -> None:
         self._as_json = as_json
         self._started = time.monotonic() if started is None else started
+        from rich.console import Console  # Workers import this module, and do not have it.
+
         # What is printed is a name or a number as it is, never rich's markup.
         self._console = Console(stderr=as_json, markup=False, emoji=False, highlight=False)
 
@@ -76,6 +73,9 @@ class Terminal:
             for line in findings.lines:
                 self._print(f"{line.status:<4}  {line.check:<{width}}  {line.text}")
             return
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table.grid(padding=(0, 2, 0, 0))
         for line in findings.lines:
             table.add_row(Text(line.status, _COLOURS[line.status]), Text(line.check), Text(line.text))
@@ -168,16 +168,19 @@ class Terminal:
     def _show_bar(
         self, count: Callable[[], int], total: int, line: Callable[[int, float], str], done: threading.Event
     ) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
         started, text = time.monotonic(), TextColumn("{task.description}", markup=False)
         with Progress(text, BarColumn(bar_width=20), console=self._console, auto_refresh=False) as progress:
-            task, finished, visible = progress.add_task("", total=max(total, 1), visible=False), False, False
+            task, shown, finished = progress.add_task("", total=max(total, 1), visible=False), 0, False
             while not finished:
                 finished = done.wait(_EVERY_TERMINAL)
                 now = count()
-                # Nothing is counted here while workers in other processes do the work.
-                visible = visible or now > 0
-                description = line(now, max(time.monotonic() - started, 1e-9))
-                progress.update(task, completed=now, description=description, visible=visible, refresh=True)
+                # Nothing is counted here while workers in other processes do the work, and then nothing is shown.
+                if now != shown:
+                    shown = now
+                    description = line(now, max(time.monotonic() - started, 1e-9))
+                    progress.update(task, completed=now, description=description, visible=True, refresh=True)
 
     def _show_lines(
         self, count: Callable[[], int], _total: int, line: Callable[[int, float], str], done: threading.Event
@@ -196,7 +199,7 @@ class Terminal:
 
     def _print(self, text: str, *, end: str = "\n") -> None:
         # A line is never cut or wrapped: it is searched for, and copied.
-        self._console.print(Text(text), end=end, soft_wrap=True)
+        self._console.print(text, end=end, soft_wrap=True)
 
 
 def _megabytes(size: float) -> str:

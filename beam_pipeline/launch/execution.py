@@ -20,7 +20,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from beam_pipeline import emulators, errors
+from beam_pipeline import emulators, errors, metrics, workers
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError
 from beam_pipeline.launch.options import JobConfig
 from beam_pipeline.launch.session import Session
@@ -147,11 +147,13 @@ def run(
     result: Any = None
     dead: list[str] = []
     try:
-        pipeline = beam.Pipeline(options=options)
+        pipeline = beam.Pipeline(runner=workers.runner(options), options=options)
         build(pipeline)
+        metrics.end_phase("build the job graph")
         with progress, _noticing_dead_workers(dead):
             result = pipeline.run()
             result.wait_until_finish()
+        metrics.end_phase("clean up, end the job")
     except BaseException as error:
         if cancel and result and not isinstance(error, Exception):
             _cancel(result)
@@ -171,7 +173,8 @@ def run(
 def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
     """Interrupts a job of DirectRunner's multi_processing whose worker died; appends what Beam says of it.
 
-    Beam raises that in the thread that watches the worker, and waits for the worker's answer for ever.
+    Beam raises that in the thread that watches the worker, and waits for the worker's answer for ever, and then for the
+    end of the others.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Only the main thread can be interrupted.
@@ -184,13 +187,15 @@ def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
             return
         dead.append(str(args.exc_value))
         if len(dead) == 1:
+            end_workers()
             signal.pthread_kill(main, signal.SIGUSR1)
 
     # Not SIGINT: a shell starts what it runs in the background deaf to that.
     handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     threading.excepthook = hook
     try:
-        yield
+        with workers.watching_the_job() as end_workers:
+            yield
     finally:
         threading.excepthook = before
         signal.signal(signal.SIGUSR1, handler)

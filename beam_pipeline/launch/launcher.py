@@ -44,18 +44,22 @@ def run(config: Config) -> None:
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
     """
+    metrics.end_phase("import Beam and the Google clients")
     terminal = Terminal(as_json=config.plan == "json", started=config.started)
     given = execution.given_options(config)
     credentials.follow(given)
     auth.authorize(config.tracking_uri, config.tracking_audience)
     runs, left_out = selection.wanted_runs(config)
+    metrics.end_phase("import MLflow, find the run")
     terminal.left_out(left_out)
     if config.inspect:
         _inspect(config, runs[-1], terminal)
         return
     with open_session(config, given, create_dataset=True) as session, ExitStack() as copies:
+        metrics.end_phase("find the dataset")
         wanted = _unpublished(config, runs, session, terminal)
         trainings = [*_trainings(config, wanted, session, copies, terminal)]
+        metrics.end_phase("read the graph and the index")
         if not trainings:
             if len(wanted) == len(runs):
                 raise RunNotFoundError(f"none of {len(runs):,} runs of {config.experiment_name!r} has a model")
@@ -65,6 +69,7 @@ def run(config: Config) -> None:
                 execution.submit_nothing(execution.job_options(config, session, name, labels(config, runs)))
             return
         plan = make_plan(config, session, given, runs, trainings)
+        metrics.end_phase("check the tables")
         terminal.report(plan, with_sql=config.plan is not None)
         if plan.findings.error:
             raise plan.findings.error

@@ -21,6 +21,9 @@ ENVS = ("dev", "stg", "prod")
 
 IF_TAKEN = ("fail", "replace", "keep")
 
+DISTANCES = ("COSINE", "DOT_PRODUCT", "EUCLIDEAN")
+"""How near two vectors are, as VECTOR_SEARCH calls it."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -110,6 +113,7 @@ class Config(JobConfig):
     if_partition_taken: str = "fail"
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
+    vector_index: str | None = None
     include_oov: bool = False
     embedding_rows: bool = False
     writer: str = "columnar"
@@ -144,6 +148,7 @@ examples:
 other commands, each with a --help of its own:
   beam-pipeline compare      what changed between two trainings
   beam-pipeline report       a page about the comparisons in the result tables
+  beam-pipeline search       nearest items, recommendations, similar users in one training
   beam-pipeline tag          tag an MLflow run with what was published of it
   beam-pipeline emulators    serve the folder of --warehouse, to query it
 
@@ -414,6 +419,12 @@ def parser() -> argparse.ArgumentParser:
         "dataset's location, and of the Dataflow job, unless --dataflow_kms_key names one in its region, as it has to "
         "where the dataset is in a multi-region; files in the bucket have the bucket's own default key",
     )
+    target.add_argument(
+        "--vector_index",
+        choices=DISTANCES,
+        help="create a vector index of each tower's table unless it has one, by this distance: VECTOR_SEARCH uses it "
+        "within a training (default: none)",
+    )
     safety = result.add_argument_group("safety")
     safety.add_argument(
         "--if_partition_taken",
@@ -503,6 +514,10 @@ def parse(argv: Sequence[str]) -> Config:
     sources = _sources(ours, found, towers)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
+    if found.vector_index and found.allow_dimension_change:
+        ours.error(
+            f"--vector_index={found.vector_index} needs vectors of one length; leave out it or --allow_dimension_change"
+        )
     config = Config(
         **job_values(ours, found, rest),
         run_id=found.run_id,
@@ -519,6 +534,7 @@ def parse(argv: Sequence[str]) -> Config:
         if_partition_taken=found.if_partition_taken,
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
+        vector_index=found.vector_index,
         include_oov=found.include_oov,
         embedding_rows=found.embedding_rows,
         writer=found.writer,

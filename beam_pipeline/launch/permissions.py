@@ -83,13 +83,14 @@ def _questions(client: bigquery.Client, publication: Publication, dataflow: bool
     of_jobs = ["bigquery.jobs.create", *(["dataflow.jobs.create"] if dataflow else [])]
     yield _Question(f"project {project}", of_jobs, lambda: project_permissions(project, of_jobs))
     yield _Question(f"bucket {bucket}", BUCKET_PERMISSIONS, lambda: bucket_permissions(project, bucket))
+    needed = [*TABLE_PERMISSIONS, *(["bigquery.tables.createIndex"] if publication.vector_index else [])]
     for tower in publication.towers:
         table = publication.destination.table(tower)
 
         def ask(table: str = table) -> Collection[str]:
-            return list(client.test_iam_permissions(table, TABLE_PERMISSIONS)["permissions"])
+            return list(client.test_iam_permissions(table, needed)["permissions"])
 
-        yield _Question(f"table {tower}", TABLE_PERMISSIONS, ask)
+        yield _Question(f"table {tower}", needed, ask)
 
 
 def bucket_permissions(project: str, name: str) -> list[str]:

@@ -60,6 +60,7 @@ def make_plan(
         partition_expiration_days=config.partition_expiration_days,
         require_partition_filter=config.require_partition_filter,
         kms_key=config.kms_key,
+        vector_index=config.vector_index,
     )
     cloud = given.view_as(GoogleCloudOptions)
     findings = preflight.examine(

@@ -13,7 +13,7 @@ from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import bigquery
 
 from beam_pipeline import emulators
-from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery import history, tables
 from beam_pipeline.bigquery.publication import Publication, require_compatible
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import (
@@ -23,13 +23,10 @@ from beam_pipeline.errors import (
     PartitionTakenError,
 )
 from beam_pipeline.formats.model import Tower
-from beam_pipeline.launch import bucket, permissions, vectors
+from beam_pipeline.launch import bucket, indexes, permissions, vectors
 from beam_pipeline.launch.findings import Findings, first_line
 from beam_pipeline.launch.options import Config
 from beam_pipeline.training import Run, Training
-
-_DOLLARS_PER_TIB = 6.25
-"""BigQuery on demand, US and EU (https://cloud.google.com/bigquery/pricing); loads, copies and DELETEs are free."""
 
 _MOST_PARTITIONS = 4000  # of one load job
 _DAY_MS = 24 * 3600 * 1000
@@ -70,6 +67,7 @@ def examine(
         except GoogleAPICallError as error:
             reason = f"BigQuery did not answer for {destination.table(tower)}: {first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
+    indexes.examine(findings, client, publication)
     bucket.examine(findings, publication.bucket, destination, publication.kms_key)
     _examine_keys(findings, publication, region, dataflow_kms_key)
     permissions.examine(findings, client, publication, distributed=not config.local, dataflow=not config.waits)
@@ -215,7 +213,7 @@ def _examine_length(findings: Findings, client: bigquery.Client, destination: De
     if latest is None:
         return
     newest = datetime.strptime(latest, "%Y%m%d").date()
-    length = _length(client, name, tower.name, newest)
+    length = history.vector_length(client, name, tower.name, newest)
     if length == tower.matrix.dimension:
         findings.ok(f"vectors {tower.name}", f"{length} values, as in the latest partition ({newest})")
     elif length is not None:
@@ -227,24 +225,6 @@ def _examine_length(findings: Findings, client: bigquery.Client, destination: De
                 "--allow_dimension_change publishes all the same"
             ),
         )
-
-
-def _length(client: bigquery.Client, table: str, tower: str, day: date) -> int | None:
-    """Returns the length of a vector in a partition; None if its rows are gone meanwhile.
-
-    One row is listed, which is free: a query, LIMIT 1 or not, is billed for the vectors of the whole partition. The log
-    would cost its 10 MB, and does not know what was deleted or written by others since.
-    """
-    if emulators.emulated():  # They do not know `table$day`, and bill nobody.
-        parameter = bigquery.ScalarQueryParameter("day", "DATE", day)
-        for (length,) in _query(client, tables.dimension_sql(table, tower), parameter):
-            return int(length)
-        return None
-    partition = bigquery.TableReference.from_string(f"{table}${day:%Y%m%d}")
-    vectors = [column for column in tables.schema_fields(tower) if column.name == f"{tower}_embedding"]
-    for (vector,) in client.list_rows(partition, selected_fields=vectors, max_results=1):
-        return len(vector)
-    return None
 
 
 def _examine_keys(
@@ -293,9 +273,9 @@ def _estimate(findings: Findings, publication: Publication) -> None:
             vectors += tower.matrix.size
             size += tower.matrix.rows * (fixed + 2 + 8 * tower.matrix.dimension) + span.end - span.start
     findings.ok("size", f"at most {rows:,} rows, {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
-    cost = size / (1 << 40) * _DOLLARS_PER_TIB
+    cost = size / (1 << 40) * history.DOLLARS_PER_TIB
     findings.ok(
-        "cost", f"publishing reads {_bytes(size)}: about ${cost:.2f} at ${_DOLLARS_PER_TIB}/TiB; loading is free"
+        "cost", f"publishing reads {_bytes(size)}: about ${cost:.2f} at ${history.DOLLARS_PER_TIB}/TiB; loading is free"
     )
 
 

@@ -16,7 +16,8 @@ from beam_pipeline.launch.session import Session
 from beam_pipeline.launch.sources import Sources
 from beam_pipeline.reading.pieces import cover
 from beam_pipeline.tracking import download
-from beam_pipeline.tracking.runs import Model, choose, find_latest_run, find_model, find_run, find_runs, readable_folder
+from beam_pipeline.tracking.models import Model, find_model, readable_folder
+from beam_pipeline.tracking.runs import choose, find_latest_run, find_run, find_runs
 from beam_pipeline.training import Run, Training, by_name
 
 _SAYS = {"user": ("user", "query"), "item": ("item", "candidate")}

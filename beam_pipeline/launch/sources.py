@@ -13,7 +13,7 @@ from beam_pipeline.formats.files.vectors import fitted
 from beam_pipeline.formats.model import Artifact, Matrix, Tower, Vocabulary
 from beam_pipeline.launch.options import ROW_NUMBERS, Config, NamedFile
 from beam_pipeline.tracking import download
-from beam_pipeline.tracking.runs import Model, readable_folder
+from beam_pipeline.tracking.models import Model, readable_folder
 from beam_pipeline.training import Run
 
 
@@ -66,9 +66,10 @@ class Sources:
             found, vocabulary = vectors.find_vectors(
                 name, file.path, file.names, open_file, list_folder, outside_ids=name in self.ids
             )
-            if vocabulary is None:
+            if vocabulary is None and isinstance(found, Matrix):
                 vocabulary = self._vocabulary(name, found)
-            towers.append(vectors.file_tower(name, layers[name], found, vocabulary))
+            if vocabulary is not None:
+                towers.append(vectors.file_tower(name, layers[name], found, vocabulary))
         return towers
 
     def _vocabulary(self, name: str, matrix: Matrix) -> Vocabulary:

@@ -14,10 +14,12 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 
+from beam_pipeline import checksums
 from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
-from beam_pipeline.formats.encodings import cuts, decode, shown
-from beam_pipeline.formats.model import Tower
+from beam_pipeline.formats.encodings import cuts, decode, shown, varints, verify
+from beam_pipeline.formats.files.vectors import require_as_many
+from beam_pipeline.formats.model import Encoding, Tower
 from beam_pipeline.formats.protobuf import Span
 
 PIECE_BYTES = 8 << 20
@@ -29,6 +31,7 @@ MAX_IDS_BYTES = 1 << 28
 _MAX_DIMENSION = 1 << 20
 """BigQuery takes blocks of 16 MB of Avro, and a row lies in one."""
 _BLOCK = 4 << 20
+_VARINT_BLOCK = 1 << 18  # They take eight times their bytes while they are decoded.
 _SMALL = 4 << 20
 """Bytes of a vocabulary that is compared with another as a set."""
 
@@ -45,6 +48,7 @@ class Piece:
         rest: instead of rows, other bytes of the matrix's file, which count for the checksum alone.
         rows_and_ids: the ids themselves, and the row of the matrix of each (int64 [n], Arrow binary array [n]), where
             ids are not in row order; rows of the piece that are not among them belong to no id.
+        lengths: where the lengths of these ids are, if apart from them.
     """
 
     tower: str
@@ -53,6 +57,7 @@ class Piece:
     ids: Span | None
     rest: Span | None = None
     rows_and_ids: tuple[np.ndarray, pa.Array] | None = field(default=None, compare=False)
+    lengths: Span | None = None
 
 
 def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
@@ -65,19 +70,21 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
     matrix, vocabulary = tower.matrix, tower.vocabulary
     rows = matrix.rows_in(piece_bytes)
     yield from _gap(tower.name, 0, min(vocabulary.first_row, matrix.rows), rows)
-    row, start, count = vocabulary.first_row, vocabulary.span.start, 0
+    row, count = vocabulary.first_row, 0
     with open_file(vocabulary.path) as file:
-        for ids, end in cuts(file, vocabulary, rows):
-            check_size(tower, ids, end - start)
+        for ids, span, lengths in cut_ids(file, tower, rows):
+            if row + ids > matrix.rows and vocabulary.fills:
+                total = sum(ids for ids, _, _ in cut_ids(file, tower, rows))
+                require_as_many(tower.name, vocabulary, total, vocabulary.count or 0)
             if row + ids > matrix.rows:
                 first_beyond = max(0, matrix.rows - row)
-                name = decode(vocabulary.encoding, file.read(start, end - start), ids)[first_beyond].as_py()
+                name = read_ids(file, tower, ids, span, lengths)[first_beyond].as_py()
                 raise BadIdError(
                     f"tower {tower.name!r}: id {shown(name)} has row {row + first_beyond:,}, but the matrix has only "
                     f"{matrix.rows:,} rows: vocabulary and weights are of two trainings; log the model again"
                 )
-            yield Piece(tower.name, row, ids, Span(start, end))
-            row, start, count = row + ids, end, count + ids
+            yield Piece(tower.name, row, ids, span, lengths=lengths)
+            row, count = row + ids, count + ids
     check_count(tower, count)
     yield from _gap(tower.name, row, matrix.rows, rows)
     for rest in tower.rest:
@@ -96,8 +103,10 @@ def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
     if piece.ids is None:
         names = vocabulary.special_tokens[piece.first_row : piece.first_row + piece.rows]
         return pa.array([name.encode() for name in names], pa.binary())
+    if vocabulary.encoding is Encoding.ROWS:
+        return pa.array(range(piece.first_row, piece.first_row + piece.rows)).cast(pa.string()).cast(pa.binary())
     with open_file(vocabulary.path) as file:
-        ids = decode(vocabulary.encoding, file.read(piece.ids.start, piece.ids.end - piece.ids.start), piece.rows)
+        ids = read_ids(file, tower, piece.rows, piece.ids, piece.lengths)
         if vocabulary.row_numbers is not None:
             at = vocabulary.row_numbers.start + 8 * (piece.first_row - vocabulary.first_row)
             numbers = np.frombuffer(file.read(at, 8 * piece.rows), "<i8")
@@ -110,11 +119,92 @@ def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
     return ids
 
 
+def cut_ids(file: ByteFile, tower: Tower, ids: int) -> Iterator[tuple[int, Span, Span | None]]:
+    """Yields (number of ids, where they are, where their lengths are if apart from them), `ids` at a time.
+
+    Raises:
+        ChecksumError: the ids do not match the artifact's checksum.
+        CorruptFileError: they are not where the artifact says.
+    """
+    vocabulary = tower.vocabulary
+    if vocabulary.encoding is Encoding.STRING_TENSOR:
+        yield from _cut_strings(file, tower, ids)
+        return
+    start = vocabulary.span.start
+    for count, end in cuts(file, vocabulary, ids):
+        check_size(tower, count, end - start)
+        yield count, Span(start, end), None
+        start = end
+    # Others are checked while they are cut.
+    if vocabulary.encoding in (Encoding.INT32, Encoding.INT64, Encoding.UTF32, Encoding.FIXED):
+        if vocabulary.checksum and vocabulary.checksum.algorithm == "crc32":  # of an array and its header, in a zip
+            verify(file, vocabulary)
+        else:
+            _check_sum(file, tower, 0, vocabulary.span.start)
+
+
+def read_ids(file: ByteFile, tower: Tower, count: int, ids: Span, lengths: Span | None) -> pa.Array:
+    """Returns ids that `cut_ids` found as an Arrow binary array.
+
+    Raises:
+        CorruptFileError: the bytes are not that many ids.
+    """
+    data = file.read(ids.start, ids.end - ids.start)
+    if lengths is None:
+        return decode(tower.vocabulary.encoding, data, count)
+    sizes = varints(file.read(lengths.start, lengths.end - lengths.start))
+    if len(sizes) != count or int(sizes.sum()) != len(data):
+        raise CorruptFileError(f"{file.path}: its ids changed while they were read")
+    offsets = np.zeros(count + 1, np.int32)
+    np.cumsum(sizes, out=offsets[1:], dtype=np.int32)
+    return pa.Array.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
+def _cut_strings(file: ByteFile, tower: Tower, ids: int) -> Iterator[tuple[int, Span, Span]]:
+    """Cuts a string tensor, once its checksums are compared.
+
+    The layout, and what the checksums cover, is that of WriteStringTensor in
+    tensorflow/core/util/tensor_bundle/tensor_bundle.cc: lengths count as little-endian uint32.
+    """
+    vocabulary = tower.vocabulary
+    found, at, crc = list[tuple[int, Span, int]](), vocabulary.span.start, 0
+    left = vocabulary.count or 0
+    while left:
+        start, count, size = at, 0, 0
+        while count < min(ids, left):
+            block = file.read(at, min(_VARINT_BLOCK, vocabulary.span.end - at))
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) < 0x80)[: min(ids, left) - count]
+            if not ends.size:
+                raise CorruptFileError(f"{file.path}: no length of an id at byte {at:,}")
+            lengths = varints(block[: int(ends[-1]) + 1])
+            if (lengths > MAX_IDS_BYTES).any():
+                raise CorruptFileError(f"{file.path}: tower {tower.name!r} has an id of {lengths.max():,} bytes")
+            crc = google_crc32c.extend(crc, lengths.astype("<u4").tobytes())
+            at, count, size = at + int(ends[-1]) + 1, count + len(ends), size + int(lengths.sum())
+        check_size(tower, count, size)
+        found.append((count, Span(start, at), size))
+        left -= count
+    stored = file.read(at, 4)
+    total = sum(size for _, _, size in found)
+    if checksums.unmask(int.from_bytes(stored, "little")) != crc or at + 4 + total != vocabulary.span.end:
+        raise ChecksumError(
+            f"{file.path}: the lengths of the ids of tower {tower.name!r} do not match their crc32c; "
+            "the file was damaged after the training: log the model again"
+        )
+    at += 4
+    _check_sum(file, tower, google_crc32c.extend(crc, stored), at)
+    for count, span, size in found:
+        yield count, Span(at, at + size), span
+        at += size
+
+
 def are_same(one: Tower, other: Tower, open_file: OpenFile) -> bool:
     """Whether two towers have the same ids; of large vocabularies, the same ids in the same order."""
     first, second = one.vocabulary, other.vocabulary
     if (first.path, first.span) == (second.path, second.span):
         return True
+    if Encoding.PARQUET in (first.encoding, second.encoding) or Encoding.ROWS in (first.encoding, second.encoding):
+        return first.encoding == second.encoding and (first.table, first.count) == (second.table, second.count)
     sizes = [vocabulary.span.end - vocabulary.span.start for vocabulary in (first, second)]
     if max(sizes) <= _SMALL and first.in_row_order and second.in_row_order:
         names = [
@@ -141,13 +231,15 @@ def check_size(tower: Tower, ids: int, size: int) -> None:
 def check_count(tower: Tower, count: int) -> None:
     """Raises CorruptFileError if the artifact says that there are more or fewer ids."""
     vocabulary = tower.vocabulary
+    if vocabulary.fills:
+        require_as_many(tower.name, vocabulary, count, vocabulary.count or 0)
     if vocabulary.count is not None and count != vocabulary.count:
         raise CorruptFileError(
             f"{vocabulary.path}: tower {tower.name!r} has {count:,} ids, its graph says {vocabulary.count:,}"
         )
 
 
-def check_sum(file: ByteFile, tower: Tower, crc: int, start: int) -> None:
+def _check_sum(file: ByteFile, tower: Tower, crc: int, start: int) -> None:
     """Compares the ids with their checksum, of which `crc` covers what belongs before `start`."""
     if tower.vocabulary.checksum is None:
         return
@@ -189,7 +281,7 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
             continue
         those = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]
         gaps, at = [], checksum.span.start
-        for span in sorted({towers[i].matrix.span for i in those}):
+        for span in sorted({towers[i].contiguous.span for i in those}):
             if span.start < at:
                 raise CorruptFileError(f"{path}: bytes {span.start:,} to {at:,} belong to two embeddings")
             gaps += [Span(at, span.start)] if span.start > at else []

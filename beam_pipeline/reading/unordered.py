@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 
-from beam_pipeline import checksums
-from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError
-from beam_pipeline.files import ByteFile, OpenFile
-from beam_pipeline.formats.encodings import cuts, decode, shown, varints
+from beam_pipeline.errors import BadIdError
+from beam_pipeline.files import OpenFile
+from beam_pipeline.formats.encodings import decode_with_rows, shown
+from beam_pipeline.formats.files import parquet
 from beam_pipeline.formats.model import Encoding, Tower
 from beam_pipeline.formats.protobuf import Span
-from beam_pipeline.reading.pieces import MAX_IDS_BYTES, check_count, check_size, check_sum
+from beam_pipeline.reading.pieces import check_count, check_size, cut_ids, read_ids
 
 PIECE_ENTRIES = 1 << 19
 """Entries that are read at once: their rows lie anywhere in the matrix, so each part of it gets few of many."""
 
-_VARINT_BLOCK = 1 << 18  # They take eight times their bytes while they are decoded.
+_ROW_BYTES = 32
+"""Bytes that an id and its row take in Parquet, about: a row group of more than eight million is too large."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Entries:
         tower: name of the tower.
         first: position of the first one.
         count: number of entries.
-        ids: where their ids are.
+        ids: where their ids are; of Parquet files, which of all row groups.
         lengths: where the lengths of these ids are, if apart from them.
     """
 
@@ -49,18 +49,18 @@ def cut_entries(tower: Tower, open_file: OpenFile, entries: int) -> Iterator[Ent
         ChecksumError: the ids do not match the artifact's checksum.
         CorruptFileError: the vocabulary is not where the artifact says.
     """
-    vocabulary = tower.vocabulary
+    vocabulary, first = tower.vocabulary, 0
+    if vocabulary.table is not None:
+        for number, group in enumerate(vocabulary.table.groups):
+            check_size(tower, group.rows, group.rows * _ROW_BYTES)
+            yield Entries(tower.name, first, group.rows, Span(number, number + 1))
+            first += group.rows
+        return
     with open_file(vocabulary.path) as file:
-        if vocabulary.encoding is Encoding.STRING_TENSOR:
-            yield from _string_tensor_cuts(file, tower, entries)
-            return
-        start, count = vocabulary.span.start, 0
-        for ids, end in cuts(file, vocabulary, entries):
-            check_size(tower, ids, end - start)
-            yield Entries(tower.name, count, ids, Span(start, end))
-            start, count = end, count + ids
-        check_count(tower, count)
-        check_sum(file, tower, 0, vocabulary.span.start)
+        for count, ids, lengths in cut_ids(file, tower, entries):
+            yield Entries(tower.name, first, count, ids, lengths)
+            first += count
+    check_count(tower, first)
 
 
 def read_entries(entries: Entries, tower: Tower, open_file: OpenFile) -> tuple[np.ndarray, pa.Array]:
@@ -70,22 +70,7 @@ def read_entries(entries: Entries, tower: Tower, open_file: OpenFile) -> tuple[n
         BadIdError: an id has a row that the matrix does not have; named, with its row.
         CorruptFileError: the bytes are not that many ids.
     """
-    vocabulary = tower.vocabulary
-    if vocabulary.row_numbers is None:
-        raise ValueError("entries without rows")
-    with open_file(vocabulary.path) as file:
-        data = file.read(entries.ids.start, entries.ids.end - entries.ids.start)
-        if entries.lengths is None:
-            ids = decode(vocabulary.encoding, data, entries.count)
-        else:
-            lengths = varints(file.read(entries.lengths.start, entries.lengths.end - entries.lengths.start))
-            if len(lengths) != entries.count or int(lengths.sum()) != len(data):
-                raise CorruptFileError(f"{vocabulary.path}: its ids changed while they were read")
-            offsets = np.zeros(entries.count + 1, np.int32)
-            np.cumsum(lengths, out=offsets[1:], dtype=np.int32)
-            ids = pa.Array.from_buffers(pa.binary(), entries.count, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
-    with open_file(vocabulary.row_numbers_path or vocabulary.path) as file:
-        rows = np.frombuffer(file.read(vocabulary.row_numbers.start + 8 * entries.first, 8 * entries.count), "<i8")
+    rows, ids = _read_entries(entries, tower, open_file)
     outside = np.flatnonzero((rows < 0) | (rows >= tower.matrix.rows))
     if outside.size:
         at = int(outside[0])
@@ -96,40 +81,23 @@ def read_entries(entries: Entries, tower: Tower, open_file: OpenFile) -> tuple[n
     return rows, ids
 
 
-def _string_tensor_cuts(file: ByteFile, tower: Tower, entries: int) -> Iterator[Entries]:
-    """Yields pieces of a string tensor, once its checksums are compared.
-
-    The layout, and what the checksums cover, is that of WriteStringTensor in
-    tensorflow/core/util/tensor_bundle/tensor_bundle.cc: lengths count as little-endian uint32.
-    """
+def _read_entries(entries: Entries, tower: Tower, open_file: OpenFile) -> tuple[np.ndarray, pa.Array]:
     vocabulary = tower.vocabulary
-    found, at, crc = list[tuple[int, Span, int]](), vocabulary.span.start, 0
-    left = vocabulary.count or 0
-    while left:
-        start, count, size = at, 0, 0
-        while count < min(entries, left):
-            block = file.read(at, min(_VARINT_BLOCK, vocabulary.span.end - at))
-            ends = np.flatnonzero(np.frombuffer(block, np.uint8) < 0x80)[: min(entries, left) - count]
-            if not ends.size:
-                raise CorruptFileError(f"{file.path}: no length of an id at byte {at:,}")
-            lengths = varints(block[: int(ends[-1]) + 1])
-            if (lengths > MAX_IDS_BYTES).any():
-                raise CorruptFileError(f"{file.path}: tower {tower.name!r} has an id of {lengths.max():,} bytes")
-            crc = google_crc32c.extend(crc, lengths.astype("<u4").tobytes())
-            at, count, size = at + int(ends[-1]) + 1, count + len(ends), size + int(lengths.sum())
-        check_size(tower, count, size)
-        found.append((count, Span(start, at), size))
-        left -= count
-    stored = file.read(at, 4)
-    total = sum(size for _, _, size in found)
-    if checksums.unmask(int.from_bytes(stored, "little")) != crc or at + 4 + total != vocabulary.span.end:
-        raise ChecksumError(
-            f"{file.path}: the lengths of the ids of tower {tower.name!r} do not match their crc32c; "
-            "the file was damaged after the training: log the model again"
-        )
-    at += 4
-    check_sum(file, tower, google_crc32c.extend(crc, stored), at)
-    first = 0
-    for count, lengths_span, size in found:
-        yield Entries(tower.name, first, count, Span(at, at + size), lengths_span)
-        first, at = first + count, at + size
+    if vocabulary.table is not None:
+        group = vocabulary.table.groups[entries.ids.start]
+        batches = list(parquet.read_rows(vocabulary.table, group, PIECE_ENTRIES, open_file))
+        if not batches:
+            return np.zeros(0, np.int64), pa.array([], pa.binary())
+        rows, names = zip(*batches, strict=True)
+        return np.concatenate(rows), pa.concat_arrays(names)
+    if vocabulary.encoding in (Encoding.JSON_OBJECT, Encoding.CSV):
+        with open_file(vocabulary.path) as file:
+            data = file.read(entries.ids.start, entries.ids.end - entries.ids.start)
+        return decode_with_rows(vocabulary, data, entries.count)
+    if vocabulary.row_numbers is None:
+        raise ValueError("entries without rows")
+    with open_file(vocabulary.path) as file:
+        ids = read_ids(file, tower, entries.count, entries.ids, entries.lengths)
+    with open_file(vocabulary.row_numbers_path or vocabulary.path) as file:
+        numbers = np.frombuffer(file.read(vocabulary.row_numbers.start + 8 * entries.first, 8 * entries.count), "<i8")
+    return numbers, ids

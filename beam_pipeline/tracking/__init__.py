@@ -1,1 +1,1 @@
-"""MLflow: which run and model are meant, and where the model's files can be read."""
+"""MLflow: which run and model a job publishes, and where the model's files can be read."""

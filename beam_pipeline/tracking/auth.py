@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.tracking.runs import store_uri
+from beam_pipeline.tracking.client import store_uri
 
 _VARIABLE = "MLFLOW_TRACKING_AUTH"
 _NAME = "beam-pipeline-identity-token"
@@ -28,14 +28,14 @@ _HEADERS_BESIDE = ("Proxy-Authorization", "X-Serverless-Authorization")
 
 
 def authorize(tracking_uri: str | None, audience: str | None) -> None:
-    """Makes MLflow's client of this process send identity tokens to the tracking server; none without an audience.
+    """Lets MLflow's client send identity tokens to the tracking server; without an audience it sends none.
 
     Args:
         tracking_uri: the server; MLFLOW_TRACKING_URI unless it is named.
         audience: IAP's client id, or the service's URL on Cloud Run.
 
     Raises:
-        ConfigError: nobody here can get a token, or it would be read on the way.
+        ConfigError: no token is available here, or the connection would expose it.
     """
     if os.environ.get(_VARIABLE) == _NAME:  # of an earlier job in this process
         del os.environ[_VARIABLE]
@@ -49,11 +49,11 @@ def authorize(tracking_uri: str | None, audience: str | None) -> None:
         )
     if uri.password:
         raise ConfigError(
-            "--tracking_audience and a password in --tracking_uri do not go together; set MLFLOW_TRACKING_USERNAME and "
+            "--tracking_audience and a password in --tracking_uri cannot be combined; set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD"
         )
     if os.environ.get(_VARIABLE):
-        raise ConfigError(f"--tracking_audience and {_VARIABLE} do not go together; unset one")
+        raise ConfigError(f"--tracking_audience and {_VARIABLE} cannot be combined; unset one")
     auth = _Auth(_origin(uri.geturl()), audience)
     auth.token()  # Here the message stays whole; MLflow would wrap it.
     _register(auth)
@@ -73,7 +73,7 @@ class _Auth:
         """Returns a token that is good for some minutes.
 
         Raises:
-            ConfigError: there is none to be had.
+            ConfigError: no token is available.
         """
         from google.auth.exceptions import GoogleAuthError
         from google.auth.transport.requests import Request
@@ -86,13 +86,13 @@ class _Auth:
                 if not expiry or expiry.replace(tzinfo=UTC) - datetime.now(UTC) < _MARGIN:
                     self._credentials.refresh(Request())
             except (GoogleAuthError, ValueError) as error:
-                # The rest of the arguments can be an answer with another token in it.
+                # The rest of the arguments can be a response with another token in it.
                 reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
                 raise ConfigError(
                     f"no identity token for --tracking_audience={self._audience}: {reason}; point "
                     "GOOGLE_APPLICATION_CREDENTIALS to a service account's key or to the file that `gcloud auth "
                     "application-default login --impersonate-service-account=ACCOUNT` writes, or run on Google Cloud: "
-                    "a person's own login gets none, but for --impersonate_service_account"
+                    "a user login has none, unless --impersonate_service_account is given"
                 ) from None
             return str(self._credentials.token)
 
@@ -105,7 +105,7 @@ class _Auth:
         return request
 
     def _keep_home(self, response: Any, **_options: Any) -> None:
-        """Takes the token out of what is about to follow a redirect to somewhere else."""
+        """Removes the token from a request that is redirected to another server."""
         target = response.headers.get("Location")
         if target and _origin(urljoin(response.url, target)) != self._origin:
             for name in ("Authorization", *_HEADERS_BESIDE):

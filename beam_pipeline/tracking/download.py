@@ -20,7 +20,8 @@ from beam_pipeline.bigquery import publication
 from beam_pipeline.errors import ArtifactMissingError, TruncatedFileError
 from beam_pipeline.files import join
 from beam_pipeline.tracking import stores
-from beam_pipeline.tracking.runs import Model, asking, store_uri
+from beam_pipeline.tracking.client import asking, store_uri
+from beam_pipeline.tracking.models import Model
 
 if TYPE_CHECKING:
     from mlflow.entities import FileInfo
@@ -49,7 +50,7 @@ def copied(model: Model, folder: str, tracking_uri: str | None, progress: Progre
     Raises:
         ArtifactMissingError: there are no files.
         TruncatedFileError: less arrived than was announced.
-        TrackingServerError: there is none at that place, or it does not respond.
+        TrackingServerError: there is no server at that place, or it does not respond.
         ConfigError: a store wants credentials or a library.
     """
     try:

@@ -1,4 +1,4 @@
-"""Stores that MLflow names by URI: how a message shows one, which folder is meant, and why one cannot be read."""
+"""Stores that MLflow names by URI: how a message shows one, which local folder it is, and why one cannot be read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LIBRARIES = {
     "sftp": "pysftp",
 }
 
-# Answered by the tracking server itself: what fails there is between it and its client.
+# Served by the tracking server itself: a failure there is reported as the server's.
 _SERVED = ("mlflow-artifacts", "http", "https")
 
 _WINDOWS = re.compile(r"(file:/*)?[A-Za-z]:[\\/]")
@@ -56,7 +56,7 @@ def repository(root: str, tracking_uri: str) -> ArtifactRepository:
             from google.cloud import storage
             from mlflow.store.artifact.gcs_artifact_repo import GCSArtifactRepository
 
-            # MLflow's own would not know --impersonate_service_account.
+            # MLflow's client would not know --impersonate_service_account.
             client = storage.Client(project=None, credentials=credentials())
             return GCSArtifactRepository(root, client, tracking_uri=tracking_uri)
         return get_artifact_repository(root if folder is None else Path(folder).as_uri(), tracking_uri=tracking_uri)
@@ -64,7 +64,7 @@ def repository(root: str, tracking_uri: str) -> ArtifactRepository:
 
 @contextmanager
 def reading(root: str) -> Iterator[None]:
-    """Reports what fails inside as the fault of the store at `root` instead of the tracking server's.
+    """Attributes what fails in the block to the store at `root` instead of the tracking server.
 
     Raises:
         ConfigError: the store cannot be read from here.
@@ -73,7 +73,7 @@ def reading(root: str) -> Iterator[None]:
         yield
     except PipelineError:
         raise
-    except Exception as error:  # Every store's library raises its own.
+    except Exception as error:  # Every store's library has exceptions of its own.
         if urlparse(root).scheme in _SERVED:
             raise
         raise ConfigError(_remedy(error, root)) from error
@@ -82,21 +82,21 @@ def reading(root: str) -> Iterator[None]:
 def local_folder(root: str) -> str | None:
     """Returns the path of a folder of this machine; None for any other place.
 
-    MLflow's client takes every path for a quoted one: what is logged to `/data/a%20b` is written to `/data/a b`. The
-    folder whose name really is `a%20b` is meant where only that one exists.
+    MLflow's client treats every path as quoted: what is logged to `/data/a%20b` is written to `/data/a b`. The
+    folder whose name really is `a%20b` is returned only if the unquoted one does not exist.
     """
     from mlflow.utils.file_utils import local_file_uri_to_path
 
     uri = urlparse(root)
     if uri.scheme not in ("", "file") and not _WINDOWS.match(root):
         return None
-    meant = os.path.abspath(local_file_uri_to_path(root))
+    unquoted = os.path.abspath(local_file_uri_to_path(root))
     literal = os.path.abspath(uri.path if uri.scheme == "file" else root)
-    return literal if os.path.exists(literal) and not os.path.exists(meant) else meant
+    return literal if os.path.exists(literal) and not os.path.exists(unquoted) else unquoted
 
 
 def elsewhere(root: str) -> str:
-    """Returns what to do about a local folder that this machine does not have."""
+    """Returns the remedy for a local folder that this machine does not have."""
     if _WINDOWS.match(root):
         return (
             f"{root} is a folder of a Windows machine; let the tracking server serve artifacts (mlflow server "
@@ -114,7 +114,7 @@ def shown(uri: str) -> str:
 
 
 def reason(error: Exception, uri: str) -> str:
-    """Returns what an error says, on one line, without the password of the URI that it often quotes."""
+    """Returns the message of an error, on one line, without the password of the URI that it often quotes."""
     return _without_password(" ".join(str(error).split())[:300] or type(error).__name__, uri)
 
 

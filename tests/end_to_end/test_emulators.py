@@ -221,6 +221,30 @@ def test_a_worker_process_dies(job, store, models):
     assert job.tables() == set()
 
 
+_DIES_AT_START = """
+import os, signal, sys
+if any("sdk_worker_main" in word for word in sys.orig_argv):
+    try:
+        os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        pass
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_process_dies_before_it_has_connected(job, store, models, tmp_path):
+    """The other one is still importing, and would wait for ever for a launcher that has given up."""
+    (tmp_path / "sitecustomize.py").write_text(_DIES_AT_START.format(marker=str(tmp_path / "first")))
+    run = store.log(models("plain"), "plain", MARCH_1)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    flags = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+    done = job.subprocess(run, *flags, env=environment, timeout=60)
+    assert done.returncode == 1
+    assert "error: the job failed: Worker subprocess exited with return code" in done.stderr
+    assert job.tables() == set()
+
+
 def test_the_job_in_a_folder_of_its_own(tmp_path, store, models):
     """The main command as the README has it: no cloud, no credentials, a dataset that is made."""
     from datetime import UTC, datetime

@@ -1,10 +1,12 @@
 """What a worker holds does not grow with the vocabulary; nor does what the launcher reads."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import storage_server
 from wire_format import blown_up
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -20,16 +22,12 @@ from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocab
 from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.reading.transforms import PIECES, CutTower
 
-folder, rows = sys.argv[1], int(sys.argv[2])
-with open(f"{folder}/ids", "w") as file:
-    file.writelines(f"user-{i:08}\\n" for i in range(rows))
-with open(f"{folder}/weights", "wb") as file:
-    file.truncate(rows * 100 * 4)
+folder, model, rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
 tower = Tower(
     "user",
     "user_layer",
-    Matrix(f"{folder}/weights", 0, rows, 100, "float32", Checksum("crc32c", 0, Span(0, rows * 400))),
-    Vocabulary(f"{folder}/ids", Span(0, os.path.getsize(f"{folder}/ids")), Encoding.LINES, 0),
+    Matrix(f"{model}/weights", 0, rows, 100, "float32", Checksum("crc32c", 0, Span(0, rows * 400))),
+    Vocabulary(f"{model}/ids", Span(0, rows * 14), Encoding.LINES, 0),
 )
 writing = avro.Writing("user", {"r": tower}, {"r": [date(2026, 3, 1), 0]}, "<f4")
 with beam.Pipeline(runner=FnApiRunner()) as pipeline:
@@ -43,17 +41,44 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 """
 
 
-def peak(tmp_path, rows):
-    folder = tmp_path / str(rows)
-    folder.mkdir()
-    command = [sys.executable, "-c", WORKER, str(folder), str(rows)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def peak(folder, model, rows, **environment):
+    command = [sys.executable, "-c", WORKER, str(folder), model, str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    return int(done.stdout)
 
 
-def test_a_worker_holds_a_few_pieces(tmp_path):
+@pytest.fixture
+def matrix(tmp_path):
+    """A function that writes ids and a matrix of so many rows into a folder of their own; returns the folder."""
+
+    def write(rows):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        (folder / "ids").write_text("".join(f"user-{i:08}\n" for i in range(rows)))
+        with (folder / "weights").open("wb") as file:
+            file.truncate(rows * 100 * 4)
+        return folder
+
+    return write
+
+
+def test_a_worker_holds_a_few_pieces(matrix):
     """The bound in docs/scale.md: 100 MB per thread above the imports, whatever the rows."""
-    small, large = peak(tmp_path, 1_000), peak(tmp_path, 1_000_000)
+    small, large = (peak(folder, str(folder), int(folder.name)) for folder in (matrix(1_000), matrix(1_000_000)))
     assert large - small < 100
+
+
+def test_a_worker_holds_a_few_pieces_of_what_it_fetches(tmp_path, matrix):
+    """The same over HTTP, and what it fetches is what it needs."""
+    rows, peaks = (1_000, 1_000_000), []
+    for count in rows:
+        folder = matrix(count)
+        with storage_server.serve(tmp_path) as storage:
+            peaks.append(peak(folder, f"gs://{folder.name}", count, STORAGE_EMULATOR_HOST=storage.url))
+            assert storage.fetched["weights"] == 400 * count
+            assert storage.fetched["ids"] <= 2.05 * 14 * count  # They are cut first, and read then.
+    assert peaks[1] - peaks[0] < 100
+    assert storage.requests < 250
 
 
 def test_workers_import_neither_mlflow_nor_tensorflow():

@@ -25,6 +25,7 @@ from beam_pipeline import tag
 from beam_pipeline.bigquery import publication
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, RunNotFoundError
 from beam_pipeline.tracking import auth, runs
+from beam_pipeline.tracking.models import find_model
 
 AUDIENCE = "1234-abc.apps.googleusercontent.com"
 
@@ -58,11 +59,11 @@ class Server:
 
     def find(self, run_id, path=None):
         run = runs.find_run(run_id=run_id, tracking_uri=self.url)
-        return runs.find_model(run, artifact_path=path, tracking_uri=self.url)
+        return find_model(run, artifact_path=path, tracking_uri=self.url)
 
     def find_uri(self, uri):
         run = runs.find_run(model_uri=uri, tracking_uri=self.url)
-        return run, runs.find_model(run, model_uri=uri, tracking_uri=self.url)
+        return run, find_model(run, model_uri=uri, tracking_uri=self.url)
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +190,7 @@ def test_a_server_of_mlflow_2_has_no_logged_models(server, models):
             (404, {"Content-Type": "text/html"}, b"Not Found") if "logged-models" in path else None
         )
         found = runs.find_run(run_id=run, tracking_uri=old.url)
-        assert runs.find_model(found, tracking_uri=old.url).path == "towers"
+        assert find_model(found, tracking_uri=old.url).path == "towers"
 
 
 LOG_MODEL = """
@@ -293,7 +294,7 @@ def test_a_model_behind_a_user_and_a_password(job, server, served, store, models
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "open sesame")
     # The server may take longer over a file than over an answer.
-    monkeypatch.setattr(runs, "_PATIENCE", 3)
+    monkeypatch.setattr("beam_pipeline.tracking.client._PATIENCE", 3)
     with gate(server.url, password) as guarded:
         guarded.before = lambda path: time.sleep(4) if is_file(path, "variables.data") else None
         uri = f"--tracking_uri={guarded.url}"
@@ -570,6 +571,6 @@ def test_no_identity_token(job, server, served, tmp_path, monkeypatch, capsys):
     plain = "--tracking_uri=http://mlflow.example.com"
     assert "is for a tracking server at https://, not at http" in refused(job, capsys, served.run, audience, plain)
     both = uri.replace("//", "//me:guess@")
-    assert "a password in --tracking_uri do not go together" in refused(job, capsys, served.run, audience, both)
+    assert "a password in --tracking_uri cannot be combined" in refused(job, capsys, served.run, audience, both)
     monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "kubernetes")
-    assert "and MLFLOW_TRACKING_AUTH do not go together" in refused(job, capsys, served.run, audience, uri)
+    assert "and MLFLOW_TRACKING_AUTH cannot be combined" in refused(job, capsys, served.run, audience, uri)

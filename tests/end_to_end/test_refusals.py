@@ -10,7 +10,7 @@ from job import MARCH_1, refused
 
 from beam_pipeline.launch.launcher import launch
 from beam_pipeline.launch.options import parse
-from beam_pipeline.tracking import runs
+from beam_pipeline.tracking import client
 
 
 def test_unknown_runs(job, store, capsys):
@@ -54,8 +54,8 @@ def test_a_tracking_server_that_is_not_there(job, capsys):
 def test_a_tracking_server_that_never_answers(job, capsys, monkeypatch):
     import socket
 
-    assert runs._PATIENCE <= 10
-    monkeypatch.setattr(runs, "_PATIENCE", 2)
+    assert client._PATIENCE <= 10
+    monkeypatch.setattr(client, "_PATIENCE", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = datetime.now(UTC)
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -159,7 +159,7 @@ def test_fewer_ids_than_rows_is_fine(job, store, damaged):
 def test_a_missing_dataset(job, store, models, capsys):
     run = store.log(models("longer"), "longer", MARCH_1)
     line = refused(job, capsys, run, "--dataset=raw_nowhere")
-    assert "raw_nowhere does not exist; make it where the bucket is: bq --location=EU mk --dataset" in line
+    assert "raw_nowhere does not exist; create it where the bucket is: bq --location=EU mk --dataset" in line
     assert "raw_nowhere" not in {dataset.dataset_id for dataset in job.client.list_datasets()}
 
 

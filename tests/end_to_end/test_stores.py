@@ -7,7 +7,8 @@ from job import MARCH_1
 from mlflow.tracking import MlflowClient
 
 from beam_pipeline.errors import ConfigError
-from beam_pipeline.tracking.runs import find_model, find_run
+from beam_pipeline.tracking.models import find_model
+from beam_pipeline.tracking.runs import find_run
 
 
 def test_the_job_reads_such_folders(job, models, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import beam_pipeline
 from beam_pipeline.comparison.command import parser as compare_parser
 from beam_pipeline.launch.options import parser
+from beam_pipeline.retrieval.command import parser as search_parser
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,7 +70,10 @@ def test_links_lead_somewhere(page):
 def test_flags_exist(page):
     known = {*f"{BEAMS} {OTHER_PROGRAMS} {REPORTS}".split()}
     known |= {
-        flag for made in (parser(), compare_parser()) for action in made._actions for flag in action.option_strings
+        flag
+        for made in (parser(), compare_parser(), search_parser())
+        for action in made._actions
+        for flag in action.option_strings
     }
     code = [*re.findall(r"`([^`\n]+)`", PAGES[page]), *fenced(PAGES[page], "")]
     assert {flag for text in code for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", text)} - known == set()

@@ -5,7 +5,6 @@ accepted here says that names, types and syntax are right, not that BigQuery's l
 """
 
 import ast
-import importlib.util
 import inspect
 import itertools
 import re
@@ -16,12 +15,15 @@ import pytest
 from google.cloud import bigquery
 from towers import described
 
-from beam_pipeline.bigquery import tables
+from beam_pipeline.bigquery import history, indexes, tables
+from beam_pipeline.bigquery.history import Trained
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import tables as comparison_tables
-from beam_pipeline.comparison.tables import Pair, Trained
-from beam_pipeline.launch.options import IF_TAKEN
+from beam_pipeline.comparison.tables import Pair
+from beam_pipeline.launch.options import DISTANCES, IF_TAKEN
 from beam_pipeline.reading.tally import Tally
+from beam_pipeline.retrieval import sql as search_sql
+from beam_pipeline.retrieval.sql import Search
 from beam_pipeline.training import Run, Training
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,33 @@ INFORMATION_SCHEMA_PARTITIONS = {
     "storage_tier": "STRING",
 }
 """Columns of the view (https://cloud.google.com/bigquery/docs/information-schema-partitions)."""
+
+INFORMATION_SCHEMA_VECTOR_INDEXES = {
+    "index_catalog": "STRING",
+    "index_schema": "STRING",
+    "table_name": "STRING",
+    "index_name": "STRING",
+    "index_status": "STRING",
+    "creation_time": "TIMESTAMP",
+    "last_modification_time": "TIMESTAMP",
+    "last_refresh_time": "TIMESTAMP",
+    "disable_time": "TIMESTAMP",
+    "disable_reason": "STRING",
+    "ddl": "STRING",
+    "coverage_percentage": "INTEGER",
+    "unindexed_row_count": "INTEGER",
+    "total_logical_bytes": "INTEGER",
+    "total_storage_bytes": "INTEGER",
+}
+"""Columns of the view (https://cloud.google.com/bigquery/docs/information-schema-vector-indexes)."""
+
+INDEX_UNUSED_REASONS = bigquery.SchemaField(
+    "index_unused_reasons",
+    "RECORD",
+    mode="REPEATED",
+    fields=[bigquery.SchemaField(name, "STRING") for name in ("code", "message", "index_name")],
+)
+"""Of vector_search_statistics in JOBS (https://cloud.google.com/bigquery/docs/information-schema-jobs)."""
 
 QUERY_PARAMETERS = {
     "first": "DATE",
@@ -118,12 +147,11 @@ LABELS = "SELECT id, genre AS label, genre AS group_name FROM catalogue.songs --
 
 def of_a_comparison():
     """Returns name → statements of all functions in comparison/tables.py that make SQL."""
-    module, names = comparison_tables, ["mlflow_run_name", "mlflow_experiment_name"]
+    module = comparison_tables
     joins = [module.join_sql(DESTINATION, "item", PAIR, labels) for labels in (None, LABELS)]
     expires, keys = datetime(2026, 3, 1, tzinfo=UTC), (None, "projects/p/locations/l/keyRings/r/cryptoKeys/k")
     return {
         "join_sql": joins,
-        "double_labels_sql": [module.double_labels_sql(LABELS)],
         "create_joined_sql": [
             module.create_joined_sql("p.raw_prod.t", join, expires, key, {"a": "b"}) for join in joins for key in keys
         ],
@@ -133,15 +161,55 @@ def of_a_comparison():
         "publish_script": [
             module.publish_script(DESTINATION, 1, PAIR, LAUNCH, changed, ["user", "item"]) for changed in ([], ["item"])
         ],
-        "partitions_sql": [
-            module.partitions_sql(DESTINATION, ["two_tower_user_embedding", "two_tower_item_embedding"])
-        ],
-        "logged_sql": [module.logged_sql(DESTINATION)],
-        "runs_sql": [module.runs_sql(DESTINATION.table("item"), names[:count]) for count in range(3)],
         "compared_sql": [module.compared_sql(DESTINATION)],
         "results_sql": [module.results_sql(DESTINATION)],
         "percentiles_sql": [module.percentiles_sql(DESTINATION)],
         "usual_sql": [module.usual_sql(DESTINATION, "item")],
+    }
+
+
+def of_a_history():
+    """Returns name → statements of all functions in bigquery/history.py that make SQL."""
+    names = ["mlflow_run_name", "mlflow_experiment_name"]
+    return {
+        "labels_sql": [history.labels_sql(LABELS)],
+        "double_labels_sql": [history.double_labels_sql(LABELS)],
+        "partitions_sql": [
+            history.partitions_sql(DESTINATION, ["two_tower_user_embedding", "two_tower_item_embedding"])
+        ],
+        "logged_sql": [history.logged_sql(DESTINATION)],
+        "dimensions_sql": [history.dimensions_sql(DESTINATION, "item")],
+        "runs_sql": [history.runs_sql(DESTINATION.table("item"), names[:count]) for count in range(3)],
+    }
+
+
+def of_a_search():
+    """Returns name → statements of all functions in retrieval/sql.py that make SQL."""
+    nasty = "é\"; \\ --\n\x01\t'`\U0001f600"
+    training = Trained(date(2026, 3, 8), nasty, "", "", {})
+    searches = [
+        Search(DESTINATION, training, tower, nasty, among, 10, distance, alone)
+        for tower, among in (("user", "item"), ("item", "item"), ("user", "user"))
+        for distance in DISTANCES
+        for alone in (True, False)
+    ]
+    return {
+        **{
+            name: [getattr(search_sql, name)(search) for search in searches]
+            for name in ("search_sql", "vector_sql", "zero_vectors_sql")
+        },
+        "found_labels_sql": [search_sql.found_labels_sql(LABELS)],
+    }
+
+
+def of_indexes():
+    """Returns name → statements of all functions in bigquery/indexes.py that make SQL."""
+    of_tower = [(DESTINATION.table(tower), tower) for tower in TOWERS]
+    return {
+        "create_index_sql": [
+            indexes.create_index_sql(table, tower, distance) for table, tower in of_tower for distance in DISTANCES
+        ],
+        "indexes_sql": [indexes.indexes_sql(table) for table, _ in of_tower],
     }
 
 
@@ -165,18 +233,6 @@ def in_documents():
         inline = [code for code in re.findall(r"`([^`\n]+)`", text) if _STARTS.match(code)]
         for number, sql in enumerate([*fenced, *inline], 1):
             yield f"{page.name}-{number}", sql
-
-
-def in_examples():
-    """Yields (where, SQL) of the constants of examples/show_history.py, filled in as it does."""
-    path = ROOT / "examples" / "show_history.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name, value in vars(module).items():
-        if name.isupper() and isinstance(value, str) and _STARTS.match(value):
-            for tower in TOWERS if "{tower}" in value else [""]:
-                yield f"{name}-{tower}", value.format(dataset="raw_prod", tower=tower, neighbours=5)
 
 
 def in_code():
@@ -208,6 +264,7 @@ class GoogleSql:
         from zetasql.api import Analyzer, CatalogBuilder, Parser, TypeFactory
         from zetasql.types import (
             AnalyzerOptions,
+            LanguageFeature,
             LanguageOptions,
             ProductMode,
             SimpleCatalog,
@@ -217,17 +274,28 @@ class GoogleSql:
         self._types = TypeFactory
         language = LanguageOptions.maximum_features()
         language.product_mode = ProductMode.PRODUCT_EXTERNAL
+        # BigQuery has it, of vector indexes; here it counts as in development.
+        language.enabled_language_features.append(LanguageFeature.FEATURE_CREATE_INDEX_PARTITION_BY)
         parameters = [
             AnalyzerOptions.QueryParameter(name=name, type=self._parameter(name, type_))
             for name, type_ in QUERY_PARAMETERS.items()
         ]
         schemas = self._schemas()
         here = f"{DESTINATION.project}.{DESTINATION.dataset}"
-        partitions = [bigquery.SchemaField(*column) for column in INFORMATION_SCHEMA_PARTITIONS.items()]
+        views = {
+            name: [bigquery.SchemaField(*column) for column in columns.items()]
+            for name, columns in (
+                ("PARTITIONS", INFORMATION_SCHEMA_PARTITIONS),
+                ("VECTOR_INDEXES", INFORMATION_SCHEMA_VECTOR_INDEXES),
+            )
+        }
+        information_schema = SimpleCatalog(
+            name="INFORMATION_SCHEMA", table=[self._table(name, schema) for name, schema in views.items()]
+        )
         catalog = (
             CatalogBuilder("BigQuery")
             .with_builtin_functions(ZetaSQLBuiltinFunctionOptions(language_options=language))
-            .add_table_valued_function(self._vector_search("item"))
+            .add_table_valued_function(self._vector_search())
         )
         for name, schema in schemas.items():
             catalog.add_table(self._table(name, schema))  # `project.dataset.table`, quoted as a whole
@@ -236,11 +304,13 @@ class GoogleSql:
             SimpleCatalog(  # dataset.table
                 name=DESTINATION.dataset,
                 table=[self._table(name.removeprefix(f"{here}."), schema) for name, schema in schemas.items()],
+                catalog=[information_schema],
             ),
+            SimpleCatalog(name="region-eu", catalog=[SimpleCatalog(name="INFORMATION_SCHEMA", table=[self._jobs()])]),
             SimpleCatalog(name="catalogue", table=[self._table("songs", SONGS_SCHEMA)]),  # the users' own
             SimpleCatalog(
                 name=here,
-                catalog=[SimpleCatalog(name="INFORMATION_SCHEMA", table=[self._table("PARTITIONS", partitions)])],
+                catalog=[information_schema],
             ),
         ]
         self._parser = Parser(language)
@@ -277,6 +347,18 @@ class GoogleSql:
             table.add_column(field.name, self._type(field))
         return table.build()
 
+    def _jobs(self):
+        from zetasql.api import TableBuilder
+
+        string = self._type(bigquery.SchemaField("", "STRING"))
+        statistics = [("index_usage_mode", string), ("index_unused_reasons", self._type(INDEX_UNUSED_REASONS))]
+        table = TableBuilder("JOBS")
+        table.add_column("job_id", string)
+        table.add_column("creation_time", self._type(bigquery.SchemaField("", "TIMESTAMP")))
+        table.add_column("total_bytes_billed", self._type(bigquery.SchemaField("", "INTEGER")))
+        table.add_column("vector_search_statistics", self._types.create_struct_type(statistics))
+        return table.build()
+
     def _parameter(self, name, type_):
         mode = "REPEATED" if type_.endswith("[]") else "NULLABLE"
         return self._type(bigquery.SchemaField(name, type_.removesuffix("[]"), mode=mode))
@@ -294,13 +376,22 @@ class GoogleSql:
         )
         return self._types.create_array_type(type_) if field.mode == "REPEATED" else type_
 
-    def _vector_search(self, tower):
-        """Returns the table function for a tower's table: GoogleSQL itself has none."""
+    def _vector_search(self):
+        """Returns the table function for the towers' tables: GoogleSQL itself has none.
+
+        A function's columns are fixed, so a row is one that has the columns of all towers.
+        """
         from zetasql.api import TVFBuilder
         from zetasql.types import FunctionEnums, TypeKind
 
         row = self._types.create_struct_type(
-            [(field.name, self._type(field)) for field in tables.schema_fields(tower)],
+            [
+                *{
+                    field.name: (field.name, self._type(field))
+                    for tower in TOWERS
+                    for field in tables.schema_fields(tower)
+                }.values()
+            ]
         )
         optional = FunctionEnums.ArgumentCardinality.OPTIONAL
         function = (
@@ -308,8 +399,10 @@ class GoogleSql:
             .add_table_argument("base_table")
             .add_argument("column_to_search", TypeKind.TYPE_STRING)
             .add_table_argument("query_table")
+            .add_argument("query_column_to_search", TypeKind.TYPE_STRING, optional)
             .add_argument("top_k", TypeKind.TYPE_INT64, optional)
             .add_argument("distance_type", TypeKind.TYPE_STRING, optional)
+            .add_argument("options", TypeKind.TYPE_STRING, optional)
             .set_output_schema([("query", row), ("base", row), ("distance", TypeKind.TYPE_DOUBLE)])
             .build()
         )
@@ -348,6 +441,25 @@ def test_google_accepts_what_a_comparison_makes(google, name):
             assert {*kinds[2:-1]} <= {"ResolvedDeleteStmt", "ResolvedInsertStmt"}
 
 
+@pytest.mark.parametrize("name", of_a_history())
+def test_google_accepts_what_reads_a_history(google, name):
+    for sql in of_a_history()[name]:
+        assert google.check(sql), sql
+
+
+@pytest.mark.parametrize("name", of_indexes())
+def test_google_accepts_what_is_said_of_indexes(google, name):
+    for sql in of_indexes()[name]:
+        (kind,) = google.check(sql)
+        assert kind == ("ResolvedCreateIndexStmt" if name.startswith("create") else "ResolvedQueryStmt")
+
+
+@pytest.mark.parametrize("name", of_a_search())
+def test_google_accepts_what_searches(google, name):
+    for sql in of_a_search()[name]:
+        assert google.check(sql), sql
+
+
 def test_a_publish_script_is_one_transaction(google):
     for script in made_by("publish_script"):
         begin, lock, *within, commit = google.check(script)
@@ -364,23 +476,22 @@ def test_google_accepts_the_sql_in_pages(google):
 
 def test_a_search_in_a_page_is_in_order():
     """VECTOR_SEARCH returns its rows in no order."""
-    searches = [sql for _, sql in in_documents() if "VECTOR_SEARCH" in sql]
-    assert searches
-    assert all(sql.rstrip().endswith("\nORDER BY distance") for sql in searches)
-
-
-def test_google_accepts_the_sql_in_examples(google):
-    found = dict(in_examples())
-    assert found
-    for where, sql in found.items():
-        assert google.check(sql), where
+    searches = [sql for _, sql in in_documents() if "VECTOR_SEARCH(" in sql and "COUNT(" not in sql]
+    assert len(searches) > 3
+    assert all(re.search(r"\nORDER BY (query.user_id, )?distance(\nLIMIT \d+)?\n$", sql) for sql in searches)
 
 
 def test_sql_is_made_in_tables_alone(google):
     """What has placeholders is made by functions that the tests above find; what has none is checked as it is."""
     for file, function, has_placeholders, sql in in_code():
         if file == "comparison/tables.py":
-            assert function in {*of_a_comparison(), "_labels"}, f"add {function}() of {file} to of_a_comparison()"
+            assert function in of_a_comparison(), f"add {function}() of {file} to of_a_comparison()"
+        elif file == "history.py":
+            assert function in of_a_history(), f"add {function}() of {file} to of_a_history()"
+        elif file == "indexes.py":
+            assert function in of_indexes(), f"add {function}() of {file} to of_indexes()"
+        elif file == "sql.py":
+            assert function in of_a_search(), f"add {function}() of {file} to of_a_search()"
         elif file == "tables.py":
             assert function in sql_functions(), f"{function}() in tables.py makes SQL: end its name in _sql or _script"
         elif "pragma_version" in sql:  # DuckDB's

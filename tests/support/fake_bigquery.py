@@ -71,6 +71,7 @@ class FakeBigQuery:
             was submitted (https://github.com/googleapis/python-bigquery/issues/2134).
         down: whether every request is answered 503.
         tables: names of tables that can be deleted, if `may_delete`.
+        created: the bodies of all requests to create a table.
     """
 
     def __init__(self, outcomes):
@@ -80,6 +81,7 @@ class FakeBigQuery:
         self.hidden = 0
         self.down = False
         self.tables = set()
+        self.created = []
         self.may_delete = True
         self._running = set()
 
@@ -107,6 +109,11 @@ class FakeBigQuery:
             "statistics": {"query": {"statementType": "SCRIPT"}},
             "status": status,
         }
+
+    def create(self, table):
+        self.created.append(table)
+        self.tables.add(table["tableReference"]["tableId"])
+        return 200, table
 
     def delete(self, path):
         table = path.rsplit("/", 1)[1]
@@ -152,7 +159,8 @@ def serve(*outcomes):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.answer(fake.insert(body["jobReference"]["jobId"]))
+            creates = urlparse(self.path).path.endswith("/tables")
+            self.answer(fake.create(body) if creates else fake.insert(body["jobReference"]["jobId"]))
 
         def do_GET(self):
             self.answer(fake.get(urlparse(self.path).path))

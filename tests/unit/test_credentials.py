@@ -17,10 +17,9 @@ from google.cloud import bigquery, storage
 from tracking import serving
 
 from beam_pipeline import credentials
-from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery import publication, storage_read
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison import command as comparison
-from beam_pipeline.comparison import reading
 from beam_pipeline.errors import ConfigError
 from beam_pipeline.launch import bucket, launcher, permissions, selection, session
 from beam_pipeline.launch.findings import Findings
@@ -115,7 +114,7 @@ def test_every_client_comes_as_who_is_impersonated(cloud, flags, chain, account)
 
 def test_the_storage_read_api_too(cloud):
     credentials.follow(PipelineOptions([CHAIN]))
-    found = reading.make_client().transport._credentials
+    found = storage_read.make_client().transport._credentials
     assert found is credentials.credentials()
 
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from beam_pipeline import errors
-from beam_pipeline.launch import launcher
+from beam_pipeline.launch import execution
 
 PARENTS = (errors.UsageError, errors.TrackingError, errors.ArtifactError, errors.DestinationError)
 CLASSES = [
@@ -22,7 +22,9 @@ def test_each_error_has_one_of_the_four_parents(error):
 
 @pytest.mark.parametrize("error", CLASSES)
 def test_each_error_is_known_by_its_name_in_the_text_that_beam_hands_over(error):
-    found = launcher.reason(RuntimeError(f"beam_pipeline.errors.{error.__name__}: the line [while running 'Read']"), "")
+    found = execution.reason(
+        RuntimeError(f"beam_pipeline.errors.{error.__name__}: the line [while running 'Read']"), ""
+    )
     assert (type(found), str(found)) == (error, "the line")
 
 

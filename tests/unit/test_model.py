@@ -110,18 +110,6 @@ def test_errors_name_what_is_wrong(models, tmp_path):
         model.tower("no_layer")
 
 
-def test_a_model_on_a_bucket(models, warehouse):
-    from google.cloud import storage
-
-    bucket = storage.Client().bucket(warehouse.bucket)
-    folder = models("one").folder
-    for file in folder.rglob("*"):
-        if file.is_file():
-            bucket.blob(f"face/{file.relative_to(folder).as_posix()}").upload_from_filename(str(file))
-    with bp.open_model(f"gs://{warehouse.bucket}/face") as model:
-        assert rows(*model.tower("user_layer").read()) == models("one").rows("user")
-
-
 def test_ids_of_more_than_a_binary_array_holds_are_sorted_in_large_ones(tables):
     with bp.open_model(tables("static").folder) as model:
         _, ids = model_module._sorted_ids(model.tower("user_layer").description)

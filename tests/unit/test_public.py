@@ -1,12 +1,11 @@
 """What `import beam_pipeline` gives, and what it leaves alone; the examples of the docstrings."""
 
-import doctest
 import json
 import subprocess
 import sys
 
 import pytest
-from google.cloud import bigquery
+from docstrings import run_examples
 
 import beam_pipeline as bp
 
@@ -58,33 +57,9 @@ def test_a_name_that_is_not_there():
     assert issubclass(bp.errors.ChecksumError, bp.PipelineError)
 
 
-@pytest.fixture
-def globs(models, warehouse):
-    """Names that the examples use, such as a folder that exists."""
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    client = bigquery.Client(project=warehouse.project)
-    client.create_dataset("examples", exists_ok=True)
-    options = PipelineOptions(runner="FnApiRunner", project=warehouse.project, temp_location=warehouse.temp_location)
-    yield {
-        "folder": str(models("plain").folder),
-        "options": options,
-        "dataset": f"{warehouse.project}.examples",
-        "temp_location": warehouse.temp_location,
-    }
-    client.delete_dataset("examples", delete_contents=True)
-
-
-@pytest.mark.parametrize("name", ["open_model", "Model", "ModelTower", "ReadEmbeddings", "PublishEmbeddings"])
-def test_the_examples_of_a_docstring(name, globs):
-    finder = doctest.DocTestFinder(exclude_empty=True)
-    examples = [found for found in finder.find(getattr(bp, name), name, globs=globs) if found.examples]
-    assert examples, f"{name} has no example"
-    runner = doctest.DocTestRunner()
-    said = []
-    for each in examples:
-        runner.run(each, out=said.append)
-    assert runner.summarize(verbose=False).failed == 0, "".join(said)
+@pytest.mark.parametrize("name", ["open_model", "Model", "ModelTower", "ReadEmbeddings"])
+def test_the_examples_of_a_docstring(name, models):
+    run_examples(getattr(bp, name), folder=str(models("plain").folder))
 
 
 def test_as_in_a_notebook(models):

@@ -5,7 +5,6 @@ from datetime import date
 
 import apache_beam as beam
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
@@ -43,34 +42,6 @@ def test_read_embeddings_of_a_damaged_file_fails_the_pipeline(damaged):
     _ = pipeline | bp.ReadEmbeddings(tower)
     with pytest.raises(Exception, match="do not match the checkpoint's crc32c"):
         pipeline.run().wait_until_finish()
-
-
-def publish(job, model, run=RUN, **arguments):
-    options = PipelineOptions(runner="FnApiRunner", project=job.client.project)
-    with beam.Pipeline(options=options) as pipeline:
-        published = pipeline | bp.PublishEmbeddings(
-            towers_of(model),
-            run=run,
-            dataset=f"{job.client.project}.{job.dataset}",
-            location="US",
-            temp_location=f"gs://warehouse/tmp/{job.dataset}",
-            **arguments,
-        )
-        _ = published | beam.Map(lambda launch: None)
-
-
-def test_publish_embeddings_publishes_both_towers_once(job, models):
-    publish(job, models("plain"))
-    publish(job, models("plain"))
-    for side in LAYERS:
-        assert job.rows(side) == {("2026-03-01", RUN.run_id): models("plain").rows(side)}
-    other = dataclasses.replace(RUN, run_id="other")
-    with pytest.raises(Exception, match="partition 2026-03-01 was taken by another run"):
-        publish(job, models("special"), other)
-    assert job.published() == {("2026-03-01", RUN.run_id): (3015, 2014)}
-    publish(job, models("special"), other, if_partition_taken="replace")
-    assert job.published() == {("2026-03-01", "other"): (100, 100)}
-    assert not [name for name in job.tables() if "_staging_" in name and "other" in name]
 
 
 def arguments(model, **changes):

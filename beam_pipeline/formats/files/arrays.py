@@ -17,7 +17,7 @@ import numpy as np
 
 from beam_pipeline.errors import BadVectorError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
-from beam_pipeline.formats.keras.container import read_directory
+from beam_pipeline.formats.keras.archive import read_directory
 from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Vocabulary
 from beam_pipeline.formats.protobuf import Span
 

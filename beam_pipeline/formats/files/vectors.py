@@ -103,4 +103,4 @@ def require_as_many(name: str, vocabulary: Vocabulary, count: int, expected: int
 
 def file_tower(name: str, path: str, matrix: Matrix | VectorTable, vocabulary: Vocabulary) -> Tower:
     """Returns a tower whose vectors are what the trainer logged: what the model serves, by the trainer's word."""
-    return Tower(name, path, matrix, vocabulary, tail=Tail(Ending.LOGGED))
+    return Tower(name, path, matrix, vocabulary, tail=Tail(Ending.LOGGED), source="file")

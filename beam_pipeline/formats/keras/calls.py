@@ -6,12 +6,11 @@ Sequential one has its layers in order. Layers that change nothing when a model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from beam_pipeline.formats.keras.config import EMBEDDING, LOOKUPS, TEXT, Config, Layer, is_reference
 from beam_pipeline.formats.tails import SCALING, UNKNOWN, Function, Operation, Shape, State, Use, Value
-
-Config = Mapping[str, Any]
 
 _PASSING = frozenset(
     {
@@ -36,7 +35,6 @@ _NAMES = {
 _PASSING_FUNCTIONS = frozenset(
     {"cast", "expand_dims", "getitem", "identity", "reshape", "squeeze", "stop_gradient", "transpose"}
 )
-_LOOKUPS = ("StringLookup", "IntegerLookup")
 _LAST = (-1, 1, [-1], [1], None)
 """Axes of the values of a row: vectors are [rows, values], as a rule."""
 
@@ -45,59 +43,59 @@ class Calls:
     """The functions of a model's config.
 
     Args of the constructor:
-        embedding: returns the number by which an embedding's config is followed.
-        table: the same of a lookup's.
+        number: returns the number by which an embedding or a lookup is followed.
     """
 
-    def __init__(self, embedding: Callable[[Config], int], table: Callable[[Config], int]) -> None:
-        self._embedding = embedding
-        self._table = table
-        self._models: dict[str, Config] = {}
+    def __init__(self, number: Callable[[Layer], int]) -> None:
+        self._number = number
+        self._names: dict[Layer, str] = {}
+        self._models: dict[str, Layer] = {}
         self._functions: dict[str, Function] = {}
 
-    def add(self, model: Config) -> str:
+    def add(self, model: Layer) -> str:
         """Returns the name of the function that a Functional or Sequential model's call is."""
-        name = str(id(model))
+        name = self._names.setdefault(model, str(len(self._names)))
         self._models[name] = model
         return name
 
     def function(self, name: str) -> Function | None:
         """Returns a function that was added, or a model inside of one."""
         if name not in self._functions and name in self._models:
-            settings = _settings(self._models[name])
-            build = self._functional if "input_layers" in settings else self._sequential
-            self._functions[name] = build(settings)
+            model = self._models[name]
+            self._functions[name] = self._functional(model) if model.is_functional else self._sequential(model)
         return self._functions.get(name)
 
-    def _sequential(self, settings: Config) -> Function:
+    def _sequential(self, model: Layer) -> Function:
         operations: dict[str, Operation] = {}
         at = ("input", 0)
-        for number, entry in enumerate(_layers(settings)):
-            if entry.get("class_name") == "InputLayer":
+        for layer in model.children:
+            if layer.kind == "InputLayer":
                 continue
-            for operation in self._operations(entry, f"{_name(entry)}/{number}", [at], {}):
+            for operation in self._operations(layer, f"{_name(layer)}/{layer.position}", [at], {}):
                 operations[operation.name] = operation
                 at = operation.name, 0
         return Function(("input",), operations, (at,))
 
-    def _functional(self, settings: Config) -> Function:
+    def _functional(self, model: Layer) -> Function:
         operations: dict[str, Operation] = {}
-        arguments = tuple(f"{name}/0" for name, _, _ in _references(settings.get("input_layers")))
-        for entry in _layers(settings):
-            nodes = entry.get("inbound_nodes")
+        arguments = tuple(f"{name}/0" for name, _, _ in _references(model.settings.get("input_layers")))
+        for layer in model.children:
+            nodes = layer.config.get("inbound_nodes")
             for number, node in enumerate(nodes if isinstance(nodes, list) else []):
-                name = f"{_name(entry)}/{number}"
+                name = f"{_name(layer)}/{number}"
                 inputs = [(f"{source}/{call}", output) for source, call, output in _references(node)]
-                inputs = self._by_name(entry, node, inputs)
+                inputs = self._by_name(layer, node, inputs)
                 numbers = list(_numbers(node))
-                for operation in self._operations(entry, name, inputs, _keywords(node), numbers):
+                for operation in self._operations(layer, name, inputs, _keywords(node), numbers):
                     operations[operation.name] = operation
-        outputs = tuple((f"{name}/{call}", output) for name, call, output in _references(settings.get("output_layers")))
+        outputs = tuple(
+            (f"{name}/{call}", output) for name, call, output in _references(model.settings.get("output_layers"))
+        )
         return Function(arguments, operations, outputs)
 
-    def _by_name(self, entry: Config, node: Any, inputs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    def _by_name(self, layer: Layer, node: Any, inputs: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """Returns the inputs of a call in the order of the called model's, where both are dicts."""
-        wanted = _settings(entry).get("input_layers")
+        wanted = layer.settings.get("input_layers")
         given = node.get("args") if isinstance(node, dict) else None
         given = given[0] if isinstance(given, list) and len(given) == 1 else None
         if not isinstance(wanted, dict) or not isinstance(given, dict) or not wanted.keys() <= given.keys():
@@ -106,46 +104,45 @@ class Calls:
 
     def _operations(
         self,
-        entry: Config,
+        layer: Layer,
         name: str,
         inputs: Sequence[tuple[str, int]],
         keywords: Config,
         numbers: Sequence[float] = (),
     ) -> Iterator[Operation]:
         """Yields the operations of a layer's call, the last of which has the layer's outputs."""
-        kind, settings = str(entry.get("class_name")), _settings(entry)
+        kind, settings = layer.kind, layer.settings
         constants = [Operation(f"{name}/number-{i}", "Const", value=Value(numbers=(n,))) for i, n in enumerate(numbers)]
         yield from constants
         sources = (*inputs, *((constant.name, 0) for constant in constants))
-        if isinstance(settings.get("layers"), list):
-            yield Operation(name, "PartitionedCall", tuple(inputs), bodies=(self.add(entry),))
-        elif kind == "Embedding":
-            rows = ((Use(self._embedding(entry), ""), State(Shape.ROW)),)
+        if layer.is_graph:
+            yield Operation(name, "PartitionedCall", tuple(inputs), bodies=(self.add(layer),))
+        elif kind == EMBEDDING:
+            rows = ((Use(self._number(layer), ""), State(Shape.ROW)),)
             yield Operation(f"{name}/matrix", "Const", value=Value(rows=rows))
             yield Operation(name, "GatherV2", ((f"{name}/matrix", 0), *inputs))
-        elif kind in _LOOKUPS or kind == "TextVectorization":
-            yield Operation(f"{name}/table", "Const", value=Value(table=self._table(entry)))
+        elif kind in LOOKUPS or kind == TEXT:
+            yield Operation(f"{name}/table", "Const", value=Value(table=self._number(layer)))
             found = f"{name}/found" if settings.get("output_mode", "int") != "int" else name
-            words = ((f"{name}/words", 0),) if kind == "TextVectorization" else tuple(inputs)
-            if kind == "TextVectorization":
+            words = ((f"{name}/words", 0),) if kind == TEXT else tuple(inputs)
+            if kind == TEXT:
                 yield Operation(f"{name}/words", "StringSplitV2", tuple(inputs))
             yield Operation(found, "LookupTableFindV2", ((f"{name}/table", 0), *words))
             if found != name:
                 yield Operation(name, "OneHot", ((found, 0),))
         else:
-            yield from self._simple(entry, name, sources, keywords)
+            yield from self._simple(layer, name, sources, keywords)
 
     def _simple(
-        self, entry: Config, name: str, sources: tuple[tuple[str, int], ...], keywords: Config
+        self, layer: Layer, name: str, sources: tuple[tuple[str, int], ...], keywords: Config
     ) -> Iterator[Operation]:
-        settings = _settings(entry)
-        kind = str(entry.get("class_name"))
+        settings, kind = layer.settings, layer.kind
         function = str(settings.get("function")) if kind == "TFOpLambda" else ""
         last = function.rpartition(".")[2]
         kind = (function and (_NAMES.get(function) or _NAMES.get(last) or last)) or _NAMES.get(kind, kind)
         axis = keywords.get("axis", settings.get("axis", -1))
         if last in _PASSING_FUNCTIONS or kind in _PASSING or (kind == "Activation" and _is_linear(settings)):
-            if kind == "Flatten" and _is_list(entry):
+            if kind == "Flatten" and _is_list(layer):
                 yield Operation(name, "Flatten of a list", sources)
             else:
                 yield Operation(name, "Identity", sources[:1])
@@ -171,55 +168,40 @@ class Calls:
             yield Operation(name, kind, sources, is_transposed=keywords.get("transpose_b") is True)
 
 
-def _settings(entry: Config) -> Config:
-    settings = entry.get("config")
-    return settings if isinstance(settings, dict) else {}
-
-
-def _name(entry: Config) -> str:
-    return str(entry.get("name", _settings(entry).get("name"))).replace("/", "_")
-
-
-def _layers(settings: Config) -> Iterator[Config]:
-    layers = settings.get("layers")
-    yield from (entry for entry in (layers if isinstance(layers, list) else []) if isinstance(entry, dict))
+def _name(layer: Layer) -> str:
+    return str(layer.config.get("name", layer.settings.get("name"))).replace("/", "_")
 
 
 def _is_linear(settings: Config) -> bool:
     return settings.get("activation") in ("linear", None)
 
 
-def _is_list(entry: Config) -> bool:
+def _is_list(layer: Layer) -> bool:
     """Whether what a layer flattens is more than one vector, by the shape that Keras noted when it was built."""
-    build = entry.get("build_config")
+    build = layer.config.get("build_config")
     shape = build.get("input_shape") if isinstance(build, dict) else None
     return isinstance(shape, list) and len(shape) > 2 and any(size != 1 for size in shape[1:-1])
 
 
-def _is_reference(one: Any) -> bool:
-    """Whether a list is Keras 2's way to name a tensor: layer, number of its call, number of the output."""
-    return isinstance(one, list) and len(one) > 2 and isinstance(one[0], str) and type(one[1]) is type(one[2]) is int
-
-
-def _walk(node: Any) -> Iterator[tuple[str, Any]]:
+def _walk(call: Any) -> Iterator[tuple[str, Any]]:
     """Yields the tensors (as layer, call, output) and numbers of a call, in the order of its arguments."""
-    stack = [node]
+    stack = [call]
     while stack:
-        one = stack.pop()
-        if _is_reference(one):
-            yield "tensor", (one[0].replace("/", "_"), one[1], one[2])
-            stack += reversed(one[3:])
-        elif isinstance(one, list):
-            stack += reversed(one)
-        elif isinstance(one, dict):
-            config = one.get("config")
+        node = stack.pop()
+        if is_reference(node):
+            yield "tensor", (node[0].replace("/", "_"), node[1], node[2])
+            stack += reversed(node[3:])
+        elif isinstance(node, list):
+            stack += reversed(node)
+        elif isinstance(node, dict):
+            config = node.get("config")
             history = config.get("keras_history") if isinstance(config, dict) else None
-            if isinstance(history, list) and _is_reference(history):
+            if isinstance(history, list) and is_reference(history):
                 yield "tensor", (history[0].replace("/", "_"), history[1], history[2])
             else:
-                stack += [value for key, value in reversed(one.items()) if key not in ("axis", "name", "slice_spec")]
-        elif _is_number(one):
-            yield "number", float(one)
+                stack += [value for key, value in reversed(node.items()) if key not in ("axis", "name", "slice_spec")]
+        elif _is_number(node):
+            yield "number", float(node)
 
 
 def _is_number(one: Any) -> bool:

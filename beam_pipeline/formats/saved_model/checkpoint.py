@@ -17,6 +17,7 @@ from beam_pipeline import checksums
 from beam_pipeline.errors import ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats import protobuf
+from beam_pipeline.formats.model import Encoding
 from beam_pipeline.formats.protobuf import Span
 
 _FOOTER_SIZE = 48
@@ -30,6 +31,9 @@ _DT_STRING = 7
 
 DTYPES = {1: "float32", 2: "float64", 14: "bfloat16", 19: "float16"}
 """The `DataType` numbers (tensorflow/core/framework/types.proto) that an embedding may have."""
+
+ID_TYPES = {3: Encoding.INT32, 7: Encoding.STRING_TENSOR, 9: Encoding.INT64}
+"""The `DataType` numbers that ids may have, and how these lie in a checkpoint."""
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
@@ -151,6 +155,19 @@ def read_shape(file: ByteFile, span: Span) -> list[int]:
             next((size for number, size in protobuf.scan(file, dim) if number == 1 and isinstance(size, int)), 0)
         )
     return sizes
+
+
+def read_type(file: ByteFile, span: Span) -> tuple[int, list[int]]:
+    """Returns (data type, length of each dimension) of a `TensorProto`, or of a `SavedVariable`, which begins alike."""
+    dtype, sizes = 0, list[int]()
+    for number, value in protobuf.scan(file, span):
+        if number == 1 and isinstance(value, int):
+            dtype = value
+        elif number == 2 and isinstance(value, Span):
+            sizes = read_shape(file, value)
+        elif number > 2:  # Type and shape come first; what follows may be a hundred million strings.
+            break
+    return dtype, sizes
 
 
 def _handle(data: bytes, at: int) -> tuple[int, int, int]:

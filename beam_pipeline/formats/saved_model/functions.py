@@ -7,6 +7,7 @@ the node that it comes from. Nothing of it is run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -103,8 +104,20 @@ class FunctionLibrary:
                 if 1 in entry and 2 in entry:
                     attributes[protobuf.text(self._file, entry[1])] = entry[2]
         value = self._constant(attributes["value"]) if kind == "Const" and "value" in attributes else Value()
-        transposed = any(self._is_true(attributes[flag]) for flag in ("transpose_b", "adj_y") if flag in attributes)
-        return Operation(name, kind, tuple(inputs), value, self._bodies(kind, attributes), transposed)
+        first, second = (
+            any(self._is_true(attributes[flag]) for flag in flags if flag in attributes)
+            for flags in (("transpose_a", "adj_x"), ("transpose_b", "adj_y"))
+        )
+        if kind == "Einsum" and "equation" in attributes:
+            first, second = self._are_transposed(attributes["equation"])
+        return Operation(name, kind, tuple(inputs), value, self._bodies(kind, attributes), second, first)
+
+    def _are_transposed(self, attribute: Span) -> tuple[bool, bool]:
+        """Returns what a matrix product would say of its two inputs, from the equation of an Einsum."""
+        equation = next((text for number, text in self._texts(attribute) if number == 2), "")
+        inputs, _, output = equation.partition("->")
+        first, _, second = inputs.partition(",")
+        return first[-1:] in output, second[-1:] not in output
 
     def _bodies(self, kind: str, attributes: Mapping[str, Span]) -> tuple[str, ...]:
         """Returns the functions that a node calls: by its attributes, or by its own kind."""
@@ -124,9 +137,16 @@ class FunctionLibrary:
         return any(number == 5 and value == 1 for number, value in protobuf.scan(self._file, attribute))
 
     def _constant(self, attribute: Span) -> Value:
-        """Returns the numbers of a small constant."""
+        """Returns the numbers of a small constant, and where a list is that may be one of ids."""
         tensor = next(protobuf.spans(self._file, attribute, 8), None)
-        if tensor is None or tensor.end - tensor.start > _LARGEST_CONSTANT:
+        if tensor is None:
+            return Value()
+        kind, sizes = checkpoint.read_type(self._file, tensor)
+        ids = tensor if kind in checkpoint.ID_TYPES and len(sizes) == 1 else None
+        return replace(self._numbers(tensor), ids=ids)
+
+    def _numbers(self, tensor: Span) -> Value:
+        if tensor.end - tensor.start > _LARGEST_CONSTANT:
             return Value()
         kind, size = 0, 1
         numbers: list[float] = []

@@ -19,7 +19,7 @@ from beam_pipeline.formats.model import Checksum, Encoding, Vocabulary, special_
 from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.formats.saved_model.object_graph import ObjectGraph
 
-_DT_STRING, _DT_INT64 = 7, 9
+_DT_INT32, _DT_STRING, _DT_INT64 = 3, 7, 9
 _IMPORT_OPS = ("LookupTableImportV2", "InitializeTableV2")
 _FILE_OP = "InitializeTableFromTextFileV2"
 _WHOLE_LINE, _LINE_NUMBER = -2, -1
@@ -171,12 +171,12 @@ def _constant_vocabulary(graph: ObjectGraph, keys: int, values: int, where: str)
         first_row = numbers[0] if numbers else 0
         if first_row >= 1 << 62:
             raise CorruptFileError(f"{where}: its first id has row {first_row}")
-    encoding, span = _constant_ids(graph, ids, ids_type, count, where)
+    encoding, span = constant_ids(graph, ids, ids_type, count, where)
     return Vocabulary(graph.file.path, span, encoding, first_row, count, row_numbers=content, in_row_order=in_row_order)
 
 
-def _constant_ids(graph: ObjectGraph, tensor: Span, dtype: int, count: int, where: str) -> tuple[Encoding, Span]:
-    """Returns how and where the ids of a TensorProto lie."""
+def constant_ids(graph: ObjectGraph, tensor: Span, dtype: int, count: int, where: str) -> tuple[Encoding, Span]:
+    """Returns how and where the ids of a TensorProto lie: strings, or integers of 32 or 64 bits."""
     if not count:
         return Encoding.PROTOBUF, Span(tensor.end, tensor.end)
     if dtype == _DT_STRING:
@@ -184,12 +184,13 @@ def _constant_ids(graph: ObjectGraph, tensor: Span, dtype: int, count: int, wher
         if first is None:
             raise UnsupportedModelError(f"{where}: its ids are not stored as a list of strings")
         return Encoding.PROTOBUF, Span(first, tensor.end)
+    encoding, size, number = (Encoding.INT32, 4, 7) if dtype == _DT_INT32 else (Encoding.INT64, 8, 10)
     content = next(protobuf.spans(graph.file, tensor, 4), None)
     if content is not None:
-        if content.end - content.start != 8 * count:
-            raise CorruptFileError(f"{where}: its ids have {content.end - content.start:,} bytes, not {8 * count:,}")
-        return Encoding.INT64, content
-    packed = list(protobuf.spans(graph.file, tensor, 10))
+        if content.end - content.start != size * count:
+            raise CorruptFileError(f"{where}: its ids have {content.end - content.start:,} bytes, not {size * count:,}")
+        return encoding, content
+    packed = list(protobuf.spans(graph.file, tensor, number))
     if len(packed) != 1:
         raise UnsupportedModelError(f"{where}: its ids are not stored as a plain array")
     return Encoding.VARINTS, packed[0]

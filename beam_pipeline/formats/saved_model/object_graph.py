@@ -142,15 +142,17 @@ class ObjectGraph:
         """Returns the shape of a variable of floats; None if the object is anything else."""
         variable = self.nodes[node]
         if variable.kind == VARIABLE and not variable.is_read:
-            dtype, sizes = 0, list[int]()
-            for number, value in protobuf.scan(self.file, variable.content):
-                if number == 1 and isinstance(value, int):
-                    dtype = value
-                elif number == 2 and isinstance(value, Span):
-                    sizes = checkpoint.read_shape(self.file, value)
+            dtype, sizes = checkpoint.read_type(self.file, variable.content)
             variable.shape = tuple(sizes) if dtype in checkpoint.DTYPES else None
             variable.is_read = True
         return variable.shape
+
+    def is_list(self, node: int) -> bool:
+        """Whether an object may be a list of ids: a variable of strings or integers in one dimension, or a constant."""
+        if self.nodes[node].kind != VARIABLE:
+            return self.nodes[node].kind == CONSTANT
+        dtype, sizes = checkpoint.read_type(self.file, self.nodes[node].content)
+        return dtype in checkpoint.ID_TYPES and len(sizes) == 1
 
     def is_matrix(self, node: int) -> bool:
         """Whether an object is a variable of floats in two dimensions."""
@@ -216,14 +218,7 @@ class ObjectGraph:
         tensor = self._constants().get(operation or "")
         if tensor is None:
             raise CorruptFileError(f"{where}: constant {operation!r} is not in the graph; log the model again")
-        dtype, sizes = 0, list[int]()
-        for number, value in protobuf.scan(self.file, tensor):
-            if number == 1 and isinstance(value, int):
-                dtype = value
-            elif number == 2 and isinstance(value, Span):
-                sizes = checkpoint.read_shape(self.file, value)
-            elif number > 2:  # Shape and type come first; what follows may be a hundred million strings.
-                break
+        dtype, sizes = checkpoint.read_type(self.file, tensor)
         if len(sizes) != 1:
             raise UnsupportedModelError(f"{where}: constant {operation!r} has shape {sizes}, not a list")
         return tensor, sizes[0], dtype

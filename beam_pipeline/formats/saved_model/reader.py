@@ -1,7 +1,7 @@
 """SavedModels of Keras and of `tf.saved_model.save`: which of their objects are towers.
 
-A tower is a layer that holds a lookup table and an embedding, or an embedding that the model's calls feed from a
-lookup.
+A tower is a layer that holds a lookup table and an embedding, an embedding that the model's calls feed from a
+lookup, or a search index.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from beam_pipeline.errors import CorruptFileError, TowerMissingError, Unsupporte
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats.model import Checksum, Ending, Matrix, Tail, Tower
 from beam_pipeline.formats.protobuf import Span
-from beam_pipeline.formats.saved_model import checkpoint, gathers, lookup_tables
+from beam_pipeline.formats.saved_model import checkpoint, gathers, indexes, lookup_tables
 from beam_pipeline.formats.saved_model.gathers import Gather
+from beam_pipeline.formats.saved_model.indexes import Index
 from beam_pipeline.formats.saved_model.object_graph import RESOURCE, ObjectGraph
 from beam_pipeline.formats.tails import (
     SCALAR,
@@ -56,17 +57,23 @@ class SavedModel:
         self._steps = 0
         self._gathers: list[Gather] | None = None
         self._reads: Trace | None = None
+        self._found_indexes: dict[str, Index] | None = None
 
     def tower(self, name: str, layer: str, *, include_oov: bool = False) -> Tower:
         """Returns the tower whose layer has the attribute path `layer`, such as "user_layer" or "towers.user".
 
-        If there is none, `layer` is the name of an embedding that a lookup feeds, or of a layer around one.
+        If there is none, `layer` is the name of an embedding that a lookup feeds, or of a layer around one. An index
+        is the tower of the items that it finds.
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
             UnsupportedModelError: it holds them in a form that cannot be read.
             CorruptFileError: the files contradict each other.
         """
+        if index := self._index(layer):
+            matrix = self._matrix(indexes.require_vectors(name, index, self._graph.folder))
+            ids = indexes.vocabulary(name, index, self._graph, matrix.rows)
+            return Tower(name, layer, matrix, ids, source="index")
         table, variable = self._table_and_variable(name, layer)
         self._require_ids(name, layer, table)
         matrix = self._matrix(variable)
@@ -97,20 +104,27 @@ class SavedModel:
             TowerMissingError: a layer holds other embeddings that its tower needs, too.
         """
         variables = {
-            name: self._without_lookup(name, layer)
-            if name in without_lookup
-            else self._table_and_variable(name, layer)[1]
+            name: self._without_lookup(name, layer) if name in without_lookup else self._variable(name, layer)
             for name, layer in layers.items()
         }
-        inside = {name: self._embeddings(layer) for name, layer in layers.items()}
+        inside = {
+            name: {variables[name]} if self._index(layer) else self._embeddings(layer) for name, layer in layers.items()
+        }
         towers = [(variable, inside[name]) for name, variable in variables.items()]
-        embeddings = self._read_once().gathered.union(*(found | {variable} for variable, found in towers))
-        trace = self._trace(embeddings, rivals(towers))
+        indexed = self._indexed()
+        embeddings = self._read_once().gathered.union(indexed, *(found | {variable} for variable, found in towers))
+        are_towers = rivals(towers)
+
+        def are_rivals(one: int, other: int, is_pairing: bool) -> bool:
+            # Whatever is compared with an index is a tower's vector.
+            return are_towers(one, other, is_pairing) or (is_pairing and (one in indexed) != (other in indexed))
+
+        trace = self._trace(embeddings, are_rivals)
         found = {}
         for name, layer in layers.items():
             variable = variables[name]
             calls = self._returned(trace, self._outermost(variable))
-            node = self._walk(layer)
+            node = None if self._index(layer) else self._walk(layer)
             # What the call of an embedding returns is a row; a layer around it says more.
             is_around = node and variable not in (node, *self._graph.nodes[node].children.values())
             has_ids = node and self._parts(node)[0]
@@ -128,17 +142,18 @@ class SavedModel:
     def tower_layers(self) -> list[str]:
         """Returns what could be given as `layer`.
 
-        These are the paths of all layers that hold exactly one lookup and one embedding, outermost ones only, and the
-        names of all other embeddings that a lookup feeds.
+        These are the paths of all layers that hold exactly one lookup and one embedding, outermost ones only, the
+        names of all other embeddings that a lookup feeds, and those of search indexes.
         """
-        found, covered, words = list[str](), set[int](), self._read_once().words
+        found, covered, words = self.index_layers(), set[int](), self._read_once().words
         queue: deque[tuple[int, tuple[str, ...]]] = deque([(0, ())])
         seen = {0}
         while queue:
             node, path = queue.popleft()
             tables, variables = self._parts(node)
             tables = [table for table in tables if table not in words]
-            if path and len(tables) == len(variables) == 1 and self._is_embedding(variables[0]):
+            is_tower = len(tables) == len(variables) == 1 and self._is_embedding(variables[0])
+            if path and is_tower and not self._index(".".join(path)):
                 found.append(".".join(path))
                 covered.update(variables)
             elif tables and variables:
@@ -158,9 +173,34 @@ class SavedModel:
                 found.append(next((each for each in (own, path) if each and self._bare(each) == [number]), path))
         return sorted(set(found))
 
+    def index_layers(self) -> list[str]:
+        """Returns those of the layers that are search indexes."""
+        return list(dict.fromkeys(index.layer for index in self._indexes().values()))
+
     def close(self) -> None:
         """Closes the file."""
         self._graph.close()
+
+    def _indexes(self) -> dict[str, Index]:
+        """Returns the search indexes of the model, by all of their names."""
+        if self._found_indexes is None:
+            found = indexes.find(self._graph, self._read_once().indexes)
+            aliases = {alias: index for index in found for alias in index.aliases}
+            self._found_indexes = {**aliases, **{index.layer: index for index in found}}
+        return self._found_indexes
+
+    def _indexed(self) -> set[int]:
+        """Returns the matrices of all search indexes."""
+        return {index.matrix for index in self._indexes().values() if index.matrix is not None}
+
+    def _index(self, layer: str) -> Index | None:
+        return self._indexes().get(layer.replace("/", ".")) or self._indexes().get(layer)
+
+    def _variable(self, name: str, layer: str) -> int:
+        """Returns the variable that holds the vectors of a tower."""
+        if index := self._index(layer):
+            return indexes.require_vectors(name, index, self._graph.folder)
+        return self._table_and_variable(name, layer)[1]
 
     def _parts(self, root: int) -> tuple[list[int], list[int]]:
         """Returns all lookup tables and all embedding variables of an object.
@@ -168,6 +208,7 @@ class SavedModel:
         Keras calls them `lookup_table` and `embeddings`; where nothing is called so, any table and any matrix counts.
         """
         tables, variables = [], []
+        indexed = self._indexed()
         if self._graph.is_matrix(root):
             variables.append(("", root))
         for node in self._graph.below(root):
@@ -179,7 +220,7 @@ class SavedModel:
             for name, child in children.items():
                 if self._graph.nodes[child].kind == RESOURCE:
                     tables.append((name, child))
-                elif name == "embeddings" or self._graph.is_matrix(child):
+                elif child not in indexed and (name == "embeddings" or self._graph.is_matrix(child)):
                     variables.append((name, child))
         return _called("lookup_table", tables), _called("embeddings", variables)
 
@@ -250,6 +291,8 @@ class SavedModel:
 
     def _is_looked_up(self, variable: int) -> bool:
         """Whether the rows of a matrix are looked up, by its name or by what the model does."""
+        if variable in self._indexed():
+            return False
         return self._graph.path(variable)[-1] == "embeddings" or variable in self._read_once().gathered
 
     def _walk(self, layer: str) -> int | None:
@@ -346,9 +389,11 @@ class SavedModel:
 
     def _captured(self, trace: Trace, number: int) -> Value:
         if number in trace.dimensions:
-            return Value(rows=((Use(number, ""), State(Shape.ROW)),))
+            return Value(rows=((Use(number, ""), State(Shape.ROW)),), matrix=number)
         if number < len(self._graph.nodes) and self._graph.nodes[number].kind == RESOURCE:
             return Value(table=number)
+        if number < len(self._graph.nodes) and self._graph.is_list(number):
+            return Value(ids=number)
         is_scalar = number < len(self._graph.nodes) and self._graph.shape(number) in ((), (1,))
         return SCALAR if is_scalar else UNKNOWN
 

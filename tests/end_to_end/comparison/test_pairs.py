@@ -3,7 +3,7 @@
 from history import refused
 from worlds import towers
 
-from beam_pipeline.comparison import pairs
+from beam_pipeline.bigquery.history import find_trainings
 
 BOTH = {"user": 9, "item": 5}
 
@@ -20,7 +20,7 @@ def test_trainings_are_found_with_the_log_and_without(history):
     history.publish("2026-03-22", "half", made)
     history.query("DELETE FROM {d}.two_tower_user_embedding WHERE train_date = '2026-03-22'")
     history.log("2026-03-29", "gone", {"user": 9, "item": 5})
-    found = pairs.find_trainings(history.client, history.destination, ("user", "item"))
+    found = find_trainings(history.client, history.destination, ("user", "item"))
     assert [(str(one.train_date), one.run_id, one.rows) for one in found] == [
         ("2026-03-01", "old", BOTH),
         ("2026-03-08", "new", BOTH),
@@ -88,7 +88,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(history, capsys, tmp_path)
         "CREATE OR REPLACE TABLE {d}.two_tower_user_embedding PARTITION BY train_date AS "
         "SELECT train_date, user_id, user_embedding FROM {d}.two_tower_user_embedding"
     )
-    assert "two_tower_user_embedding cannot be compared: it has no column mlflow_run_id" in refused(history, capsys)
+    assert "two_tower_user_embedding cannot be read: it has no column mlflow_run_id" in refused(history, capsys)
 
 
 def test_a_missing_permission_stops_before_anything_is_written(history, capsys, monkeypatch):

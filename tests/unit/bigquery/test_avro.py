@@ -5,7 +5,9 @@ The Avro schema is the same too, where the vectors are of doubles.
 
 import inspect
 import io
+from concurrent.futures import Future
 from datetime import date
+from pathlib import Path
 
 import fastavro
 import numpy as np
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from beam_pipeline.bigquery import avro, tables
 from beam_pipeline.reading.rows import Batch, to_rows
+from beam_pipeline.reading.tally import Report
 
 CONSTANTS = {"train_date": date(2026, 3, 1), "training": 2}
 SYNC = bytes(range(16))
@@ -149,3 +152,27 @@ def test_longs(number):
     out = io.BytesIO()
     fastavro.schemaless_writer(out, "long", number)
     assert avro._long(number) == out.getvalue()
+
+
+def test_a_file_that_has_reached_its_limit_is_closed(tmp_path):
+    """Cloud Storage takes no file without end, and a load job none of more than its limit."""
+    batch = Batch("run", pa.array(["a", "b"]), np.ones((2, 8), "<f4"))
+    schema = {"fields": tables.staging_schema("user")}
+    writing = avro.Writing("user", {}, {"run": [*CONSTANTS.values()]}, "<f4")
+    block = sum(len(part) for block in avro.blocks(batch, [*CONSTANTS.values()], SYNC, "<f4") for part in block)
+    header = len(avro.file_header(avro.avro_schema(schema, "<f4"), SYNC))
+    # Two batches reach the limit to the byte.
+    step = avro._WriteFn(schema, writing, header + 2 * block)
+    step.start_bundle()
+    outputs = []
+    for number in range(5):
+        read_ahead = Future()
+        read_ahead.set_result((batch, Report("run", "user", 2 * number, rows=2, ids=2)))
+        outputs += step._write("p:d.t", str(tmp_path), read_ahead)
+    outputs += [windowed.value for windowed in step.finish_bundle()]
+    files = [output[1] for output in outputs if isinstance(output, tuple)]
+    assert [size for _, size in files] == [header + 2 * block, header + 2 * block, header + block]
+    for path, size in files:
+        data = Path(path).read_bytes()
+        assert len(data) == size
+        assert {record["user_id"] for record in read(data)[1]} == {"a", "b"}

@@ -297,3 +297,23 @@ def test_staging_outlives_the_job_whatever_the_date():
         assert timedelta(hours=48) <= ends - now <= timedelta(hours=72)
     # A clock that is behind the tracking server's.
     assert partition_life(date(2026, 3, 11), now) == 48 * 3600 * 1000
+
+
+def test_staging_tables_expire():
+    """What a launch that died has left is deleted by BigQuery itself, whatever the dataset's defaults are."""
+    with serve() as (service, client):
+        publication.prepare(client, TWO, "launch1")
+        now = datetime.now(UTC)
+    assert [table["tableReference"]["tableId"] for table in service.created] == [
+        "two_tower_user_embedding_staging_launch1",
+        "two_tower_item_embedding_staging_launch1",
+    ]
+    for table in service.created:
+        left = datetime.fromtimestamp(int(table["expirationTime"]) / 1000, UTC) - now
+        assert timedelta(hours=47, minutes=59) < left <= timedelta(hours=48)
+        partitioning = table["timePartitioning"]
+        assert (partitioning["type"], partitioning["field"]) == ("DAY", "train_date")
+        # The oldest partition must outlive the job too.
+        ends = datetime(2026, 3, 1, tzinfo=UTC) + timedelta(milliseconds=int(partitioning["expirationMs"]))
+        assert ends - now > timedelta(hours=47, minutes=59)
+        assert table["labels"]

@@ -4,10 +4,11 @@ from datetime import date
 
 import pytest
 
+from beam_pipeline.bigquery import history
+from beam_pipeline.bigquery.history import Towers, Trained
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison import pairs, tables
-from beam_pipeline.comparison.pairs import Towers, choose, consecutive
-from beam_pipeline.comparison.tables import Pair, Trained
+from beam_pipeline.comparison.pairs import choose, consecutive
+from beam_pipeline.comparison.tables import Pair
 from beam_pipeline.errors import ConfigError, TrainingMissingError
 
 BOTH = {"user": 9, "item": 5}
@@ -23,7 +24,7 @@ NAMES = ("user", "item")
 
 def test_tables_whose_partitions_are_looked_at_are_named_by_literals():
     """By parameters BigQuery would look at every table of the dataset, and refuse more than a thousand."""
-    sql = tables.partitions_sql(Destination("example.com:p", "d", "EU", "t"), ["t_user_embedding", "t_item_embedding"])
+    sql = history.partitions_sql(Destination("example.com:p", "d", "EU", "t"), ["t_user_embedding", "t_item_embedding"])
     assert " FROM `example.com:p.d`.INFORMATION_SCHEMA.PARTITIONS " in sql
     assert "WHERE table_name IN ('t_user_embedding', 't_item_embedding') AND " in sql
 
@@ -121,9 +122,9 @@ def test_consecutive_pairs():
     ],
 )
 def test_which_tower_is_which(named, there, wanted):
-    assert pairs._roles(named, there) == wanted
+    assert history._roles(named, there) == wanted
 
 
 def test_towers_that_cannot_be_told_apart():
     with pytest.raises(ConfigError, match="towers are left, right; say which is which with --towers=USERS,ITEMS"):
-        pairs._roles((), ("left", "right"))
+        history._roles((), ("left", "right"))

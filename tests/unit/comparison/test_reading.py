@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from fake_storage_read import page, serve
 
+from beam_pipeline.bigquery import storage_read
 from beam_pipeline.comparison import reading
 from beam_pipeline.errors import BadVectorError, ConfigError
 
@@ -18,14 +19,14 @@ def fake(monkeypatch, request):
         monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", "localhost:1")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:1")
         monkeypatch.setenv("BIGQUERY_STORAGE_EMULATOR_HOST", host)
-        yield reading.make_client()
+        yield storage_read.make_client()
 
 
 @pytest.mark.parametrize("fake", [{"rows": 25_003, "dimension": 4, "streams": 3}], indirect=True)
 @pytest.mark.parametrize("rows", [1, 7, 1999, 2000, 2001, 8192, 30_000])
 def test_blocks_hold_every_row_once(fake, rows):
     found = []
-    for stream in reading.open_streams(fake, "billing", "p.d.t", reading.FIELDS):
+    for stream in storage_read.open_streams(fake, "billing", "p.d.t", reading.FIELDS):
         if rows == 1:  # a row at a time, of the first rows alone
             found = [next(reading.read_blocks(fake, stream, 4, 4, rows))]
             break
@@ -48,7 +49,7 @@ def test_a_missing_permission_names_the_role_and_the_project_that_is_billed(fake
         f"); grant it roles/bigquery.readSessionUser on project {domain}b and "
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
-        reading.open_streams(fake, f"{domain}b", f"{domain}p.d.t", reading.FIELDS)
+        storage_read.open_streams(fake, f"{domain}b", f"{domain}p.d.t", reading.FIELDS)
 
 
 def test_an_emulator_without_the_api(monkeypatch):
@@ -56,7 +57,7 @@ def test_an_emulator_without_the_api(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:1")
     monkeypatch.delenv("BIGQUERY_STORAGE_EMULATOR_HOST", raising=False)
     with pytest.raises(Exception, match="BIGQUERY_STORAGE_EMULATOR_HOST is not; set it"):
-        reading.make_client()
+        storage_read.make_client()
 
 
 def joined(before, after, ids=None):

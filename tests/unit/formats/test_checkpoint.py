@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_format import field, varint
 
-from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, PipelineError, UnsupportedModelError
+from beam_pipeline import checksums
+from beam_pipeline.errors import (
+    ArtifactMissingError,
+    ChecksumError,
+    CorruptFileError,
+    PipelineError,
+    UnsupportedModelError,
+)
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats.saved_model import checkpoint
 from beam_pipeline.formats.saved_model.checkpoint import Entry
@@ -193,3 +200,127 @@ def test_more_restart_points_than_bytes(restarts):
     whole = stored + footer.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
     with pytest.raises(CorruptFileError, match=f"{restarts:,} restart points in a block of 4 bytes"):
         checkpoint.read_bundle("bundle", files(index=whole))
+
+
+def test_restart_points_alone_are_no_entries():
+    """A block that ends where its restart points begin is empty, not corrupt."""
+    data = bytes(4)
+    stored = data + b"\0" + mask(google_crc32c.value(data + b"\0")).to_bytes(4, "little")
+    footer = varint(0) + varint(0) + varint(0) + varint(len(data))
+    whole = stored + footer.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
+    with pytest.raises(CorruptFileError) as refusal:
+        checkpoint.read_bundle("bundle", files(index=whole))
+    assert str(refusal.value) == "bundle.index has no header; log the model again"
+
+
+def with_entries(*entries):
+    """An index whose one data block holds these bytes."""
+    data = b"".join(entries) + bytes(4) + (1).to_bytes(4, "little")
+    stored = data + b"\0" + mask(google_crc32c.value(data + b"\0")).to_bytes(4, "little")
+    index, index_stored = block([(b"z", varint(0) + varint(len(data)))], 1)
+    footer = varint(0) + varint(0) + varint(len(stored)) + varint(len(index))
+    return stored + index_stored + footer.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        varint(1) + varint(1) + varint(0) + b"v",  # shares a byte with no key before it
+        varint(0) + varint(20) + varint(1) + b"v",
+        varint(0) + varint(1) + varint(20) + b"v",
+        varint(0) + varint(1) + varint(4) + b"vaaa",
+    ],
+)
+def test_an_entry_that_is_longer_than_its_block(entry):
+    with pytest.raises(CorruptFileError) as refusal:
+        checkpoint.read_bundle("bundle", files(index=with_entries(entry)))
+    assert str(refusal.value) == (
+        "bundle.index is corrupt (an entry that is longer than its block); log the model again"
+    )
+
+
+def test_compressed_blocks():
+    stored = bytearray(block([HEADER], 1)[1])
+    stored[-5] = 1  # Snappy
+    stored[-4:] = mask(google_crc32c.value(bytes(stored[:-4]))).to_bytes(4, "little")
+    footer = varint(0) + varint(0) + varint(0) + varint(len(stored) - 5)
+    whole = bytes(stored) + footer.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
+    with pytest.raises(UnsupportedModelError) as refusal:
+        checkpoint.read_bundle("bundle", files(index=whole))
+    assert str(refusal.value) == (
+        "bundle.index has compressed blocks, which TensorFlow does not write; save the model again"
+    )
+
+
+def test_a_variant_is_named_with_its_file():
+    with pytest.raises(UnsupportedModelError) as refusal:
+        checkpoint.read_bundle("bundle", files(index=table([(b"", field(2, 1))], 1)))
+    assert str(refusal.value) == "bundle.index was written on a big-endian machine, which is not supported"
+
+
+def test_a_footer_alone_has_the_size_of_an_index():
+    with pytest.raises(CorruptFileError, match="wrong magic number"):
+        checkpoint.read_bundle("bundle", files(index=bytes(48)))
+    with pytest.raises(CorruptFileError, match="has 47 bytes, too few"):
+        checkpoint.read_bundle("bundle", files(index=bytes(47)))
+
+
+def test_the_largest_index(monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MAX_INDEX", len(GOLDEN_INDEX))
+    assert checkpoint.read_bundle("bundle", files(index=GOLDEN_INDEX)).shards == 1
+    monkeypatch.setattr(checkpoint, "_MAX_INDEX", len(GOLDEN_INDEX) - 1)
+    with pytest.raises(CorruptFileError) as refusal:
+        checkpoint.read_bundle("bundle", files(index=GOLDEN_INDEX))
+    assert str(refusal.value) == f"bundle.index has {len(GOLDEN_INDEX)} bytes, too many for a checkpoint index"
+
+
+def test_as_many_tensors_and_as_long_a_key_as_there_can_be(monkeypatch):
+    entries = [HEADER, *((b"%01024d" % i, VALUE) for i in range(3))]
+    monkeypatch.setattr(checkpoint, "_MAX_ENTRIES", 3)
+    assert len(checkpoint.read_bundle("bundle", files(index=table(entries, 2))).entries) == 3
+
+
+def test_what_an_entry_leaves_out_is_zero():
+    """As protobuf has it: a field of the value zero is not written."""
+    shape = field(2, b"") + field(2, field(3, 5)) + field(2, field(1, 4))
+    entries = [(b"", b""), (b"a", b""), (b"b\xff", field(2, shape)), (b"c", field(7, b"\x0a\x00"))]
+    bundle = checkpoint.read_bundle("bundle", files(index=table(entries, 4)))
+    assert bundle.shards == 1
+    assert bundle.entries == {
+        "a": Entry(crc32c=checksums.unmask(0)),
+        "b\ufffd": Entry(shape=(0, 0, 4), crc32c=checksums.unmask(0)),
+        "c": Entry(sliced=True, crc32c=checksums.unmask(0)),
+    }
+
+
+def string(data, *, dtype=7, shape=b"", crc=0):
+    """Reads a string tensor `s` whose bytes in the data file are these."""
+    value = field(1, dtype) + field(2, shape) + field(5, len(data)) + varint(6 << 3 | 5)
+    index = table([HEADER, (b"s", value + mask(crc).to_bytes(4, "little"))], 2)
+    opened = files(index=index, data_00000_of_00001=data)
+    return checkpoint.read_bundle("bundle", opened).read_string("s", opened)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"data": b"", "dtype": 1}, CorruptFileError, "index has no string 's': not a checkpoint that Keras wrote"),
+        (
+            {"data": b"", "shape": field(2, field(1, 1))},
+            CorruptFileError,
+            "index has no string 's': not a checkpoint that Keras wrote",
+        ),
+        ({"data": b"\x80"}, CorruptFileError, "data-00000-of-00001: 's' has no length"),
+        ({"data": b"\x03crc.ab"}, CorruptFileError, "data-00000-of-00001: 's' has 2 bytes and says 3"),
+        (
+            {"data": b"\x02crc.ab"},
+            ChecksumError,
+            "data-00000-of-00001: 's' does not match its crc32c; the file is damaged, log the model again",
+        ),
+    ],
+)
+def test_strings_that_are_refused(arguments, error, message):
+    with pytest.raises(error) as refusal:
+        string(**arguments)
+    assert str(refusal.value) == f"bundle.{message}"
+    assert string(b"\x02crc.ab", crc=google_crc32c.value(b"\x02\0\0\0crc.ab")) == b"ab"

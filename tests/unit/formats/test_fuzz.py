@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from beam_pipeline.errors import BadIdError, CorruptFileError, PipelineError, UnsupportedModelError
 from beam_pipeline.files import ByteFile
 from beam_pipeline.formats import encodings, protobuf
-from beam_pipeline.formats.keras import container, reader
+from beam_pipeline.formats.keras import archive, reader
 from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tower, Vocabulary, special_names
 from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.formats.saved_model import checkpoint
@@ -172,7 +172,7 @@ def test_any_zip(members, config, weights, changes):
 )
 def test_a_window_shows_its_part_alone_and_gives_up(data, start, end, moves):
     start, end = sorted((min(start, len(data)), min(end, len(data))))
-    window = container._Window(file_of(data), Span(start, end), 1000, "part")
+    window = archive.Window(file_of(data), Span(start, end), 1000, "part")
     part, read = io.BytesIO(data[start:end]), 0
     for offset, whence, length in moves:
         if offset + {0: 0, 1: part.tell(), 2: end - start}[whence] < 0:
@@ -184,7 +184,7 @@ def test_a_window_shows_its_part_alone_and_gives_up(data, start, end, moves):
         expected = part.read(length)
         read += len(expected) + 16
         if read > 1000:
-            with pytest.raises(CorruptFileError, match="its part is too large to be true"):
+            with pytest.raises(CorruptFileError, match="its part exceeds the limit of 1,000 bytes"):
                 window.read(length)
             return
         assert window.read(length) == expected

@@ -117,3 +117,11 @@ def test_runs_are_tagged_where_this_process_waits(runner):
 
 def test_beams_flags_in_any_form(capsys):
     parse(["--run_id", "1", "--no_use_public_ips", "--experiments=a", "--experiments", "b", "--labels", '{"a": "b"}'])
+
+
+def test_an_index_needs_vectors_of_one_length(capsys):
+    assert parse(["--run_id=1", "--vector_index=DOT_PRODUCT"]).vector_index == "DOT_PRODUCT"
+    assert parse(["--run_id=1"]).vector_index is None
+    with pytest.raises(SystemExit):
+        parse(["--run_id=1", "--vector_index=COSINE", "--allow_dimension_change"])
+    assert "--vector_index=COSINE needs vectors of one length; leave out it or --allow_dim" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from contextlib import contextmanager
-from datetime import date
+from datetime import date, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlparse
 
@@ -23,6 +23,7 @@ from beam_pipeline.errors import ConfigError
 from beam_pipeline.launch import bucket, permissions, preflight
 from beam_pipeline.launch.bucket import location_fits
 from beam_pipeline.launch.findings import Findings
+from beam_pipeline.launch.options import parse
 from beam_pipeline.training import Run, Training, by_name
 
 TOWERS = tuple(described(name, rows=1_000_000, dimension=64, ids_bytes=10_000_000) for name in ("user", "item"))
@@ -438,3 +439,16 @@ def test_the_estimate():
     bytes_ = 2 * (1_000_000 * (8 + 24 + 4 * 2 + 2 + 512) + 10_000_000)
     assert size == f"at most 2,000,000 rows, 512 MB of vectors to read, {bytes_ / 1e9:.1f} GB in BigQuery"
     assert cost.startswith(f"publishing reads {bytes_ / 1e9:.1f} GB: about $0.01 at $6.25/TiB")
+
+
+@pytest.mark.parametrize(("count", "stopped"), [(4000, False), (4001, True)])
+def test_more_dates_than_a_load_job_writes(cloud, count, stopped):
+    """BigQuery's limit: https://cloud.google.com/bigquery/quotas#partitioned_tables."""
+    days = [date(2015, 1, 1) + timedelta(days=number) for number in range(count)]
+    trainings = tuple(
+        Training(dataclasses.replace(RUN, run_id=f"r{day}", train_date=day), "gs://b/model", by_name(TOWERS))
+        for day in days
+    )
+    found = preflight.examine(cloud.client, dataclasses.replace(WHAT, trainings=trainings), parse(["--run_id=r"]))
+    stops = [line.text for line in found.lines if line.check == "dates"]
+    assert stops == ["4,001 dates, and one load job writes 4,000; narrow --since and --until"] * stopped

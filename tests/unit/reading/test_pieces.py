@@ -95,7 +95,7 @@ def test_integers_and_what_is_no_id_in_a_json_array():
         with pytest.raises(UnsupportedModelError, match="an id that is neither string nor integer"):
             encodings.decode(Encoding.JSON, element, 1)
     for text in (b'"a" "b"', b'"a', b"]["):
-        with pytest.raises(CorruptFileError, match="no list of ids in JSON"):
+        with pytest.raises(CorruptFileError, match="not a list of ids in JSON"):
             encodings.decode(Encoding.JSON, text, 1)
 
 
@@ -238,7 +238,7 @@ def test_every_entry_once_with_its_row(encoding_and_names, random, entries, bloc
     tower, _, open_file = unordered(encoding, names, rows, 100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encodings, "_BLOCK", block)
-        patch.setattr(entries_module, "_VARINT_BLOCK", block)
+        patch.setattr(pieces, "_VARINT_BLOCK", block)
         assert read_entries(tower, open_file, entries) == list(zip(names, rows, strict=True))
 
 
@@ -278,7 +278,7 @@ def test_integers_of_a_file_are_written_as_such():
     lines = b"5\n-7\r\n007\n 9223372036854775807 \n"
     assert encodings.decode(Encoding.INTEGER_LINES, lines, 4).to_pylist() == [b"5", b"-7", b"7", b"9223372036854775807"]
     for line in (b"five\n", b"\n", b"5.0\n", b"9223372036854775808\n", b"\xff\n"):
-        with pytest.raises(BadIdError, match="a vocabulary of integers has a line that is none"):
+        with pytest.raises(BadIdError, match="a vocabulary of integers has a non-integer line"):
             encodings.decode(Encoding.INTEGER_LINES, line, 1)
 
 

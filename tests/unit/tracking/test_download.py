@@ -6,7 +6,7 @@ import pytest
 
 from beam_pipeline.errors import ArtifactMissingError
 from beam_pipeline.tracking.download import copied
-from beam_pipeline.tracking.runs import Model
+from beam_pipeline.tracking.models import Model
 
 FILES = {"model/saved_model.pb": b"graph", "model/variables/variables.index": b"index", "other": b"not the model"}
 

@@ -8,7 +8,8 @@ from mlflow.tracking import MlflowClient
 
 from beam_pipeline.errors import ArtifactMissingError, ConfigError, RunNotFoundError, UnsupportedModelError
 from beam_pipeline.tracking import runs
-from beam_pipeline.tracking.runs import find_latest_run, find_model, find_run
+from beam_pipeline.tracking.models import find_model
+from beam_pipeline.tracking.runs import find_latest_run, find_run
 
 
 class Experiment:

@@ -8,8 +8,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from beam_pipeline.errors import ArtifactMissingError, ConfigError
+from beam_pipeline.tracking import client as tracking_client
 from beam_pipeline.tracking import runs, stores
-from beam_pipeline.tracking.runs import find_model, find_run, readable_folder
+from beam_pipeline.tracking.models import find_model, readable_folder
+from beam_pipeline.tracking.runs import find_run
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,7 @@ def test_a_store_that_cannot_be_read(client, uri, root, words, monkeypatch, tmp_
 
 def test_the_word_for_a_databricks_workspace():
     """No folder, though it looks like a path."""
-    runs._require_store("databricks")
+    tracking_client.require_store("databricks")
 
 
 def test_errors_of_the_tracking_server_stay_its_own():

@@ -1,0 +1,1 @@
+"""Who is near whom in one training: recommended items, nearest items, similar users."""
