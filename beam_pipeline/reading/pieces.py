@@ -87,9 +87,14 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
             row, count = row + ids, count + ids
     check_count(tower, count)
     yield from _gap(tower.name, row, matrix.rows, rows)
+    yield from cut_rest(tower, piece_bytes)
+
+
+def cut_rest(tower: Tower, piece_bytes: int) -> Iterator[Piece]:
+    """Yields pieces of the bytes that are read with a tower for the checksum alone."""
     for rest in tower.rest:
         for at in range(rest.start, rest.end, piece_bytes):
-            yield Piece(tower.name, matrix.rows, 0, None, Span(at, min(at + piece_bytes, rest.end)))
+            yield Piece(tower.name, tower.matrix.rows, 0, None, Span(at, min(at + piece_bytes, rest.end)))
 
 
 def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:

@@ -47,6 +47,8 @@ class _CutFn(beam.DoFn):
             else:
                 for entries in unordered.cut_entries(tower, open_file, unordered.PIECE_ENTRIES):
                     yield TaggedOutput(ENTRIES, (run_id, entries))
+                for piece in pieces.cut_rest(tower, pieces.PIECE_BYTES):
+                    yield run_id, piece
         except PipelineError as problem:
             yield TaggedOutput(REPORTS, Report(run_id, tower.name, 0, problem=problem))
 
