@@ -159,7 +159,7 @@ def test_npz_that_is_not_read(tmp_path):
     ):
         arrays.read_arrays(str(path), open_file)
     path.write_bytes(b"no zip at all")
-    with pytest.raises(NotAModelError, match=r"is no \.npz file"):
+    with pytest.raises(NotAModelError, match=r"is not a \.npz file"):
         arrays.read_arrays(str(path), open_file)
 
 
