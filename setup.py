@@ -87,6 +87,9 @@ setup(
             "tf-keras>=2.16",
         ],
         "test": [
+            # Search indexes as people save them.
+            "tensorflow-recommenders>=0.7.7",
+            "keras-rs>=0.4",
             "pytest>=8",
             # A job that hangs (a client that retries for minutes) fails with a stack trace instead.
             "pytest-timeout>=2.3",
@@ -101,6 +104,10 @@ setup(
             "safetensors>=0.5",
             # What the rotation between two trainings is compared with.
             "scipy>=1.11",
+        ],
+        "mutants": [
+            # Changes the code in one place at a time and runs the tests that reach it: `make mutants`.
+            "mutmut>=3.8",
         ],
         "bench": [
             # The script that is measured against.

@@ -10,6 +10,7 @@ _COMMANDS = {
     "compare": "beam_pipeline.compare",
     "emulators": "beam_pipeline.emulators",
     "report": "beam_pipeline.report",
+    "rollback": "beam_pipeline.rollback",
     "search": "beam_pipeline.search",
     "tag": "beam_pipeline.tag",
 }

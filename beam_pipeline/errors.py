@@ -33,6 +33,18 @@ class ConfigError(UsageError):
     """Options that contradict each other, or an environment that cannot run the job."""
 
 
+class SeveralModelsError(ConfigError):
+    """A run has several models, and none was named.
+
+    Attributes:
+        names: of the models.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 class JobActiveError(UsageError):
     """A job of the same name, as a rule of the same run, has not ended yet."""
 

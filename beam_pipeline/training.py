@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime, time
 
 from beam_pipeline.formats.model import Tower
 
@@ -18,6 +18,7 @@ class Run:
         train_date: day on which the run started, in UTC.
         artifact_uri: root of the run's artifacts.
         status: FINISHED, RUNNING, SCHEDULED, FAILED or KILLED.
+        started: when the run started, if that is known.
     """
 
     run_id: str
@@ -27,6 +28,12 @@ class Run:
     train_date: date
     artifact_uri: str
     status: str = "FINISHED"
+    started: datetime | None = None
+
+    @property
+    def started_at(self) -> datetime:
+        """When the run started; the beginning of its day, if no more is known."""
+        return self.started or datetime.combine(self.train_date, time(), UTC)
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Training:
 
     Attributes:
         run: the run.
-        model_uri: where the model lies.
+        model_uri: where the model lies; of several models, separated by commas.
         towers: what is read of it, by name.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beam_pipeline import rollback
 from beam_pipeline.comparison import command as comparison
 from beam_pipeline.launch import options
 from beam_pipeline.retrieval import command as search
@@ -28,6 +29,7 @@ def page() -> str:
         "python -m beam_pipeline": options.parser(),
         "python -m beam_pipeline.compare": comparison.parser(),
         "python -m beam_pipeline.search": search.parser(),
+        "python -m beam_pipeline.rollback": rollback.parser(),
     }
     return _HEAD + "".join(f"\n## `{name}`\n{_groups(parser)}" for name, parser in commands.items())
 

@@ -48,7 +48,7 @@ def find_indexes(client: bigquery.Client, table: str) -> list[Index]:
     return found
 
 
-def ensure_index(client: bigquery.Client, table: str, tower: str, distance: str) -> None:
+def ensure_index(client: bigquery.Client, table: str, tower: str, distance: str, *, partitioned: bool = True) -> None:
     """Creates the index of a tower's table unless the table has one, which BigQuery then builds by itself.
 
     Raises:
@@ -58,7 +58,7 @@ def ensure_index(client: bigquery.Client, table: str, tower: str, distance: str)
         return
     try:
         if not find_indexes(client, table):
-            client.query_and_wait(create_index_sql(table, tower, distance))
+            client.query_and_wait(create_index_sql(table, tower, distance, partitioned=partitioned))
     except GoogleAPICallError as error:
         raise PublishError(
             f"BigQuery refused the vector index of {table}: {error.message}; nothing was published: leave out "
@@ -66,11 +66,12 @@ def ensure_index(client: bigquery.Client, table: str, tower: str, distance: str)
         ) from error
 
 
-def create_index_sql(table: str, tower: str, distance: str) -> str:
+def create_index_sql(table: str, tower: str, distance: str, *, partitioned: bool = True) -> str:
     """Returns the statement that creates the index, partitioned as the table is, so that a search of a date prunes."""
+    partitions = f"PARTITION BY {PARTITION_COLUMN} " if partitioned else ""
     return (
         f"CREATE VECTOR INDEX IF NOT EXISTS `{index_name(table)}` ON `{table}`({tower}_embedding) "
-        f"PARTITION BY {PARTITION_COLUMN} OPTIONS (index_type = 'TREE_AH', distance_type = {literal(distance)})"
+        f"{partitions}OPTIONS (index_type = 'TREE_AH', distance_type = {literal(distance)})"
     )
 
 

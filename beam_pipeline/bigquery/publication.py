@@ -110,7 +110,8 @@ class Publication:
         partition_expiration_days: for tables that are made; None keeps partitions forever.
         require_partition_filter: for tables that are made: queries must name a partition.
         kms_key: Cloud KMS key of every table and job; None leaves it to the dataset.
-        vector_index: distance of the vector index of each tower's history; None creates none.
+        vector_index: distance of the vector index of each tower's tables; None creates none.
+        latest_tables: also keep the newest training of each tower in a table of its own.
     """
 
     destination: Destination
@@ -123,6 +124,7 @@ class Publication:
     require_partition_filter: bool = False
     kms_key: str | None = None
     vector_index: str | None = None
+    latest_tables: bool = False
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -275,10 +277,31 @@ def shape(client: bigquery.Client, publication: Publication, _launch: str) -> No
         add_columns(client, table, fields)
         if publication.vector_index:
             ensure_index(client, destination.table(tower), tower, publication.vector_index)
+    if publication.latest_tables:
+        for tower in publication.towers:
+            create_latest(client, publication, tower)
     log = bigquery.Table(destination.log, schema=tables.LOG_SCHEMA)
     log.description = "One row for each run, tower and publication, written in the transaction that published them."
     add_columns(client, create_table(client, log, publication.encryption), tables.LOG_SCHEMA)
     ensure_lock(client, destination, publication.encryption)
+
+
+def create_latest(client: bigquery.Client, publication: Publication, tower: str) -> None:
+    """Creates the table of a tower's newest training and its index, or adds the columns that it lacks.
+
+    Raises:
+        IncompatibleTableError: a table exists that cannot be used.
+        PublishError: BigQuery refuses the vector index.
+    """
+    name, fields = publication.destination.latest(tower), tables.schema_fields(tower)
+    wanted = bigquery.Table(name, schema=fields)
+    wanted.clustering_fields = [f"{tower}_id"]
+    wanted.description = f"Embedding of each {tower} after the newest training, replaced by the next publication."
+    table = create_table(client, wanted, publication.encryption)
+    require_compatible(table, tower, partitioned=False)
+    add_columns(client, table, fields)
+    if publication.vector_index:
+        ensure_index(client, name, tower, publication.vector_index, partitioned=False)
 
 
 def ensure_lock(
@@ -294,9 +317,9 @@ def ensure_lock(
         client.query_and_wait(tables.fill_lock_sql(destination))
 
 
-def require_compatible(table: bigquery.Table, tower: str) -> None:
+def require_compatible(table: bigquery.Table, tower: str, *, partitioned: bool = True) -> None:
     """Raises IncompatibleTableError, with the differences spelled out, if a table cannot be a tower's history."""
-    if found := tables.differences(table, tower):
+    if found := tables.differences(table, tower, partitioned=partitioned):
         raise IncompatibleTableError(
             f"table {table.reference} cannot be used: {'; '.join(found)}; "
             "rename it, or choose another name with --table_prefix, --table_suffix or --dataset"
@@ -327,6 +350,7 @@ def publish(
             publication.if_partition_taken,
             {tower: tallies[training.run.run_id, tower] for tower in publication.towers},
             publication.job_name,
+            latest_tables=publication.latest_tables,
         )
         _publish(client, training.run, f"{launch}_{number}", script, sleep)
     for tower in publication.towers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
 from google.cloud import bigquery
@@ -59,6 +59,10 @@ class Destination:
         """Returns `project.dataset.table` of a tower's staging table, which no other launch uses."""
         dataset = self.staging_dataset or f"{self.project}.{self.dataset}"
         return f"{dataset}.{self.prefix}_{tower}_embedding{self.suffix}_staging_{launch}"
+
+    def latest(self, tower: str) -> str:
+        """Returns `project.dataset.table` of a tower's newest training alone."""
+        return f"{self.project}.{self.dataset}.{self.prefix}_{tower}_embedding_latest{self.suffix}"
 
     @property
     def log(self) -> str:
@@ -145,6 +149,7 @@ LOG_SCHEMA = [
         ("job_name", "STRING", "Beam job"),
         ("launch", "STRING", "Launch of the job; BigQuery's job ids carry it"),
         ("pipeline_version", "STRING", "Version of beam_pipeline"),
+        ("run_started_at", "TIMESTAMP", "When the training started; of two of one date, the later one is the newer"),
     )
 ]
 
@@ -183,8 +188,10 @@ def staged_values(trainings: Sequence[Training]) -> dict[str, dict[str, Any]]:
     }
 
 
-def differences(table: bigquery.Table, tower: str) -> list[str]:
+def differences(table: bigquery.Table, tower: str, *, partitioned: bool = True) -> list[str]:
     """Returns what keeps a table from being a tower's history, in words; empty if it can be used.
+
+    A table of the newest training alone has the same columns, and is not `partitioned`.
 
     Missing columns are no difference, they can be added; NULLABLE where we would write REQUIRED is none either.
     """
@@ -192,7 +199,10 @@ def differences(table: bigquery.Table, tower: str) -> list[str]:
     if table.table_type not in (None, "TABLE"):
         found.append(f"it is a {table.table_type}, not a table")
     partitioning = table.time_partitioning
-    if partitioning is None:
+    if not partitioned:
+        if partitioning is not None:
+            found.append("it is partitioned, and holds one training alone")
+    elif partitioning is None:
         by_range = getattr(table, "range_partitioning", None)
         found.append(
             f"it is {'partitioned by range' if by_range else 'not partitioned'}, not by DAY({PARTITION_COLUMN})"
@@ -252,12 +262,14 @@ def fill_lock_sql(destination: Destination) -> str:
     return f"INSERT INTO `{destination.lock}` (launch) VALUES (NULL)"
 
 
-def literal(value: date | float | str) -> str:
+def literal(value: date | datetime | float | str) -> str:
     """Returns a SQL literal for the publish script, which takes no query parameters.
 
     Raises:
         ValueError: a string with anything but letters, digits and `_ . : -`, so that no value can end its literal.
     """
+    if isinstance(value, datetime):
+        return f"TIMESTAMP '{value.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}+00'"
     if isinstance(value, date):
         return f"DATE '{value.isoformat()}'"
     if isinstance(value, float | int):
@@ -280,6 +292,8 @@ def publish_script(
     if_partition_taken: str,
     tallies: Mapping[str, Tally],
     job_name: str,
+    *,
+    latest_tables: bool = False,
 ) -> str:
     """Returns the one transaction that makes all towers of a training visible at once, and records it.
 
@@ -294,6 +308,7 @@ def publish_script(
         if_partition_taken: "fail", "replace" or "keep".
         tallies: tower → what was read of it, for the log.
         job_name: of the Beam job, for the log.
+        latest_tables: also replace the latest tables, unless a newer training is published.
     """
     run, towers = training.run, [*training.towers]
     day, run_id = literal(run.train_date), literal(run.run_id)
@@ -302,7 +317,7 @@ def publish_script(
     of_ours = f"{partition} AND mlflow_run_id = {run_id}"
     statements = [
         "BEGIN TRANSACTION",
-        f"UPDATE `{destination.lock}` SET launch = {literal(launch)}, locked_at = CURRENT_TIMESTAMP() WHERE TRUE",
+        lock_sql(destination, launch),
     ]
     if if_partition_taken == "fail":
         statements += [
@@ -327,6 +342,11 @@ def publish_script(
             f"SELECT {', '.join([*of_run, *columns[-2:]])} FROM `{destination.staging(tower, launch)}` "
             f"WHERE {_staged(run, number)}",
         ]
+    if latest_tables:
+        for tower in towers:
+            statements += replace_latest_sql(
+                destination, tower, run.train_date, run.run_id, _newest(destination, tower, run)
+            )
     entries = ", ".join(
         f"({', '.join(_log_entry(destination, training, tower, launch, tallies[tower.name], job_name).values())})"
         for tower in training.towers.values()
@@ -349,7 +369,7 @@ def _log_entry(
         "mlflow_experiment_name": text(run.experiment_name),
         "mlflow_run_id": literal(run.run_id),
         "mlflow_run_name": text(run.run_name),
-        "model_uri": text(training.model_uri),
+        "model_uri": text(tower.model_uri or training.model_uri),
         "tower": literal(tower.name),
         "table_name": text(destination.table(tower.name)),
         "row_count": literal(tally.ids),
@@ -364,7 +384,44 @@ def _log_entry(
         "job_name": text(job_name),
         "launch": literal(launch),
         "pipeline_version": literal(__version__),
+        "run_started_at": literal(run.started_at),
     }
+
+
+def _newest(destination: Destination, tower: str, run: Run) -> str:
+    """Returns the condition that no training of a tower is newer than a run: by date, then by when it started."""
+    day = f"{PARTITION_COLUMN} = {literal(run.train_date)}"
+    return (
+        f"NOT EXISTS(SELECT 1 FROM `{destination.table(tower)}` WHERE {PARTITION_COLUMN} > {literal(run.train_date)}) "
+        f"AND NOT EXISTS(SELECT 1 FROM `{destination.log}` WHERE tower = {literal(tower)} AND {day} "
+        f"AND run_started_at > {literal(run.started_at)})"
+    )
+
+
+def replace_latest_sql(
+    destination: Destination, tower: str, train_date: date, run_id: str, condition: str
+) -> list[str]:
+    """Returns the statements that put a published training in place of a tower's latest one, on a condition."""
+    columns = ", ".join(column["name"] for column in schema(tower))
+    latest = destination.latest(tower)
+    return [
+        f"DELETE FROM `{latest}` WHERE {condition}",
+        f"INSERT INTO `{latest}` ({columns}) SELECT {columns} FROM `{destination.table(tower)}` "
+        f"WHERE {PARTITION_COLUMN} = {literal(train_date)} AND mlflow_run_id = {literal(run_id)} AND {condition}",
+    ]
+
+
+def rollback_script(destination: Destination, towers: Sequence[str], train_date: date, run_id: str, launch: str) -> str:
+    """Returns the one transaction that puts a published training into the latest tables, whatever is there."""
+    statements = ["BEGIN TRANSACTION", lock_sql(destination, launch)]
+    for tower in towers:
+        statements += replace_latest_sql(destination, tower, train_date, run_id, "TRUE")
+    return "".join(f"{statement};\n" for statement in [*statements, "COMMIT TRANSACTION"])
+
+
+def lock_sql(destination: Destination, launch: str) -> str:
+    """Returns the statement that makes publications conflict, the first of each."""
+    return f"UPDATE `{destination.lock}` SET launch = {literal(launch)}, locked_at = CURRENT_TIMESTAMP() WHERE TRUE"
 
 
 TAKEN_MARK = "partition taken:"

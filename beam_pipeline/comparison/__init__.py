@@ -1,1 +1,1 @@
-"""How embeddings changed between two trainings: a pipeline of its own, beside the one that publishes them."""
+"""How embeddings changed between two trainings: a second pipeline, beside the one that publishes them."""

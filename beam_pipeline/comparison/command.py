@@ -67,7 +67,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of our own flags."""
+    """Returns the parser of the comparison's flags."""
     result = options.base_parser(
         "compare",
         "Compares the embeddings of two trainings: how much the scores of each user and item changed, what was kept of "
@@ -90,25 +90,25 @@ def parser() -> argparse.ArgumentParser:
     )
     asking.add_towers(which)
     options.add_destination(which)
-    what = result.add_argument_group("what is compared")
-    what.add_argument(
+    compared = result.add_argument_group("what is compared")
+    compared.add_argument(
         "--ids",
         default="item",
         choices=("item", "user", "both", "none"),
         help="towers of which a row per id is published (default: item)",
     )
-    what.add_argument("--k", type=int, default=10, help="neighbours and recommendations (default: %(default)s)")
-    what.add_argument(
+    compared.add_argument("--k", type=int, default=10, help="neighbours and recommendations (default: %(default)s)")
+    compared.add_argument(
         "--queries", type=int, default=2000, help="ids that are sampled for neighbours (default: %(default)s)"
     )
-    what.add_argument("--top", type=int, default=25, help="ids that moved farthest, to show (default: %(default)s)")
-    what.add_argument(
+    compared.add_argument("--top", type=int, default=25, help="ids that moved farthest, to show (default: %(default)s)")
+    compared.add_argument(
         "--score",
         default="dot",
         choices=("dot", "cosine"),
         help="how the model scores a user and an item (default: dot)",
     )
-    asking.add_labels(what, "; key=value is Beam's own --labels")
+    asking.add_labels(compared, "; key=value is Beam's own --labels")
     then = result.add_argument_group("where to")
     then.add_argument("--report", metavar="FILE.html", help="write a page about the comparison and those before")
     then.add_argument(
@@ -148,7 +148,7 @@ def parse(argv: Sequence[str]) -> Config:
     ours = parser()
     found, rest = ours.parse_known_args(list(options.bare_switches(ours, argv)))
     options.refuse_unknown(ours, rest)
-    # Airflow and people give Dataflow's labels by the same flag, and those are never SQL.
+    # Airflow and people give Dataflow's labels by the same flag, and labels are never SQL.
     labels, of_beam = asking.labels(ours, found.labels or [])
     rest += [f"--labels={text}" for text in of_beam]
     if found.all and (found.earlier or found.later):
@@ -469,7 +469,7 @@ def _umask() -> int:
 
 
 def report(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line that makes a page of the result tables; returns the exit code."""
+    """Runs the command line that renders a page from the result tables; returns the exit code."""
     ours = options.base_parser("report", "Makes a page of the comparisons that are in the result tables; runs no job.")
     options.add_destination(ours)
     ours.add_argument("--project", help="Google Cloud project")
@@ -492,8 +492,8 @@ def _report(found: argparse.Namespace, dataset_project: str | None, dataset: str
     auth.authorize(found.tracking_uri, found.tracking_audience)
     with asking.connected(found, dataset_project, dataset) as (client, destination):
         last = results.date_of(client, destination, found.later) if found.later else None
-        told = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)
-        html = page.render(told, destination)
+        published = results.find_results(client, destination, last, lambda row: row["mlflow_run_id"] == found.later)
+        html = page.render(published, destination)
         write(found.output, html)
         if found.log_run:
-            log_run([result for result in told if result.pair == told[-1].pair], html, found.tracking_uri)
+            log_run([result for result in published if result.pair == published[-1].pair], html, found.tracking_uri)

@@ -230,7 +230,7 @@ class Distribution:
         return float(np.clip((place + within) * WIDTH, self.smallest, self.largest))
 
     def share_above(self, limit: float) -> float | None:
-        """Returns the share of values above a limit, exact but for those in the limit's own bin; None without any."""
+        """Returns the share of values above a limit, exact but for values in the limit's bin; None without any."""
         if not self.count:
             return None
         place = min(int(limit / WIDTH), _FINE_BINS - 1)
@@ -565,13 +565,13 @@ def norm_of_bin(place: int) -> float:
 def _by_group(scores: np.ndarray, groups: np.ndarray | None) -> dict[str, Group]:
     if groups is None:
         return {}
-    there = np.array([group is not None for group in groups], bool) & ~np.isnan(scores)
-    names, places = np.unique(groups[there].astype(str), return_inverse=True)
+    is_scored = np.array([group is not None for group in groups], bool) & ~np.isnan(scores)
+    names, places = np.unique(groups[is_scored].astype(str), return_inverse=True)
     found = {}
     for number, name in enumerate(names):
-        own = scores[there][places == number]
-        bins = np.bincount(np.minimum((own / COARSE).astype(np.int64), 99), minlength=100)
-        found[str(name)] = Group(len(own), float(own.sum()), float(own.max()), bins)
+        of_group = scores[is_scored][places == number]
+        bins = np.bincount(np.minimum((of_group / COARSE).astype(np.int64), 99), minlength=100)
+        found[str(name)] = Group(len(of_group), float(of_group.sum()), float(of_group.max()), bins)
     return found
 
 
@@ -672,12 +672,12 @@ class Nearest:
         self.ids[touched] = name[kept].reshape(-1, k)
 
     def lists(self, k: int, leave_out: Sequence[str] | None = None) -> list[list[str]]:
-        """Returns the ids of the k best of each query, fewer where there were fewer; a query's own id left out."""
+        """Returns the ids of the k best of each query, fewer where there were fewer; without the query's id."""
         found = []
         for number, (scores, ids) in enumerate(zip(self.scores, self.ids, strict=True)):
-            own = leave_out[number] if leave_out is not None else None
-            there = [str(name) for name, score in zip(ids, scores, strict=True) if score > -np.inf and name != own]
-            found.append(there[:k])
+            query = leave_out[number] if leave_out is not None else None
+            best = [str(name) for name, score in zip(ids, scores, strict=True) if score > -np.inf and name != query]
+            found.append(best[:k])
         return found
 
 
@@ -759,7 +759,7 @@ class Usual:
     high: float | None = None
 
     def unusual(self, value: float | None) -> bool | None:
-        """Returns whether a value is outside; None if that cannot be told."""
+        """Returns whether a value is outside; None if that is unknown."""
         if value is None or self.low is None or self.high is None:
             return None
         return not self.low <= value <= self.high

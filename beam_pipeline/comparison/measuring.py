@@ -1,6 +1,6 @@
 """The steps that read vectors: join, fit, measure, ask, look. Each can be done again, anywhere, at any time.
 
-A BigQuery job that is there already is waited for, not repeated; files have names of their own for each attempt, and
+A BigQuery job that is there already is waited for, not repeated; each attempt names its files differently, and
 those of a failed one are not passed on.
 """
 

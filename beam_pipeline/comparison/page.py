@@ -85,15 +85,15 @@ def render(results: Sequence[Result], destination: Destination) -> str:
 
 def _tower(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     values = result.values
-    own = [one for one in results if one.values["tower"] == values["tower"]]
-    place = own.index(result)
-    earlier = own[place - 1] if place else None
+    of_tower = [other for other in results if other.values["tower"] == values["tower"]]
+    place = of_tower.index(result)
+    earlier = of_tower[place - 1] if place else None
     groups = sorted(values["by_group"], key=lambda group: -group["score_change_mean"])
     return {
         "result": result,
         "values": values,
         "earlier": earlier.values if earlier else None,
-        "history": _svg("history", values["tower"], lambda axes: _draw_history(axes, own, result)),
+        "history": _svg("history", values["tower"], lambda axes: _draw_history(axes, of_tower, result)),
         "histogram": _svg("histogram", values["tower"], lambda axes: _draw_histogram(axes, result, earlier)),
         "plane": _svg("plane", values["tower"], lambda axes: _draw_plane(axes, values))
         if values["distance_and_score_change"]
@@ -126,7 +126,7 @@ def _svg(kind: str, tower: str, draw: Callable[[Axes], None]) -> Markup:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-    # Names of clip paths and markers are made with the salt: two charts of a page must not share them.
+    # Names of clip paths and markers are derived from the salt: two charts of a page must not share them.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"{kind} {tower}"}):
         figure = Figure(figsize=(5.4, 3.0), layout="constrained")
         draw(figure.add_subplot())
@@ -144,21 +144,21 @@ def _svg(kind: str, tower: str, draw: Callable[[Axes], None]) -> Markup:
     return Markup(re.sub(r"\s*\n\s*", "\n", text))
 
 
-def _draw_history(axes: Axes, own: Sequence[Result], result: Result) -> None:
+def _draw_history(axes: Axes, of_tower: Sequence[Result], result: Result) -> None:
     name = result.measure
-    days = [one.values["train_date"] for one in own]
+    days = [each.values["train_date"] for each in of_tower]
     usual = result.usual
     if usual.low is not None and usual.high is not None:
         axes.axhspan(usual.low, usual.high, color=_BAND, lw=0, label="usual for the 99th percentile")
-    places = [*range(len(own))]
+    places = [*range(len(of_tower))]
     for key, colour, label in (("p99", _NOW, "99th percentile"), ("p50", _THEN, "median")):
-        heights = [one.values[f"{name}_{key}"] for one in own]
+        heights = [each.values[f"{name}_{key}"] for each in of_tower]
         axes.plot(
             places, [float("nan") if v is None else v for v in heights], "o-", ms=4, lw=1.2, color=colour, label=label
         )
     step = max(1, len(days) // 6)
     axes.set_xticks(places[::-step][::-1], [str(day) for day in days][::-step][::-1], rotation=20, ha="right")
-    axes.set_xlim(-0.5, len(own) - 0.5)
+    axes.set_xlim(-0.5, len(of_tower) - 0.5)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(name.replace("_", " "))
     axes.legend(loc="lower left", ncols=3, fontsize=8, bbox_to_anchor=(0, 1), borderaxespad=0)

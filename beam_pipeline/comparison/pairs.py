@@ -20,7 +20,7 @@ from beam_pipeline.errors import ConfigError, TrainingMissingError
 def choose(
     trainings: Sequence[Trained], towers: Sequence[str], earlier: str | None = None, later: str | None = None
 ) -> Pair | None:
-    """Returns the pair that is meant: by default the two latest trainings; None if there is none before the later one.
+    """Returns the pair to compare: by default the two latest trainings; None if there is none before the later one.
 
     Args:
         trainings: oldest first.

@@ -42,7 +42,7 @@ class _StepFn(beam.DoFn):
         }
 
     def setup(self) -> None:
-        if emulators.emulated():  # A worker may be a process of its own.
+        if emulators.emulated():  # A worker may be another process.
             emulators.connect()
         self._client = publication.make_client(self._comparison.destination)
 

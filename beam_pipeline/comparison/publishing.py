@@ -90,8 +90,8 @@ def _compare_with_previous(client: bigquery.Client, comparison: Comparison, fini
     """Adds the share of ids above the previous pair's 99th percentile, of this job or published before."""
     last = max(pair.after.train_date for pair in comparison.pairs)
     known: list[Percentile] = percentiles(client, comparison.destination, last)
-    own = {(pair.before.run_id, pair.after.run_id) for pair in comparison.pairs}
-    known = [one for one in known if (one.before_run, one.after_run) not in own]
+    compared = {(pair.before.run_id, pair.after.run_id) for pair in comparison.pairs}
+    known = [each for each in known if (each.before_run, each.after_run) not in compared]
     for one in finished:
         pair = comparison.pairs[one.pair]
         for tower, row in one.rows.items():
@@ -241,7 +241,7 @@ def discard(client: bigquery.Client, comparison: Comparison, token: str | None =
     Args:
         client: for the dataset.
         comparison: what was to be compared.
-        token: whose; by default this comparison's own, and with "" everybody's.
+        token: whose; by default this comparison's, and with "" everybody's.
     """
     destination = comparison.destination
     token = comparison.token if token is None else token

@@ -64,7 +64,7 @@ def to_rows(pages: Sequence[pa.RecordBatch], before: int, after: int) -> Rows:
 
 
 def _objects(column: pa.ChunkedArray) -> np.ndarray:
-    # Not to_numpy(): an array of strings without a missing one would come with a type of its own.
+    # Not to_numpy(): an array of strings without a missing one would have another type.
     found = np.empty(len(column), object)
     found[:] = column.to_pylist()
     return found

@@ -103,7 +103,7 @@ class Result:
 
     @property
     def unusual(self) -> bool | None:
-        """Whether the pair is; None if that cannot be told."""
+        """Whether the pair is; None if that is unknown."""
         return self.usual.unusual(self.p99)
 
     @property

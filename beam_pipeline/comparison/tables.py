@@ -255,7 +255,7 @@ def join_sql(destination: Destination, tower: str, pair: Pair, labels: str | Non
 
 
 def create_joined_sql(name: str, select: str, expires: datetime, kms_key: str | None, labels: dict[str, str]) -> str:
-    """Returns the statement that makes a joined table, the same one however often it runs.
+    """Returns the statement that creates a joined table, the same one however often it runs.
 
     It is clustered by the hash of the id, so that a sample is read without the rest.
     """
@@ -344,10 +344,10 @@ def publish_script(
         "previous_mlflow_run_name": text(pair.before.run_name),
     }
     for tower in changed:
-        own = ", ".join((f"{tower}_id", *CHANGE_COLUMNS))
+        of_ids = ", ".join((f"{tower}_id", *CHANGE_COLUMNS))
         statements.append(
-            f"INSERT INTO `{change_table(destination, tower)}` ({', '.join(constants)}, {own}) "
-            f"SELECT {', '.join(constants.values())}, {own} "
+            f"INSERT INTO `{change_table(destination, tower)}` ({', '.join(constants)}, {of_ids}) "
+            f"SELECT {', '.join(constants.values())}, {of_ids} "
             f"FROM `{staged_change(destination, tower, launch)}` WHERE pair = {number}"
         )
     statements.append("COMMIT TRANSACTION")

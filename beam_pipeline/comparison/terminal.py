@@ -85,22 +85,22 @@ def lines(result: Result) -> list[str]:
     """Returns a tower's numbers and its verdict."""
     values = result.values
     name = result.measure
-    told = [f"{values['ids_common']:,} of {values['ids_common'] + values['ids_removed']:,} common"]
+    figures = [f"{values['ids_common']:,} of {values['ids_common'] + values['ids_removed']:,} common"]
     if values["ids_added"]:
-        told[0] += f", {values['ids_added']:,} added"
+        figures[0] += f", {values['ids_added']:,} added"
     if result.p99 is not None:
         usual = result.usual
         band = f" (usual {usual.low:.2f} to {usual.high:.2f})" if usual.low is not None else ""
-        told.append(
+        figures.append(
             f"{name.replace('_', ' ')} median {values[f'{name}_p50']:.2f}, 99th percentile {result.p99:.2f}{band}"
         )
-    first = f"{values['tower'] + 's':<11} {'; '.join(told)}"
+    first = f"{values['tower'] + 's':<11} {'; '.join(figures)}"
     more = []
     if values["distance_p50"] is not None and name != "distance":
         more.append(f"distance median {values['distance_p50']:.2f} (unrelated {values['distance_unrelated']:.2f})")
     for kept, words in (("neighbours", "neighbours"), ("recommendations", "recommendations")):
         share = values[f"{kept}_kept"]
-        # What users are recommended is told with the users.
+        # The line of the users has their recommendations.
         if share is not None and (kept == "neighbours" or values["neighbours_kept"] is None):
             error = values[f"{kept}_kept_error"]
             more.append(

@@ -134,11 +134,11 @@ def _plane_values(plane: np.ndarray) -> list[dict[str, Any]]:
 def _kept(comparison: Comparison, facts: Facts, asked: int, tower: str, found: Found) -> measures.Kept | None:
     if (tower, "before") not in found:
         return None
-    own = None
+    queries = None
     if tower == comparison.items:
-        own = [str(name) for name in load_arrays(facts.queries_path)[f"{tower}.ids"]]
+        queries = [str(name) for name in load_arrays(facts.queries_path)[f"{tower}.ids"]]
     before, after = (
-        Nearest(one.scores[:asked], one.ids[:asked]).lists(comparison.k, own)
+        Nearest(one.scores[:asked], one.ids[:asked]).lists(comparison.k, queries)
         for one in (found[tower, "before"], found[tower, "after"])
     )
     return measures.kept(before, after, comparison.k, facts.joined[tower].common)
@@ -153,18 +153,18 @@ def _movers(
     tower: str,
     found: Found,
 ) -> list[dict[str, Any]]:
-    own = [mover.id for mover in movers]
+    ids = [mover.id for mover in movers]
     nearest: dict[str, list[list[str]]] = {}
     for when in ("before", "after"):
         one = found.get((tower, when))
         nearest[when] = (
             Nearest(one.scores[asked:], one.ids[asked:]).lists(
-                MOVER_NEIGHBOURS, own if tower == comparison.items else None
+                MOVER_NEIGHBOURS, ids if tower == comparison.items else None
             )
             if one
             else [[] for _ in movers]
         )
-    labels = _labels(client, comparison, facts, tower, own)
+    labels = _labels(client, comparison, facts, tower, ids)
     of_items = _labels(
         client,
         comparison,

@@ -97,7 +97,7 @@ class Comparison:
         return f"{self.all_files}/{self.token}"
 
     def new_file(self, launch: str, name: str) -> str:
-        """Returns a path that nobody else writes to, not even a retry."""
+        """Returns a path that nothing else writes to, not even a retry."""
         return f"{self.files}/{launch}/{uuid.uuid4().hex}_{name}"
 
 

@@ -278,6 +278,7 @@ class Tower:
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
         tail: what the model does with the rows.
         source: "embedding", "index" if the rows are those of a search index, or "file" if the trainer logged them.
+        model_uri: where its model lies, if the towers of a training are of several.
     """
 
     name: str
@@ -287,6 +288,7 @@ class Tower:
     rest: tuple[Span, ...] = ()
     tail: Tail = Tail(Ending.UNKNOWN)
     source: str = "embedding"
+    model_uri: str = ""
 
     @property
     def contiguous(self) -> Matrix:

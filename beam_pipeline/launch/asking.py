@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _QUERY = re.compile(r"([a-z][a-z0-9_]{0,63})=\s*((?:(?:SELECT|WITH|FROM)\b|\().*)", re.IGNORECASE | re.DOTALL)
 
 
-def add_towers(group: argparse._ActionsContainer) -> None:
+def add_towers(group: options.FlagGroup) -> None:
     """Adds the flag that says which tower is which."""
     group.add_argument(
         "--towers",
@@ -38,7 +38,7 @@ def towers(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[st
     return names
 
 
-def add_labels(group: argparse._ActionsContainer, more: str = "") -> None:
+def add_labels(group: options.FlagGroup, more: str = "") -> None:
     """Adds the flag that gives labels to a tower's ids; `more` ends its help."""
     group.add_argument(
         "--labels",

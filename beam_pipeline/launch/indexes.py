@@ -32,26 +32,36 @@ def examine(findings: Findings, client: bigquery.Client, publication: Publicatio
     for tower in publication.towers:
         try:
             _examine(findings, client, publication, tower, distance)
+            if publication.latest_tables:
+                _examine(findings, client, publication, tower, distance, latest=True)
         except GoogleAPICallError as error:
             findings.stop(f"index {tower}", ConfigError(f"BigQuery refuses the vector index: {first_line(error)}"))
 
 
-def _examine(findings: Findings, client: bigquery.Client, publication: Publication, tower: str, distance: str) -> None:
-    check, name = f"index {tower}", publication.destination.table(tower)
-    trainings = [training for training in publication.trainings if tower in training.towers]
-    size = sum(
-        training.towers[tower].matrix.rows * training.towers[tower].matrix.dimension * 8 for training in trainings
-    )
+def _examine(
+    findings: Findings,
+    client: bigquery.Client,
+    publication: Publication,
+    tower: str,
+    distance: str,
+    *,
+    latest: bool = False,
+) -> None:
+    destination = publication.destination
+    check, name = f"index {tower}", destination.latest(tower) if latest else destination.table(tower)
+    published = {training.run.train_date: training.towers[tower].matrix for training in publication.trainings}
+    sizes = {day: matrix.rows * matrix.dimension * 8 for day, matrix in published.items()}
+    size = sizes[max(sizes)] if latest else sum(sizes.values())
     try:
         table = client.get_table(name)
     except NotFound:
-        findings.ok(check, f"{distance}, will be created with the table")
-        _examine_size(findings, check, size)
+        findings.ok(check, f"{distance}, will be created with {name}")
+        _examine_size(findings, check, name, size)
         return
-    published = [(training.run.train_date, training.towers[tower].matrix.dimension) for training in trainings]
-    _examine_lengths(
-        findings, check, name, {**history.vector_lengths(client, publication.destination, tower), **dict(published)}
-    )
+    if not latest:  # Of a latest table all is replaced.
+        size += table.num_bytes or 0
+        there = history.vector_lengths(client, destination, tower)
+        _examine_lengths(findings, check, name, there | {day: matrix.dimension for day, matrix in published.items()})
     found = indexes.find_indexes(client, name)
     for index in found:
         if index.distance != distance:
@@ -70,18 +80,18 @@ def _examine(findings: Findings, client: bigquery.Client, publication: Publicati
         # Says what the edition, a quota or a missing permission would.
         dry = bigquery.QueryJobConfig(dry_run=True)
         try:
-            client.query(indexes.create_index_sql(name, tower, distance), job_config=dry)
+            client.query(indexes.create_index_sql(name, tower, distance, partitioned=not latest), job_config=dry)
             findings.ok(check, f"{distance}, will be created")
         except Forbidden:  # The workers' account creates it, where they have one of their own.
             findings.note(check, f"{distance}, will be created: this account may not ask whether BigQuery allows it")
-    _examine_size(findings, check, size + (table.num_bytes or 0))
+    _examine_size(findings, check, name, size)
 
 
-def _examine_size(findings: Findings, check: str, size: int) -> None:
+def _examine_size(findings: Findings, check: str, name: str, size: int) -> None:
     if size < indexes.LEAST_BYTES:
         findings.note(
             check,
-            f"the table will have {size / 1e6:.1f} MB: BigQuery builds no index below 10 MB, and searches compare with "
+            f"{name} will have {size / 1e6:.1f} MB: BigQuery builds no index below 10 MB, and searches compare with "
             "every row until then",
         )
 

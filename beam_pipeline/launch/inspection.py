@@ -33,9 +33,10 @@ def describe(
         sources: the ids of embeddings without a lookup.
     """
     layers, without_ids = artifact.tower_layers(), artifact.embeddings_without_ids()
-    chosen = towers if {*towers.values()} <= {*layers, *without_ids} else discover(layers or without_ids) or {}
+    found = discover(layers or without_ids, artifact.index_layers())
+    chosen = towers if {*towers.values()} <= {*layers, *without_ids} else found or {}
     if not layers:
-        yield "no layer holds one lookup and one embedding"
+        yield "no layer holds one lookup and one embedding, or a search index"
     for layer in layers:
         yield f"layer       {layer}"
         try:
@@ -55,7 +56,7 @@ def describe(
                 tail = artifact.tails(chosen, sources.ids.keys() & chosen.keys())[name]
                 yield f"  then      {vectors.describe(tail)}"
             else:
-                yield _shape(artifact.matrix("tower", layer), folder)
+                yield _shape("embedding", artifact.matrix("tower", layer), folder)
                 yield "  ids       not in the model: name them with --ids NAME=PATH"
         except PipelineError as error:
             yield f"  refused   {error}"
@@ -68,15 +69,15 @@ def describe_files(towers: Iterable[Tower], open_file: OpenFile) -> Iterator[str
         yield from _describe(tower, tower.matrix.path.rpartition("/")[0], open_file)
 
 
-def _shape(matrix: Matrix | VectorTable, folder: str) -> str:
+def _shape(source: str, matrix: Matrix | VectorTable, folder: str) -> str:
     shape = f"{matrix.rows:,} rows × {matrix.dimension} {matrix.dtype}"
-    return f"  embedding {shape}, {matrix.size:,} bytes in {matrix.path.removeprefix(f'{folder}/')}"
+    return f"  {source:<9} {shape}, {matrix.size:,} bytes in {matrix.path.removeprefix(f'{folder}/')}"
 
 
 def _describe(tower: Tower, folder: str, open_file: OpenFile) -> Iterator[str]:
     matrix, vocabulary = tower.matrix, tower.vocabulary
     size = vocabulary.span.end - vocabulary.span.start
-    yield _shape(matrix, folder)
+    yield _shape(tower.source, matrix, folder)
     if isinstance(matrix, VectorTable):
         count, examples = _beside_vectors(matrix, open_file)
         yield f"  ids       {count:,}, in column {matrix.id_column!r} beside the vectors in {matrix.value_column!r}"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from itertools import chain
 
 from beam_pipeline import command, credentials, metrics, tag
 from beam_pipeline.bigquery import publication
@@ -27,6 +26,7 @@ from beam_pipeline.launch.session import Session, open_session
 from beam_pipeline.launch.sources import find_sources
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
+from beam_pipeline.tracking.models import Model
 from beam_pipeline.training import Run, Training
 
 WHOLE = "the tables hold this training whole or not at all, start the job again"
@@ -80,19 +80,33 @@ def run(config: Config) -> None:
 
 
 def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
+    models = selection.models_of(config, run)
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
-        beside = find_sources(config, run, copies_to, stack, terminal.copying)
-        of_files = inspection.describe_files(beside.towers_of_files(config.towers), open_file)
-        if not config.layers:
-            terminal.inspected(run, run.artifact_uri, of_files)
-            return
-        model = selection.model_of(config, run)
+        folders = _folders(config, run, models, copies_to, stack, terminal)
+        sources = find_sources(config, run, copies_to, stack, terminal.copying)
+        for folder in dict.fromkeys(folders.values()):
+            artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
+            towers = {
+                name: layer.rpartition(":")[2] for name, layer in config.layers.items() if folders[name] == folder
+            }
+            terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, towers, sources))
+        if config.vectors:
+            of_files = sources.towers_of_files(config.towers)
+            terminal.inspected(run, run.artifact_uri, inspection.describe_files(of_files, open_file))
+
+
+def _folders(
+    config: Config, run: Run, models: Mapping[str, Model], copies_to: str, copies: ExitStack, terminal: Terminal
+) -> dict[str, str]:
+    """Returns tower → folder in which its model can be read; copies stay until `copies` is closed."""
+    folders = dict[Model, str]()
+    several = len({*models.values()}) > 1
+    for number, model in enumerate(dict.fromkeys(models.values())):
         terminal.found(model)
-        folder = stack.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
-        artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
-        of_model = inspection.describe(artifact, folder, open_file, config.layers, beside)
-        terminal.inspected(run, folder, chain(of_model, of_files))
+        to = f"{copies_to}/{number}" if several else copies_to
+        folders[model] = copies.enter_context(selection.readable(config, run, model, to, terminal.copying))
+    return {name: folders[model] for name, model in models.items()}
 
 
 def _unpublished(config: Config, runs: Sequence[Run], session: Session, terminal: Terminal) -> Sequence[Run]:
@@ -112,14 +126,10 @@ def _trainings(
     copies_to = publication.copies_folder(session.temp_location, session.token)
     for run in runs:
         try:
-            beside = find_sources(config, run, copies_to, copies, terminal.copying)
-            if config.layers:
-                model = selection.model_of(config, run)
-                terminal.found(model)
-                folder = copies.enter_context(selection.readable(config, run, model, copies_to, terminal.copying))
-                selected = selection.read_training(config, run, model, folder, beside)
-            else:
-                selected = selection.read_files(config, run, beside)
+            models = selection.models_of(config, run)
+            folders = _folders(config, run, models, copies_to, copies, terminal)
+            sources = find_sources(config, run, copies_to, copies, terminal.copying)
+            selected = selection.read_training(config, run, models, folders, sources)
         except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise

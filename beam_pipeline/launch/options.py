@@ -37,6 +37,10 @@ _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
 
+FlagGroup = argparse._ActionsContainer
+"""A parser, or a group of its flags: what has `add_argument`."""
+
+
 @dataclass(frozen=True)
 class JobConfig:
     """What is asked of every job: where its tables are, where it runs, as whom. Each attribute is a flag.
@@ -114,6 +118,7 @@ class Config(JobConfig):
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
     vector_index: str | None = None
+    latest_tables: bool = False
     include_oov: bool = False
     embedding_rows: bool = False
     writer: str = "columnar"
@@ -148,6 +153,7 @@ examples:
 other commands, each with a --help of its own:
   beam-pipeline compare      what changed between two trainings
   beam-pipeline report       a page about the comparisons in the result tables
+  beam-pipeline rollback     put an earlier training into the latest tables again
   beam-pipeline search       nearest items, recommendations, similar users in one training
   beam-pipeline tag          tag an MLflow run with what was published of it
   beam-pipeline emulators    serve the folder of --warehouse, to query it
@@ -192,7 +198,7 @@ def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, width, subsequent_indent=indent)
 
 
-def add_tracking(group: argparse._ActionsContainer) -> None:
+def add_tracking(group: FlagGroup) -> None:
     """Adds the flags that say where MLflow is."""
     group.add_argument("--tracking_uri", help="MLflow tracking server or store (default: MLFLOW_TRACKING_URI)")
     group.add_argument(
@@ -203,7 +209,7 @@ def add_tracking(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_destination(group: argparse._ActionsContainer) -> None:
+def add_destination(group: FlagGroup) -> None:
     """Adds the flags that say where the tables are."""
     # No default of its own: only an --env that was given contradicts --dataset.
     group.add_argument("--env", choices=ENVS, help=f"dataset raw_ENV (default: {ENVS[0]})")
@@ -220,7 +226,7 @@ def add_destination(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_impersonation(group: argparse._ActionsContainer) -> None:
+def add_impersonation(group: FlagGroup) -> None:
     """Adds Beam's flag that says as whom to act."""
     group.add_argument(
         "--impersonate_service_account",
@@ -351,8 +357,9 @@ def parser() -> argparse.ArgumentParser:
         "--tower",
         action="append",
         metavar="NAME=LAYER",
-        help="a tower and the attribute path of the layer that holds its lookup and its embedding, or of an embedding "
-        "that a lookup feeds; repeat for each, or separate them by commas "
+        help="a tower and the attribute path of the layer that holds its lookup and its embedding, of an embedding "
+        "that a lookup feeds, or of a search index; repeat for each, or separate them by commas; PATH:LAYER for a "
+        "tower that is in a model of its own, of which PATH is the --artifact_path, PATH: for its only tower "
         f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     towers.add_argument(
@@ -405,12 +412,12 @@ def parser() -> argparse.ArgumentParser:
         "--partition_expiration_days",
         type=int,
         metavar="DAYS",
-        help="set when a table is made (default: kept forever, whatever the dataset's default)",
+        help="set when a table is created (default: kept forever, whatever the dataset's default)",
     )
     target.add_argument(
         "--require_partition_filter",
         action="store_true",
-        help="set when a table is made: queries must name a train_date",
+        help="set when a table is created: queries must name a train_date",
     )
     target.add_argument(
         "--kms_key",
@@ -424,6 +431,12 @@ def parser() -> argparse.ArgumentParser:
         choices=DISTANCES,
         help="create a vector index of each tower's table unless it has one, by this distance: VECTOR_SEARCH uses it "
         "within a training (default: none)",
+    )
+    target.add_argument(
+        "--latest_tables",
+        action="store_true",
+        help="also keep each tower's newest training in a table of its own, PREFIX_TOWER_embedding_latestSUFFIX, "
+        "replaced in the same transaction; an older run never replaces a newer one",
     )
     safety = result.add_argument_group("safety")
     safety.add_argument(
@@ -444,7 +457,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="text",
         choices=("text", "json"),
-        help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job would go",
+        help="check everything, print the report and the SQL that would run, and stop; exit 0 only if the job "
+        "could run",
     )
     modes.add_argument(
         "--inspect",
@@ -461,7 +475,7 @@ def parser() -> argparse.ArgumentParser:
         "--writer",
         default="columnar",
         choices=("columnar", "rows"),
-        help="columnar: batches straight to Avro blocks; rows: Beam's stock WriteToBigQuery, ten times slower, same "
+        help="columnar: batches straight to Avro blocks; rows: Beam's built-in WriteToBigQuery, ten times slower, same "
         "tables (default: columnar)",
     )
     beam = result.add_argument_group(
@@ -535,6 +549,7 @@ def parse(argv: Sequence[str]) -> Config:
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
         vector_index=found.vector_index,
+        latest_tables=found.latest_tables,
         include_oov=found.include_oov,
         embedding_rows=found.embedding_rows,
         writer=found.writer,
@@ -582,7 +597,7 @@ def _towers(ours: argparse.ArgumentParser, given: list[str] | None, vectors: lis
     for flag, pairs in (("--tower", ",".join(given or ()).split(",")), ("--vectors", _pairs(vectors))):
         for text in pairs if given or flag == "--vectors" else ():
             name, _, layer = text.partition("=")
-            if not layer or not _TOWER.fullmatch(name):
+            if not layer or layer.startswith(":") or not _TOWER.fullmatch(name):
                 value = "LAYER" if flag == "--tower" else "PATH"
                 ours.error(f"{flag}={text!r}: NAME={value}, with a NAME of lower-case letters, digits and _")
             if name in towers:

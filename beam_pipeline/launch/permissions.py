@@ -84,13 +84,16 @@ def _questions(client: bigquery.Client, publication: Publication, dataflow: bool
     yield _Question(f"project {project}", of_jobs, lambda: project_permissions(project, of_jobs))
     yield _Question(f"bucket {bucket}", BUCKET_PERMISSIONS, lambda: bucket_permissions(project, bucket))
     needed = [*TABLE_PERMISSIONS, *(["bigquery.tables.createIndex"] if publication.vector_index else [])]
-    for tower in publication.towers:
-        table = publication.destination.table(tower)
+    destination = publication.destination
+    named = {f"table {tower}": destination.table(tower) for tower in publication.towers}
+    if publication.latest_tables:
+        named |= {f"latest {tower}": destination.latest(tower) for tower in publication.towers}
+    for name, table in named.items():
 
         def ask(table: str = table) -> Collection[str]:
             return list(client.test_iam_permissions(table, needed)["permissions"])
 
-        yield _Question(f"table {tower}", needed, ask)
+        yield _Question(name, needed, ask)
 
 
 def bucket_permissions(project: str, name: str) -> list[str]:

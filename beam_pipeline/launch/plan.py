@@ -61,6 +61,7 @@ def make_plan(
         require_partition_filter=config.require_partition_filter,
         kms_key=config.kms_key,
         vector_index=config.vector_index,
+        latest_tables=config.latest_tables,
     )
     cloud = given.view_as(GoogleCloudOptions)
     findings = preflight.examine(
@@ -102,6 +103,7 @@ def as_sql(publication: Publication) -> str:
             publication.if_partition_taken,
             dict.fromkeys(publication.towers, unknown),
             publication.job_name,
+            latest_tables=publication.latest_tables,
         )
         for number, training in enumerate(publication.trainings)
     )

@@ -67,6 +67,8 @@ def examine(
         except GoogleAPICallError as error:
             reason = f"BigQuery did not answer for {destination.table(tower)}: {first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
+    if publication.latest_tables:
+        _examine_latest(findings, client, publication)
     indexes.examine(findings, client, publication)
     bucket.examine(findings, publication.bucket, destination, publication.kms_key)
     _examine_keys(findings, publication, region, dataflow_kms_key)
@@ -135,6 +137,20 @@ def _examine_table(
     _examine_partitions(findings, client, publication, tower, [training for training, _ in of_runs])
     if not allow_dimension_change:
         _examine_length(findings, client, publication.destination, of_runs[-1][1])
+
+
+def _examine_latest(findings: Findings, client: bigquery.Client, publication: Publication) -> None:
+    for tower in publication.towers:
+        name, check = publication.destination.latest(tower), f"latest {tower}"
+        try:
+            require_compatible(client.get_table(name), tower, partitioned=False)
+            findings.ok(check, f"{name} exists, and will hold this training if no newer one is published")
+        except NotFound:
+            findings.ok(check, f"{name} will be created")
+        except IncompatibleTableError as error:
+            findings.stop(check, error)
+        except GoogleAPICallError as error:
+            findings.stop(check, ConfigError(f"BigQuery did not answer for {name}: {first_line(error)}"))
 
 
 def _examine_age(
@@ -273,6 +289,8 @@ def _estimate(findings: Findings, publication: Publication) -> None:
             vectors += tower.matrix.size
             size += tower.matrix.rows * (fixed + 2 + 8 * tower.matrix.dimension) + span.end - span.start
     findings.ok("size", f"at most {rows:,} rows, {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
+    if publication.latest_tables:  # Copied from the history, after as much was deleted.
+        size *= 3
     cost = size / (1 << 40) * history.DOLLARS_PER_TIB
     findings.ok(
         "cost", f"publishing reads {_bytes(size)}: about ${cost:.2f} at ${history.DOLLARS_PER_TIB}/TiB; loading is free"

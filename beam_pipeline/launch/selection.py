@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from beam_pipeline.errors import ConfigError
+from beam_pipeline.errors import ConfigError, SeveralModelsError, TowerMissingError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats.model import Artifact, Tower
 from beam_pipeline.launch import preflight
 from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
 from beam_pipeline.launch.session import Session
@@ -59,10 +60,11 @@ def wanted_runs(config: Config) -> tuple[list[Run], list[LeftOut]]:
         latest, passed = find_latest_run(
             config.experiment_name,
             run_name=config.run_name,
-            artifact_path=config.artifact_path,
+            artifact_path=config.artifact_path or next(filter(None, map(_path, config.layers.values())), None),
             tracking_uri=config.tracking_uri,
             files=[file.path for file in config.vectors.values() if not file.path.startswith("gs://")],
             needs_model=bool(config.layers),
+            is_one_for_each_tower=lambda names: _pair_of(config, names) is not None,
         )
         return [latest], [LeftOut(run, reason) for run, reason in passed]
     return [find_run(run_id=config.run_id, model_uri=config.model_uri, tracking_uri=config.tracking_uri)], []
@@ -85,54 +87,130 @@ def unpublished(config: Config, runs: Sequence[Run], session: Session) -> tuple[
     return left, replaced, len(published)
 
 
-def read_files(config: Config, run: Run, sources: Sources) -> Selected:
-    """Returns the training of a run whose towers' vectors are all in files that the trainer logged.
-
-    Raises:
-        ArtifactError: a file is not what was asked for.
-    """
-    towers = sources.towers_of_files(config.towers)
-    return Selected(Training(run, run.artifact_uri, by_name(cover(towers))))
-
-
-def read_training(config: Config, run: Run, model: Model, folder: str, sources: Sources) -> Selected:
-    """Returns the training of a run whose model can be read in a folder.
+def read_training(
+    config: Config, run: Run, models: Mapping[str, Model], folders: Mapping[str, str], sources: Sources
+) -> Selected:
+    """Returns the training of a run whose models can be read in folders.
 
     Args:
         config: what was asked for.
         run: the run.
-        model: its model.
-        folder: where that can be read.
-        sources: the run's files beside the model.
+        models: tower → its model, as `models_of` returns them.
+        folders: tower → folder of its model.
+        sources: files of the run that hold ids, or the vectors of towers that are in no model.
 
     Raises:
-        ConfigError: the workers could not read that folder.
-        ArtifactError: the model, or a file, is not what was asked for.
+        ConfigError: the workers could not read such a folder.
+        ArtifactError: a model or a file is not what was asked for.
     """
+    towers, layers = dict[str, Tower](), dict[str, str]()
+    together = dict.fromkeys(folders.values())
+    for folder in together:
+        _require_shared(config, run, folder)
+        names = [name for name in config.layers if folders[name] == folder]
+        with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
+            own: Mapping[str, str]
+            if len(together) > 1:
+                own = {name: _only_layer(artifact, name, models[name], config) for name in names}
+            else:
+                own = _layers(config, artifact)
+            for tower in sources.towers_of_model(artifact, own, include_oov=config.include_oov):
+                path = f"{models[tower.name].name}:" if len(together) > 1 else ""
+                layers[tower.name] = f"{path}{own[tower.name]}"
+                towers[tower.name] = replace(
+                    tower, layer=layers[tower.name], model_uri=_model_uri(models[tower.name]) if path else ""
+                )
+    towers |= by_name(sources.towers_of_files(config.towers))
+    found = by_name(cover([towers[name] for name in config.towers]))
+    model_uri = ", ".join(dict.fromkeys(_model_uri(models[name]) for name in config.layers))
+    discovered = config.discover and (len(together) > 1 or layers != config.layers)
+    return Selected(Training(run, model_uri or run.artifact_uri, found), layers if discovered else None)
+
+
+def _require_shared(config: Config, run: Run, folder: str) -> None:
     if not config.reads_local_files and not folder.startswith("gs://"):
         sharing = ", --shared_files if the workers can read it" if config.waits else ""
         raise ConfigError(
             f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
             f"artifacts are on gs://{sharing}, or --runner=DirectRunner"
         )
-    with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
-        layers = config.layers
-        if config.discover:
-            without_ids = artifact.embeddings_without_ids() if config.ids else []
-            layers = discover([*artifact.tower_layers(), *without_ids]) or layers
-        of_model = sources.towers_of_model(artifact, layers, include_oov=config.include_oov)
-    found = by_name([*of_model, *sources.towers_of_files(config.towers)])
-    towers = cover([found[name] for name in config.towers])
+
+
+def _model_uri(model: Model) -> str:
     # A folder that is no copy says where the model is more plainly than its URI.
-    model_uri = readable_folder(model) or model.uri
-    return Selected(Training(run, model_uri, by_name(towers)), layers if layers != config.layers else None)
+    return readable_folder(model) or model.uri
 
 
-def model_of(config: Config, run: Run) -> Model:
-    """Returns the model of a run."""
-    return find_model(
-        run, artifact_path=config.artifact_path, model_uri=config.model_uri, tracking_uri=config.tracking_uri
-    )
+def models_of(config: Config, run: Run) -> dict[str, Model]:
+    """Returns the model of each tower of a run that is in one: one for all, unless towers are in models of their own.
+
+    Without flags that is where the run has two models alone, and the name of one says user (or query) and that of the
+    other item (or candidate).
+
+    Raises:
+        SeveralModelsError: the run has several models, and nothing says which is meant.
+        PipelineError: what `find_model` raises.
+    """
+    paths = {name: _path(layer) for name, layer in config.layers.items()}
+    try:
+        found = {
+            path: find_model(
+                run,
+                artifact_path=path or config.artifact_path,
+                model_uri=None if path else config.model_uri,
+                tracking_uri=config.tracking_uri,
+            )
+            for path in dict.fromkeys(paths.values())
+        }
+    except SeveralModelsError as error:
+        pair = _pair_of(config, error.names)
+        if pair is None:
+            raise
+        models = {
+            name: find_model(run, artifact_path=path, tracking_uri=config.tracking_uri) for name, path in pair.items()
+        }
+        return {name: replace(model, notable=True) for name, model in models.items()}
+    return {name: found[path] for name, path in paths.items()}
+
+
+def _pair_of(config: Config, names: Sequence[str]) -> dict[str, str] | None:
+    """Returns tower → name where a run's models are one for each tower, and no tower or model was named."""
+    named = not config.discover or config.artifact_path is not None
+    return _pair(names) if len(names) == 2 and not named else None
+
+
+def _path(layer: str) -> str | None:
+    """Returns the artifact path of a tower's own model in what --tower says."""
+    path, colon, _ = layer.partition(":")
+    return path.strip("/") if colon else None
+
+
+def _layers(config: Config, artifact: Artifact) -> Mapping[str, str]:
+    """Returns the layers of towers that are in one model."""
+    if config.discover:
+        without_ids = artifact.embeddings_without_ids() if config.ids else []
+        return discover([*artifact.tower_layers(), *without_ids], artifact.index_layers()) or config.layers
+    return {
+        name: _only_layer(artifact, name, None, config) if _path(layer) else layer
+        for name, layer in config.layers.items()
+    }
+
+
+def _only_layer(artifact: Artifact, name: str, model: Model | None, config: Config) -> str:
+    """Returns the layer that was named for a tower in a model of its own, or the only one that can be meant."""
+    asked = "" if config.discover else config.towers[name].rpartition(":")[2]
+    if asked:
+        return asked
+    layers = artifact.embeddings_without_ids() if name in config.ids else artifact.tower_layers()
+    if len(layers) != 1:
+        layers = [layer for layer in layers if name in _SAYS and _says(layer, name)] or layers
+    if len(layers) != 1:
+        path = model.name if model else _path(config.towers[name])
+        raise TowerMissingError(
+            f"tower {name!r}: the model {path!r} has {len(layers) or 'no'} layers that are towers"
+            f"{': ' if layers else ''}{', '.join(layers)}; choose with --tower={name}={path}:LAYER"
+        )
+    return layers[0]
 
 
 @contextmanager
@@ -161,22 +239,40 @@ def unnamed_layers(config: Config) -> tuple[str, ...]:
     return tuple(config.towers.values()) if dict(config.towers) == DEFAULT_TOWERS else ()
 
 
-def discover(layers: Sequence[str]) -> dict[str, str] | None:
+def discover(layers: Sequence[str], indexes: Collection[str] = ()) -> dict[str, str] | None:
     """Returns tower → layer for a model whose layers were not named, if there is no doubt about them.
 
-    These are the default layers where the model has them; else the only two layers there are, if the name of one says
-    user (or query) and that of the other item (or candidate). The name is the layer's own: `user_layer.city_embedding`
-    is a part of a tower, not the tower of users.
+    These are the default layers where the model has them; else the only two layers there are beside search indexes, if
+    the name of one says user (or query) and that of the other item (or candidate); else the only layer there is beside
+    one index, which is what the index is asked with. The name is the layer's own: `user_layer.city_embedding` is a
+    part of a tower, not the tower of users.
+
+    Args:
+        layers: of the model.
+        indexes: those of them that are search indexes.
     """
     if {*DEFAULT_TOWERS.values()} <= {*layers}:
         return dict(DEFAULT_TOWERS)
-    found = {
-        tower: [layer for layer in layers if any(word in _own_name(layer) for word in words)]
-        for tower, words in _SAYS.items()
-    }
-    if len(layers) == 2 and all(len(those) == 1 for those in found.values()) and found["user"] != found["item"]:
+    beside = [layer for layer in layers if layer not in indexes]
+    if len(beside) == 2 and (pair := _pair(beside)):
+        return pair
+    if len(beside) == len(indexes) == 1:
+        (query,), (index,) = beside, indexes
+        if not _says(query, "item") and not _says(index, "user"):
+            return {"user": query, "item": index}
+    return None
+
+
+def _pair(names: Sequence[str]) -> dict[str, str] | None:
+    """Returns tower → name where one name says user and another says item."""
+    found = {tower: [name for name in names if _says(name, tower)] for tower in _SAYS}
+    if all(len(those) == 1 for those in found.values()) and found["user"] != found["item"]:
         return {tower: those[0] for tower, those in found.items()}
     return None
+
+
+def _says(layer: str, tower: str) -> bool:
+    return any(word in _own_name(layer) for word in _SAYS[tower])
 
 
 def _own_name(layer: str) -> str:

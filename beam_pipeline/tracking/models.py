@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from beam_pipeline.errors import ArtifactMissingError, ConfigError, RunNotFoundError, UnfinishedUploadError
+from beam_pipeline.errors import (
+    ArtifactMissingError,
+    ConfigError,
+    RunNotFoundError,
+    SeveralModelsError,
+    UnfinishedUploadError,
+)
 from beam_pipeline.formats import is_hdf5, refuse_hdf5
 from beam_pipeline.tracking import stores
 from beam_pipeline.tracking.client import connected
@@ -68,7 +74,8 @@ def find_model(
     Raises:
         ArtifactMissingError: the run has no such model, or its upload was not finished.
         UnsupportedModelError: it is an HDF5 file.
-        ConfigError: it has several, which are listed; or its store cannot be read from here.
+        SeveralModelsError: it has several, which are listed.
+        ConfigError: its store cannot be read from here.
         TrackingServerError: there is no server at that place, or it does not respond.
     """
     with connected(tracking_uri, f"the artifacts of run {run.run_id} are not", model_uri or "the run") as (client, uri):
@@ -212,8 +219,10 @@ def choose_model(client: MlflowClient, artifacts: Artifacts, artifact_path: str 
     choices = ", ".join([*folders, *(f"{model.name} (models:/{model.model_id})" for model in ready)])
     if named or (artifact_path is None and choices):
         several = f"{len(named)} models named {name!r}" if named else f"{len(folders) + len(ready)} models"
-        raise ConfigError(
-            f"run {run.run_id} has {several}: {choices}; choose with --artifact_path=NAME or --model_uri=models:/m-ID"
+        raise SeveralModelsError(
+            f"run {run.run_id} has {several}: {choices}; choose with --artifact_path=NAME or --model_uri=models:/m-ID, "
+            "or one for each tower with --tower=TOWER=NAME:LAYER",
+            () if named else (*folders, *(model.name for model in ready)),
         )
     for model in logged:
         if model not in ready and (artifact_path is None or model.name == name):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from beam_pipeline.errors import ArtifactMissingError, PartitionTakenError, RunNotFoundError, UnfinishedUploadError
+from beam_pipeline.errors import (
+    ArtifactMissingError,
+    PartitionTakenError,
+    RunNotFoundError,
+    SeveralModelsError,
+    UnfinishedUploadError,
+)
 from beam_pipeline.tracking.client import connected
 from beam_pipeline.tracking.models import Artifacts, choose_model, is_readable, resolve
 from beam_pipeline.tracking.stores import shown
@@ -67,6 +73,7 @@ def find_latest_run(
     tracking_uri: str | None = None,
     files: Sequence[str] = (),
     needs_model: bool = True,
+    is_one_for_each_tower: Callable[[Sequence[str]], bool] = lambda _: False,
 ) -> tuple[Run, list[tuple[Run, str]]]:
     """Returns an experiment's latest FINISHED run (of that name) that has the model, and the later runs without it.
 
@@ -74,7 +81,8 @@ def find_latest_run(
     was passed over. A model that cannot be published (its upload was not finished, it is an HDF5 file, it is one of
     several) is an error instead, since nobody would notice that an older training is published in its place.
 
-    The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests.
+    The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests. Of several models
+    `is_one_for_each_tower` says, by their names, that they are meant together.
 
     Args:
         experiment_name: the experiment.
@@ -83,6 +91,7 @@ def find_latest_run(
         tracking_uri: MLflow server or store.
         files: paths of artifacts that the run has to have, too; of a pattern, its folder.
         needs_model: False if these files are all that is wanted.
+        is_one_for_each_tower: whether several models, by their names, are meant together.
 
     Raises:
         RunNotFoundError: no such experiment, or no FINISHED run.
@@ -113,6 +122,10 @@ def find_latest_run(
                 if by_name or is_readable(model, artifacts, uri):
                     return run, passed
                 passed.append((run, f"{model.name} holds neither a SavedModel nor a .keras file"))
+            except SeveralModelsError as error:
+                if not is_one_for_each_tower(error.names):
+                    raise
+                return run, passed
             except UnfinishedUploadError:
                 raise
             except ArtifactMissingError as error:
@@ -241,12 +254,14 @@ def _require_active(experiment: entities.Experiment, uri: str) -> None:
 
 def _run(run: entities.Run, experiment: entities.Experiment) -> Run:
     info = run.info
+    started = datetime.fromtimestamp(info.start_time / 1000, UTC)
     return Run(
         run_id=info.run_id,
         run_name=info.run_name or "",
         experiment_id=experiment.experiment_id,
         experiment_name=experiment.name,
-        train_date=datetime.fromtimestamp(info.start_time / 1000, UTC).date(),
+        train_date=started.date(),
+        started=started,
         artifact_uri=info.artifact_uri,
         status=info.status,
     )

@@ -132,7 +132,7 @@ def job(warehouse, store):
 
 @pytest.fixture(scope="module")
 def tracking_server(store):
-    """The store behind MLflow's own server, which here lets nobody in without a password; its URL holds it."""
+    """The store behind MLflow's own server, which here rejects requests without a password; its URL holds it."""
     from mlflow.server import app, handlers
     from werkzeug.serving import make_server
 

@@ -96,7 +96,7 @@ def flags(vectors, ids=None):
 def test_every_row_is_what_was_logged(job, store, files, monkeypatch, vectors, ids):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
     monkeypatch.setattr(unordered, "PIECE_ENTRIES", 32)
-    run = store.log(files, "files", MARCH_1, path="")
+    run = store.log({"": files}, "files", MARCH_1)
     assert job.run(run, *flags(vectors, ids)) == 0
     for tower in ROWS:
         assert job.rows(tower) == {(DAY, run): files.rows(tower)}
@@ -108,16 +108,18 @@ def test_every_row_is_what_was_logged(job, store, files, monkeypatch, vectors, i
 
 
 def test_row_numbers_are_ids(job, store, files):
-    run = store.log(files, "files", MARCH_1, path="")
+    run = store.log({"": files}, "files", MARCH_1)
     assert job.run(run, *flags("*.npy", "rows")) == 0
     for tower in ROWS:
-        assert job.rows(tower)[DAY, run] == {str(n): row for n, row in enumerate(vectors_of(tower).astype(float).tolist())}
+        assert job.rows(tower)[DAY, run] == {
+            str(n): row for n, row in enumerate(vectors_of(tower).astype(float).tolist())
+        }
 
 
 @pytest.mark.parametrize("bucket", [False, True])
 @pytest.mark.parametrize("writer", ["columnar", "rows"])
 def test_on_a_bucket_and_with_either_writer(job, store, files, bucket, writer):
-    run = store.log(files, f"files {bucket} {writer}", MARCH_1, path="", bucket=bucket)
+    run = store.log({"": files}, f"files {bucket} {writer}", MARCH_1, bucket=bucket)
     assert job.run(run, *flags("*_parts#sku,emb"), f"--writer={writer}") == 0
     assert job.rows("item") == {(DAY, run): files.rows("item")}
 
@@ -127,11 +129,14 @@ def test_a_tower_of_the_model_beside_one_of_a_file(job, store, models, files):
     for path in models("plain").folder.rglob("*"):
         target = files.folder / "model" / path.relative_to(models("plain").folder)
         target.mkdir(parents=True, exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
-    run = store.log(files, "both", MARCH_1, path="")
+    run = store.log({"": files}, "both", MARCH_1)
     assert job.run(run, "--tower=user=user_layer", "--vectors=item=item.parquet") == 0
     assert job.rows("user") == {(DAY, run): models("plain").rows("user")}
     assert job.rows("item") == {(DAY, run): files.rows("item")}
-    assert job.query("SELECT tower, vector_source FROM {log} ORDER BY tower") == [("item", "file"), ("user", "embedding")]
+    assert job.query("SELECT tower, vector_source FROM {log} ORDER BY tower") == [
+        ("item", "file"),
+        ("user", "embedding"),
+    ]
 
 
 LABEL_ENCODED = ["keras3_functional", "keras2_functional", "exported_functional", "saved_functional", "saved_subclassed", "module"]  # fmt: skip
@@ -149,7 +154,7 @@ def test_every_row_of_a_model_whose_ids_are_beside_it(job, store, tmp_path, caps
     for tower in ROWS:
         order = range(len(model.ids(tower)))[::-1]
         (folder / f"{tower}.json").write_text(json.dumps({model.ids(tower)[row]: row for row in order}))
-    run = store.log(Files(folder), name, MARCH_1, path="")
+    run = store.log({"": Files(folder)}, name, MARCH_1)
     layers = LAYERS.get(name, ("user_embedding", "item_embedding"))
     towers = [f"--tower={tower}={layer}" for tower, layer in zip(ROWS, layers, strict=True)]
     line = refused(job, capsys, run, *towers)
@@ -174,9 +179,9 @@ def test_all_runs(job, store, files, tmp_path):
     other.mkdir()
     (other / "notes.txt").write_text("no vectors")
     name = "files, all runs"
-    first = store.log(files, "a", MARCH_1, path="", experiment=name)
-    store.log(Files(other), "none", MARCH_1 + timedelta(days=1), path="", experiment=name)
-    second = store.log(files, "b", MARCH_1 + timedelta(days=2), path="", experiment=name)
+    first = store.log({"": files}, "a", MARCH_1, experiment=name)
+    store.log({"": Files(other)}, "none", MARCH_1 + timedelta(days=1), experiment=name)
+    second = store.log({"": files}, "b", MARCH_1 + timedelta(days=2), experiment=name)
     assert job.run(None, f"--experiment_name={name}", "--all_runs", *flags("*.parquet")) == 0
     assert job.rows("item") == {(DAY, first): files.rows("item"), ("2026-03-03", second): files.rows("item")}
 
@@ -186,14 +191,14 @@ def test_the_latest_run_is_one_that_has_the_file(job, store, files, tmp_path):
     other.mkdir()
     (other / "notes.txt").write_text("no vectors")
     name = "files, latest run"
-    run = store.log(files, "a", MARCH_1, path="", experiment=name)
-    store.log(Files(other), "none", MARCH_1 + timedelta(days=1), path="", experiment=name)
+    run = store.log({"": files}, "a", MARCH_1, experiment=name)
+    store.log({"": Files(other)}, "none", MARCH_1 + timedelta(days=1), experiment=name)
     assert job.run(None, f"--experiment_name={name}", *flags("*_parts/part-*.parquet#sku,emb")) == 0
     assert job.rows("item") == {(DAY, run): files.rows("item")}
 
 
 def test_plan_and_inspect(job, store, files, capsys):
-    run = store.log(files, "files", MARCH_1, path="")
+    run = store.log({"": files}, "files", MARCH_1)
     assert job.run(run, "--vectors=user=user.npy,item=item_parts#sku,emb", "--ids=user=user_ids.txt", "--plan") == 0
     plan = capsys.readouterr().out
     assert "70 rows × 6 float32 of user.npy → " in plan
@@ -254,7 +259,7 @@ def test_bad_vectors_are_one_line_and_nothing_is_published(job, store, tmp_path,
     folder.mkdir()
     (folder / "notes.txt").write_text("a run is never empty")
     write(folder / name)
-    run = store.log(Files(folder), "bad", MARCH_1, path="")
+    run = store.log({"": Files(folder)}, "bad", MARCH_1)
     assert expected in refused(job, capsys, run, f"--vectors=item={name}")
 
 
@@ -277,7 +282,7 @@ def test_bad_ids_are_one_line_and_nothing_is_published(job, store, tmp_path, cap
     folder.mkdir()
     (folder / name).write_text(text)
     np.save(folder / "item.npy", vectors_of("item"))
-    run = store.log(Files(folder), "bad", MARCH_1, path="")
+    run = store.log({"": Files(folder)}, "bad", MARCH_1)
     assert expected in refused(job, capsys, run, "--vectors=item=item.npy", f"--ids=item={name}")
 
 
@@ -287,14 +292,17 @@ def test_damage_is_found_by_the_zips_checksum(job, store, files, capsys):
     at = data.find(vectors_of("item").tobytes())
     data[at + 100] ^= 1
     path.write_bytes(data)
-    run = store.log(files, "damaged", MARCH_1, path="")
+    run = store.log({"": files}, "damaged", MARCH_1)
     assert "do not match" in refused(job, capsys, run, "--vectors=item=item.npz")
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["--tower=item=item_layer", "--vectors=item=x.parquet"], "tower 'item' is named twice; a tower has one source"),
+        (
+            ["--tower=item=item_layer", "--vectors=item=x.parquet"],
+            "tower 'item' is named twice; a tower has one source",
+        ),
         (["--vectors=item=/tmp/x.parquet"], "a path inside the run's artifacts, or gs://BUCKET/PATH"),
         (["--vectors=item=../x.parquet"], "a path inside the run's artifacts"),
         (["--vectors=item=s3://x/y.parquet"], "a path inside the run's artifacts"),

@@ -1,31 +1,33 @@
-"""The vector index of a job: in the step that creates the tables, once per tower."""
+"""Search indexes by the command line, against the emulators."""
 
-import re
-from types import SimpleNamespace
-
-from job import DESTINATION_TABLES, MARCH_1
-
-from beam_pipeline.bigquery import indexes
+import pytest
+from job import MARCH_1, refused
+from models import made_by
 
 
-def test_emulators_have_no_index_and_publish_all_the_same(job, store, models, capsys):
-    run = store.log(models("plain"), "weekly", MARCH_1)
-    assert job.run(run, "--vector_index=COSINE") == 0
-    assert re.search(r"note +index +none is created: emulators know no vector index", capsys.readouterr().out)
-    assert job.tables() == DESTINATION_TABLES
+@pytest.fixture(scope="module")
+def indexes():
+    return made_by("make_indexes.py")
 
 
-def test_the_index_of_each_tower_is_created_before_the_publication(job, store, models, monkeypatch):
-    """Emulators accept the statement; that it has an effect is shown by tests/gcp."""
-    monkeypatch.setattr(indexes, "emulators", SimpleNamespace(emulated=lambda: False))
-    run = store.log(models("plain"), "weekly", MARCH_1)
-    since = max((found.created for found in job.client.list_jobs(max_results=1)), default=None)
-    assert job.run(run, "--vector_index=DOT_PRODUCT") == 0
-    statements = [found.query for found in job.client.list_jobs(min_creation_time=since) if hasattr(found, "query")]
-    statements = [sql for sql in reversed(statements) if job.dataset in sql]
-    created = [n for n, sql in enumerate(statements) if sql.startswith("CREATE VECTOR INDEX")]
-    (published,) = (n for n, sql in enumerate(statements) if sql.startswith("BEGIN TRANSACTION"))
-    assert [statements[n] for n in created] == [
-        indexes.create_index_sql(job.destination.table(tower), tower, "DOT_PRODUCT") for tower in ("user", "item")
-    ]
-    assert max(created) < published
+def test_every_row_of_an_index_is_what_it_answers(job, store, indexes):
+    run = store.log(indexes("tfrs"), "tfrs", MARCH_1)
+    ended = job.subprocess(run)
+    assert ended.returncode == 0, ended.stderr
+    for tower in ("user", "item"):
+        assert job.rows(tower) == {("2026-03-01", run): indexes("tfrs").rows(tower)}
+    assert sorted(job.query("SELECT tower, vector_source FROM {log}")) == [("item", "index"), ("user", "embedding")]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("tfrs_repeated", "'ítem 0 ü'"),
+        ("mismatched", "the ids of index 'vectors' are 21, and its vectors 20"),
+        ("diverged", "the vector of id 'ítem 3 ü' (row 3) holds NaN or infinity"),
+        ("scann_quantised", "holds its vectors quantised only"),
+        ("beside_dense", "tower 'user': the model goes on after the embedding of 'encoder': dense (MatMul, BiasAdd)"),
+    ],
+)
+def test_nothing_is_published_of_an_index_that_cannot_be_served(job, store, indexes, capsys, name, problem):
+    assert problem in refused(job, capsys, store.log(indexes(name), name, MARCH_1))

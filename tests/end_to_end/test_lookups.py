@@ -1,4 +1,4 @@
-"""Lookups of integers, learnt ones, and tables whose rows are in no order, each compared with TensorFlow's answer."""
+"""Lookups of integers, learnt ones, and vocabularies that are not in row order, each compared with TensorFlow's answer."""
 
 import shutil
 from pathlib import Path

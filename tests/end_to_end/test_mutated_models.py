@@ -4,12 +4,16 @@ from pathlib import Path
 
 import fuzz
 import pytest
+from models import made_by
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_mutated_models(models, tables, keras_files):
     """What `make fuzz` does, a few thousand times less: see fuzz.py."""
-    folders = [models("plain").folder.parent, tables("mutable").folder.parent, keras_files("own").folder.parent]
+    indexes = made_by("make_indexes.py", "tfrs", "own_in_the_graph", "own_long_integers")
+    folders = [
+        *(make("any").folder.parent for make in (models, tables, keras_files, indexes)),
+    ]
     summaries = fuzz.run(1500, 1, folders)
     for summary in summaries.values():
         assert summary["problems"] == []

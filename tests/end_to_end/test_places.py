@@ -19,6 +19,7 @@ import pytest
 from job import MARCH_1, refused
 from mlflow.entities import LoggedModelStatus
 from mlflow.tracking import MlflowClient
+from models import made_by
 from tracking import gate, service_account_key, tokens, tracking_server
 
 from beam_pipeline import tag
@@ -287,6 +288,21 @@ def test_a_model_behind_a_server_and_a_token(job, server, served, store, models)
     )
     assert any(re.fullmatch(r"copied      (0\.\d MB) of \1 \(100%\), .* MB/s", line) for line in out)
     assert secret not in done.stdout + done.stderr
+    assert store.load_files(job.dataset) == []
+
+
+def test_two_models_behind_a_server_are_copied_apart(job, server, store):
+    indexes = made_by("make_indexes.py")
+    run = server.run(name="apart")
+    server.folder(run, indexes("alone_users"), "user_model")
+    server.folder(run, indexes("alone"), "item_model")
+    assert job.run(None, "--experiment_name=served", "--run_name=apart", f"--tracking_uri={server.url}") == 0
+    assert job.rows("user") == {("2026-03-01", run): indexes("alone_users").rows("item")}
+    assert job.rows("item") == {("2026-03-01", run): indexes("alone").rows("item")}
+    assert [uri.rpartition("/")[2] for (uri,) in job.query("SELECT model_uri FROM {log} ORDER BY tower DESC")] == [
+        "user_model",
+        "item_model",
+    ]
     assert store.load_files(job.dataset) == []
 
 

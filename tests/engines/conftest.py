@@ -15,6 +15,16 @@ import traffic as proxy
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / ".engines"
 
+ENGINES = ["prism", "job_service", "retrying", "twice", "multi_processing"]
+if os.environ.get("BEAM_PIPELINE_JOB_ENDPOINT"):
+    ENGINES.append("elsewhere")
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes an engine runs on each."""
+    if "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", ENGINES, indirect=True)
+
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -3,7 +3,6 @@
 Another kind of model, or another pipeline, is another function of CASES.
 """
 
-import os
 from datetime import timedelta
 
 import pytest
@@ -75,13 +74,7 @@ def assert_published(job, expected):
     assert job.tables() == DESTINATION_TABLES
 
 
-ENGINES = ["prism", "job_service", "retrying", "twice", "multi_processing"]
-if os.environ.get("BEAM_PIPELINE_JOB_ENDPOINT"):
-    ENGINES.append("elsewhere")
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-@pytest.mark.parametrize("engine", ENGINES, indirect=True)
 def test_every_row_is_what_keras_says(engine, case, job, store, run, request, traffic):
     fixtures = {
         name: request.getfixturevalue(name) for name in ("models", "tables", "keras_files") if name in arguments(case)

@@ -15,15 +15,18 @@ import time
 import uuid
 from datetime import UTC, date, datetime, timedelta
 
+import numpy as np
 import pytest
 from google.api_core.exceptions import Conflict
 from google.cloud import bigquery, dataflow_v1beta3
 from towers import described
 
-from beam_pipeline.bigquery import publication, tables
+from beam_pipeline.bigquery import indexes, publication, tables
 from beam_pipeline.bigquery.publication import Publication
-from beam_pipeline.launch import preflight
+from beam_pipeline.launch import preflight, session
 from beam_pipeline.reading.tally import Tally
+from beam_pipeline.retrieval.command import main as search
+from beam_pipeline.rollback import main as rollback
 from beam_pipeline.training import Run, Training, by_name
 
 DAY = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
@@ -267,6 +270,56 @@ def test_vector_search(staged, client, destination):
         f"'2026-03-02'), 'item_embedding', (SELECT [1.0, 1.0] AS item_embedding), top_k => 1, distance_type => 'COSINE')"
     )
     assert [row.values() for row in client.query_and_wait(sql)] == [("id1",)]
+
+
+def searched(warehouse, prefix, capfd, *flags):
+    """Returns what the command finds: {id: distance or score}, nearest first."""
+    place = [f"--dataset={warehouse.project}.{warehouse.dataset}", f"--table_prefix={prefix}"]
+    capfd.readouterr()
+    assert search([*place, "--json", *flags]) == 0
+    found = json.loads(capfd.readouterr().out)["neighbours"]
+    return {one["id"]: one.get("score", one.get("distance")) for one in found}
+
+
+def test_an_index_the_latest_tables_and_searches(warehouse, client, store, models, capfd):
+    """That BigQuery takes both indexes and the latest tables' script, what VECTOR_SEARCH returns, and in which order.
+
+    An index of so little data is not built: that it is refused, disabled or used is for BigQuery to say.
+    """
+    prefix = f"{warehouse.prefix}_search"
+    of_us = [f"--table_prefix={prefix}", f"--project={warehouse.project}", "--latest_tables"]
+    runs = {}
+    for day, name in ((DAY, "plain"), (DAY + timedelta(days=7), "retrained")):
+        runs[name] = store.log(models(name), f"{name} searched", day)
+        # Of the flags one excludes the other.
+        flags = [flag for flag in command(warehouse, store, runs[name], *of_us) if flag != "--allow_dimension_change"]
+        subprocess.run([*flags, "--vector_index=COSINE"], check=True)
+    destination = session.find_destination(warehouse.project, warehouse.dataset, prefix)
+    for tower in ("user", "item"):
+        for table in (destination.table(tower), destination.latest(tower)):
+            (index,) = indexes.find_indexes(client, table)
+            assert (index.name, index.distance) == (indexes.index_name(table), "COSINE")
+        rows = client.query_and_wait(
+            f"SELECT mlflow_run_id, {tower}_id, {tower}_embedding FROM `{destination.latest(tower)}`"
+        )
+        held = {(run, name): vector for run, name, vector in (row.values() for row in rows)}
+        assert held == {(runs["retrained"], name): vector for name, vector in models("retrained").rows(tower).items()}
+    users, items = models("retrained").rows("user"), models("retrained").rows("item")
+    user, item = next(iter(users)), next(iter(items))
+    scores = {name: float(np.dot(vector, users[user])) for name, vector in items.items()}
+    found = searched(warehouse, prefix, capfd, f"--user={user}")
+    assert [*found] == sorted(scores, key=scores.get, reverse=True)[:10]  # `distance` is the negative dot product
+    assert found == pytest.approx({name: scores[name] for name in found}, rel=1e-6)
+    distances = {name: float(np.linalg.norm(np.subtract(v, items[item]))) for name, v in items.items() if name != item}
+    found = searched(warehouse, prefix, capfd, f"--item={item}", "--distance=EUCLIDEAN")
+    assert [*found] == sorted(distances, key=distances.get)[:10]
+    assert found == pytest.approx({name: distances[name] for name in found}, rel=1e-6)
+    place = [f"--dataset={warehouse.project}.{warehouse.dataset}", f"--table_prefix={prefix}"]
+    assert search([*place, f"--item={item}", "--plan"]) == 0
+    assert re.search(r"reads +\d+\.\d+ GB: about \$", capfd.readouterr().out)
+    assert rollback([*place, f"--run_id={runs['plain']}"]) == 0
+    rows = client.query_and_wait(f"SELECT DISTINCT mlflow_run_id FROM `{destination.latest('item')}`")
+    assert [row.values() for row in rows] == [(runs["plain"],)]
 
 
 def test_a_comparison(warehouse, client, store, models, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import beam_pipeline
+from beam_pipeline import rollback
 from beam_pipeline.comparison.command import parser as compare_parser
 from beam_pipeline.launch.options import parser
 from beam_pipeline.retrieval.command import parser as search_parser
@@ -71,7 +72,7 @@ def test_flags_exist(page):
     known = {*f"{BEAMS} {OTHER_PROGRAMS} {REPORTS}".split()}
     known |= {
         flag
-        for made in (parser(), compare_parser(), search_parser())
+        for made in (parser(), compare_parser(), search_parser(), rollback.parser())
         for action in made._actions
         for flag in action.option_strings
     }

@@ -167,7 +167,7 @@ def _subject(folder):
     with closing(open_artifact(str(folder), opener(contents), DEFAULT_TOWERS.values())) as artifact:
         layers = artifact.tower_layers()
         by_side = {side: next((one for one in layers if side in one), own) for side, own in DEFAULT_TOWERS.items()}
-        towers = discover(layers) or ({"user": layers[0]} if len(layers) == 1 else by_side)
+        towers = discover(layers, artifact.index_layers()) or ({"user": layers[0]} if len(layers) == 1 else by_side)
         free = []
         if isinstance(artifact, KerasFile):
             weights = artifact._members["model.weights.h5"].span

@@ -23,10 +23,6 @@ from make_models import ODD_IDS, lines  # Sets TF_USE_LEGACY_KERAS, which concer
 
 layers = keras.layers
 
-if sys.version_info >= (3, 12):
-    # tf-keras reads its zip through GFile, which cannot seek as zipfile has done since Python 3.12.
-    tf.io.gfile.GFile = open
-
 
 def embedding_of(lookup, dimension, rows=None, **options):
     return layers.Embedding(rows or lookup.vocabulary_size(), dimension, **options)

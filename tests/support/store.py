@@ -22,10 +22,10 @@ class Store:
         self._client = MlflowClient(self.uri)
         self.experiment_id = self._client.create_experiment(self.experiment, f"file://{folder}/artifacts")
 
-    def log(self, model, name, start, *, experiment=None, status="FINISHED", bucket=False, path="model"):
+    def log(self, model, name, start, *, experiment=None, status="FINISHED", bucket=False):
         """Logs a model as the trainer does, to a run that started then; returns the run's id.
 
-        With the path "", what is in its folder lies beside each other in the run.
+        Instead of a model, several by their artifact paths; with the path "" the folder's files lie in the run itself.
         """
         experiment_id = self.experiment_id
         if experiment or bucket:
@@ -37,7 +37,8 @@ class Store:
                 else self._client.create_experiment(experiment or f"on a bucket {name}", root)
             )
         run = self._client.create_run(experiment_id, start_time=int(start.timestamp() * 1000), run_name=name)
-        self._client.log_artifacts(run.info.run_id, str(model.folder), path or None)
+        for path, each in (model if isinstance(model, dict) else {"model": model}).items():
+            self._client.log_artifacts(run.info.run_id, str(each.folder), path or None)
         if status != "RUNNING":
             self._client.set_terminated(run.info.run_id, status)
         return run.info.run_id

@@ -11,7 +11,7 @@ from beam_pipeline.launch.options import parser
 
 
 @pytest.mark.parametrize("script", ["beam-pipeline", "python -m beam_pipeline"])
-@pytest.mark.parametrize("name", ["", "compare", "emulators", "report", "search", "tag"])
+@pytest.mark.parametrize("name", ["", "compare", "emulators", "report", "rollback", "search", "tag"])
 def test_help_of_each_command(name, script, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/beam-pipeline" if script == "beam-pipeline" else "/x/__main__.py"])
     with pytest.raises(SystemExit) as stopped:

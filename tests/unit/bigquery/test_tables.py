@@ -243,3 +243,22 @@ def test_another_column_is_spelled_out(column, words):
 
 def test_more_columns_of_ones_own_are_fine():
     assert tables.differences(table([*FIRST_VERSION, bigquery.SchemaField("note", "STRING")]), "user") == []
+
+
+def of_resource(**resource):
+    """A table as BigQuery describes it, with the schema of a history."""
+    reference = {"projectId": "p", "datasetId": "raw_dev", "tableId": "two_tower_user_embedding"}
+    found = bigquery.Table.from_api_repr({"tableReference": reference, **resource})
+    found.schema = tables.schema_fields("user")
+    return found
+
+
+def test_a_view_and_a_table_that_is_partitioned_otherwise():
+    by_day = {"timePartitioning": {"type": "DAY", "field": "train_date"}}
+    assert tables.differences(of_resource(type="TABLE", **by_day), "user") == []
+    assert tables.differences(of_resource(type="VIEW", **by_day), "user") == ["it is a VIEW, not a table"]
+    by_range = {"field": "shard", "range": {"start": "0", "end": "9", "interval": "1"}}
+    assert tables.differences(of_resource(type="TABLE", rangePartitioning=by_range), "user") == [
+        "it is partitioned by range, not by DAY(train_date)"
+    ]
+    assert tables.differences(of_resource(type="TABLE"), "user") == ["it is not partitioned, not by DAY(train_date)"]

@@ -96,24 +96,32 @@ WITHOUT_BYTES = (Encoding.ROWS, Encoding.PARQUET)
 
 
 @settings(max_examples=300)
-@given(st.sampled_from([one for one in Encoding if one not in (*WITH_ROWS, *WITHOUT_BYTES)]), any_ids, st.integers(1, 40), st.integers(0, 40), st.integers(0, 1 << 40))
-@example(Encoding.JSON, b"[" * 100_000, 1, 0, 0)
-@example(Encoding.JSON, b"[" * 985 + b"]" * 985, 1, 0, 0)
-@example(Encoding.JSON, b"9" * 5000, 1, 0, 0)
-@example(Encoding.PROTOBUF, b"\x42\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01", 1, 0, 0)
-@example(Encoding.STRING_TENSOR, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", 1, 0, 1 << 40)
-def test_any_bytes_as_ids(encoding, data, piece_rows, padding, count):
+@given(
+    st.sampled_from([one for one in Encoding if one not in (*WITH_ROWS, *WITHOUT_BYTES)]),
+    st.booleans(),
+    any_ids,
+    st.integers(1, 40),
+    st.integers(0, 40),
+    st.integers(0, 1 << 40),
+)
+@example(Encoding.JSON, True, b"[" * 100_000, 1, 0, 0)
+@example(Encoding.JSON, True, b"[" * 985 + b"]" * 985, 1, 0, 0)
+@example(Encoding.JSON, True, b"9" * 5000, 1, 0, 0)
+@example(Encoding.PROTOBUF, True, b"\x42\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01", 1, 0, 0)
+@example(Encoding.STRING_TENSOR, False, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", 1, 0, 1 << 40)
+def test_any_bytes_as_ids(encoding, in_row_order, data, piece_rows, padding, count):
     content = bytes(padding) + data
     matrix = Matrix("weights", 0, 1000, 1, "float32", Checksum("crc32c", 0, Span(0, 4000)))
     in_tensor = encoding is Encoding.STRING_TENSOR
+    in_row_order = in_row_order or not in_tensor
     vocabulary = Vocabulary(
         "ids",
         Span(padding, len(content)),
         encoding,
         0,
         count if in_tensor else None,
-        row_numbers=Span(0, 0) if in_tensor else None,
-        in_row_order=not in_tensor,
+        row_numbers=None if in_row_order else Span(0, 0),
+        in_row_order=in_row_order,
         checksum=Checksum("crc32c", 0, Span(padding, len(content))) if in_tensor else None,
     )
     tower = Tower("user", "user_layer", matrix, vocabulary)
@@ -122,7 +130,7 @@ def test_any_bytes_as_ids(encoding, data, piece_rows, padding, count):
         return file_of(content, path)
 
     try:
-        if in_tensor:
+        if not in_row_order:
             for entries in unordered.cut_entries(tower, open_file, piece_rows):
                 unordered.read_entries(entries, tower, open_file)
             return
@@ -149,7 +157,7 @@ def test_any_bytes_as_the_ids_of_a_piece(encoding, data, count):
 
 
 pairs = st.lists(st.tuples(st.text(max_size=4), st.integers(-9, 1 << 65)), max_size=9)
-lines = st.lists(st.text("abc,\"\r0123456789", max_size=9), max_size=9).map(lambda found: "\n".join(found).encode())
+lines = st.lists(st.text('abc,"\r0123456789', max_size=9), max_size=9).map(lambda found: "\n".join(found).encode())
 
 
 @settings(max_examples=300)

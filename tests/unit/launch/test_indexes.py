@@ -79,9 +79,9 @@ def _ddl(name, distance):
     return f"CREATE VECTOR INDEX `{name}` ON `{TABLE}`(item_embedding) OPTIONS ({options})"
 
 
-def report(client, distance="COSINE"):
+def report(client, distance="COSINE", **more):
     findings = Findings()
-    what = Publication(DESTINATION, (TRAINING,), "gs://b/tmp", "fail", "token", vector_index=distance)
+    what = Publication(DESTINATION, (TRAINING,), "gs://b/tmp", "fail", "token", vector_index=distance, **more)
     indexes.examine(findings, client, what)
     return findings
 
@@ -102,7 +102,7 @@ def test_emulators_have_none(monkeypatch):
 
 
 def test_a_new_index():
-    assert lines(Indexed(None))[0] == ("ok", "COSINE, will be created with the table")
+    assert lines(Indexed(None))[0] == ("ok", f"COSINE, will be created with {TABLE}")
     assert lines(Indexed(50)) == [("ok", "COSINE, will be created")]
 
 
@@ -110,7 +110,7 @@ def test_a_small_table():
     for client, size in ((Indexed(None), "0.0"), (Indexed(9.5), "9.5")):
         status, text = lines(client)[-1]
         assert status == "note"
-        assert text.startswith(f"the table will have {size} MB: BigQuery builds no index below 10 MB")
+        assert text.startswith(f"{TABLE} will have {size} MB: BigQuery builds no index below 10 MB")
     assert len(lines(Indexed(10))) == 1
 
 
@@ -156,6 +156,19 @@ def test_what_bigquery_refuses_is_reported_before_and_stops_the_job():
     assert str(report(client).error) == f"BigQuery refuses the vector index: 400 {client.refused}"
     with pytest.raises(PublishError, match=rf"refused the vector index of {TABLE}: {client.refused}; nothing was pub"):
         ensure_index(client, TABLE, "item", "COSINE")
+
+
+def test_the_latest_table_has_an_index_of_its_own():
+    client = Indexed()
+    found = [(line.status, line.text) for line in report(client, latest_tables=True).lines]
+    assert found[0] == found[1] == ("ok", "COSINE, will be created")
+    # All rows are replaced: 11 small ones remain.
+    assert found[2][1].startswith("p.d.two_tower_item_embedding_latest will have 0.0 MB")
+    ensure_index(client, DESTINATION.latest("item"), "item", "COSINE", partitioned=False)
+    assert client.created == [
+        "CREATE VECTOR INDEX IF NOT EXISTS `two_tower_item_embedding_latest_index` ON "
+        "`p.d.two_tower_item_embedding_latest`(item_embedding) OPTIONS (index_type = 'TREE_AH', distance_type = 'COSINE')"
+    ]
 
 
 def test_a_launcher_that_may_not_create_it_submits_the_job_all_the_same(monkeypatch):

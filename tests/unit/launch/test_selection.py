@@ -22,3 +22,20 @@ from beam_pipeline.launch.selection import discover
 )
 def test_what_is_taken_for_the_towers(layers, towers):
     assert discover(layers) == towers
+
+
+@pytest.mark.parametrize(
+    ("layers", "indexes", "towers"),
+    [
+        (["index", "query_model"], ["index"], {"user": "query_model", "item": "index"}),
+        (["encoder", "retrieval"], ["retrieval"], {"user": "encoder", "item": "retrieval"}),
+        # Towers that are in the model themselves come first.
+        (["candidate_model", "index", "query_model"], ["index"], {"user": "query_model", "item": "candidate_model"}),
+        (["index", "item_model"], ["index"], None),
+        (["item_model", "user_index"], ["user_index"], None),
+        (["a", "b", "index"], ["index"], None),
+        (["index"], ["index"], None),
+    ],
+)
+def test_a_search_index_is_taken_for_what_its_queries_find(layers, indexes, towers):
+    assert discover(layers, indexes) == towers

@@ -173,7 +173,7 @@ def test_row_numbers_are_compared():
         read_all(*make(Encoding.PROTOBUF, names, numbers=[1, 3, 2]), 2)
 
 
-# Ids that are in no order, integers, and string tensors of a checkpoint.
+# Vocabularies that are not in row order, integers, and string tensors of a checkpoint.
 
 
 def string_tensor(names):
