@@ -105,6 +105,8 @@ setup(
             # Google's own parser and analyzer of BigQuery's SQL, for every statement of the job. Exact: somebody else's
             # build of it.
             "zetasql==0.1.5",
+            # Writes the files of vectors that PyTorch's users log.
+            "safetensors>=0.5",
             # What the rotation between two trainings is compared with.
             "scipy>=1.11",
         ],

@@ -270,6 +270,24 @@ def _open(path: str) -> ByteFile:
     return ByteFile(path, FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED), size)
 
 
+def list_folder(path: str) -> list[str]:
+    """Returns the names of the files in a folder, local or on Cloud Storage, sorted; of no folder, none.
+
+    Raises:
+        ArtifactMissingError: it cannot be read.
+    """
+    from apache_beam.io.filesystems import FileSystems
+
+    try:
+        if "://" not in path:  # Its name may hold characters that a glob would interpret.
+            return sorted(entry.name for entry in os.scandir(path) if entry.is_file()) if os.path.isdir(path) else []
+        (found,) = FileSystems.match([f"{path}/*"])
+    except Exception as error:  # As with `open_file`.
+        raise ArtifactMissingError(f"{path} cannot be listed: {error}") from error
+    names = (metadata.path.removeprefix(f"{path}/") for metadata in found.metadata_list)
+    return sorted(name for name in names if name and "/" not in name)
+
+
 def join(folder: str, *names: str) -> str:
     """Joins path components the way the file system of `folder` does."""
     return "/".join([folder.rstrip("/"), *names])

@@ -221,6 +221,7 @@ def _pieces(tower: Tower, size: int) -> Iterator[Piece]:
         count = min(step, tower.matrix.rows - first)
         start, end = np.searchsorted(rows, [first, first + count]).tolist()
         yield Piece(tower.name, first, count, None, rows_and_ids=(rows[start:end], ids[start:end]))
+    yield from pieces.cut_rest(tower, size)
 
 
 def _sorted_ids(tower: Tower) -> _Rows:

@@ -6,6 +6,7 @@ Cutting scans the bytes in blocks and keeps none of them; decoding returns an Ar
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
+from pyarrow import csv
 
 from beam_pipeline import checksums
 from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, UnsupportedModelError
@@ -34,6 +36,8 @@ def decode(encoding: Encoding, data: bytes, count: int) -> pa.Array:
         CorruptFileError: there are more or fewer.
         BadIdError: a non-integer line in a vocabulary of integers.
     """
+    if encoding in (Encoding.UTF32, Encoding.FIXED):
+        return _decode_fixed(data, count, is_utf32=encoding is Encoding.UTF32)
     ids = _DECODERS[encoding](data)
     if len(ids) != count:
         raise CorruptFileError(f"{len(ids):,} ids where {count:,} were counted: the file changed while it was read")
@@ -51,10 +55,38 @@ def first(file: ByteFile, vocabulary: Vocabulary, count: int) -> tuple[list[str]
 
 def cuts(file: ByteFile, vocabulary: Vocabulary, rows: int) -> Iterator[tuple[int, int]]:
     """Yields (number of ids, position after them), `rows` at a time."""
+    if vocabulary.encoding in (Encoding.UTF32, Encoding.FIXED):
+        return _fixed_cuts(vocabulary.span, vocabulary.count or 0, rows)
     if vocabulary.encoding in _PLAIN_CUTS:
         return _PLAIN_CUTS[vocabulary.encoding](file, vocabulary.span, rows)
-    scan = _json_cuts if vocabulary.encoding is Encoding.JSON else _line_cuts
+    is_json = vocabulary.encoding in (Encoding.JSON, Encoding.JSON_OBJECT)
+    scan = _json_cuts if is_json else _line_cuts
     return scan(file, vocabulary.span, rows, vocabulary.checksum)
+
+
+def decode_with_rows(vocabulary: Vocabulary, data: bytes, count: int) -> tuple[np.ndarray, pa.Array]:
+    """Returns `count` ids that have their rows beside them, and these: int64 [n], and an Arrow binary array.
+
+    Raises:
+        CorruptFileError: there are more or fewer.
+        BadIdError: what stands beside an id is no row number; named.
+    """
+    if vocabulary.encoding is Encoding.CSV:
+        rows, ids = _decode_csv(data, vocabulary)
+    else:
+        rows, ids = _decode_json_object(data, vocabulary.path)
+    if len(ids) != count:
+        raise CorruptFileError(
+            f"{vocabulary.path}: {len(ids):,} ids where {count:,} were counted: the file changed while it was read, or "
+            "an id is not on a line of its own"
+        )
+    return rows, ids
+
+
+def verify(file: ByteFile, vocabulary: Vocabulary) -> None:
+    """Raises ChecksumError if ids of one width, which cutting them does not read, do not match their checksum."""
+    for _ in _blocks(file, vocabulary.span, vocabulary.checksum):
+        pass
 
 
 def _blocks(file: ByteFile, span: Span, checksum: Checksum | None) -> Iterator[tuple[int, bytes]]:
@@ -198,6 +230,20 @@ def _integer_cuts(size: int) -> Callable[[ByteFile, Span, int], Iterator[tuple[i
     return cuts_of_size
 
 
+def _fixed_cuts(span: Span, count: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Yields (number of ids, position after them) of ids that all have one width."""
+    width = (span.end - span.start) // max(1, count)
+    for first in range(0, count, rows):
+        some = min(rows, count - first)
+        yield some, span.start + (first + some) * width
+
+
+def _row_cuts(span: Span, rows: int) -> Iterator[tuple[int, int]]:
+    for start in range(span.start, span.end, rows):
+        end = min(start + rows, span.end)
+        yield end - start, end
+
+
 def varints(data: bytes) -> np.ndarray:
     """Returns the varints lying one after the other in `data`, as uint64."""
     raw = np.frombuffer(data, np.uint8)
@@ -265,11 +311,64 @@ def _decode_strings(data: bytes) -> pa.Array:
         raise CorruptFileError(f"not a list of ids in protobuf ({error}); log the model again") from error
 
 
+def _decode_fixed(data: bytes, count: int, *, is_utf32: bool) -> pa.Array:
+    """Returns strings of one width; NumPy keeps no NULs at their ends (numpy/doc/neps, `numpy.bytes_`)."""
+    width = len(data) // max(1, count)
+    if not width or len(data) != width * count or (is_utf32 and width % 4):
+        raise CorruptFileError(f"{len(data):,} bytes are not {count:,} strings of one width")
+    if not is_utf32:
+        return pa.array(np.frombuffer(data, f"S{width}").tolist(), pa.binary())
+    try:
+        texts = [data[at : at + width].decode("utf-32-le", "surrogatepass") for at in range(0, len(data), width)]
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"a string that is not UTF-32 ({error.reason})") from error
+    return pa.array([text.rstrip("\0").encode("utf-8", "surrogatepass") for text in texts], pa.binary())
+
+
+def _decode_json_object(data: bytes, path: str) -> tuple[np.ndarray, pa.Array]:
+    try:
+        pairs = json.loads(b"{" + data.strip().removesuffix(b",") + b"}", object_pairs_hook=list)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: no JSON object of id and row ({error})") from error
+    ids = pa.array([name.encode("utf-8", "surrogatepass") for name, _ in pairs], pa.binary())
+    for name, row in pairs:
+        if type(row) is not int or not -(1 << 63) <= row < 1 << 63:
+            problem = "beyond 64 bits" if type(row) is int else "no integer"
+            raise BadIdError(
+                f"{path}: the row of id {shown(name.encode('utf-8', 'surrogatepass'))} is {problem}; a JSON object "
+                "maps each id to the row of its vector"
+            )
+    return np.array([row for _, row in pairs], np.int64), ids
+
+
+def _decode_csv(data: bytes, vocabulary: Vocabulary) -> tuple[np.ndarray, pa.Array]:
+    id_column, row_column = (f"f{position}" for position in vocabulary.columns or (0, 1))
+    try:
+        table = csv.read_csv(
+            pa.BufferReader(data if data.endswith(b"\n") else data + b"\n"),
+            read_options=csv.ReadOptions(use_threads=False, autogenerate_column_names=True, block_size=len(data) + 2),
+            parse_options=csv.ParseOptions(ignore_empty_lines=False),
+            convert_options=csv.ConvertOptions(
+                include_columns=[id_column, row_column], column_types={id_column: pa.binary(), row_column: pa.int64()}
+            ),
+        )
+    except (pa.ArrowException, ValueError) as error:
+        # Arrow counts columns from 0, and rows from the first of this part of the file.
+        reason = re.sub(r"CSV column #\d+: Row #?\d+: ", "", str(error).splitlines()[0])
+        raise BadIdError(f"{vocabulary.path}: no table of ids and their rows ({reason})") from error
+    rows, ids = table[row_column].combine_chunks(), table[id_column].combine_chunks()
+    if rows.null_count:
+        at = int(np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))[0])
+        raise BadIdError(f"{vocabulary.path}: id {shown(ids[at].as_py())} has no row")
+    return rows.to_numpy(), ids
+
+
 _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]] = {
     Encoding.PROTOBUF: _string_cuts,
     Encoding.INT32: _integer_cuts(4),
     Encoding.INT64: _integer_cuts(8),
     Encoding.VARINTS: _varint_cuts,
+    Encoding.ROWS: lambda _, span, rows: _row_cuts(span, rows),
 }
 _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
     Encoding.LINES: _decode_lines,

@@ -5,7 +5,7 @@ Every reader is an `Artifact`; what comes after it knows towers alone, not forma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -38,6 +38,18 @@ class Encoding(Enum):
     """Integers of eight bytes, little-endian."""
     VARINTS = "varints"
     """Integers as a packed protobuf field, negative ones in ten bytes."""
+    UTF32 = "UTF-32"
+    """Strings of one width, as NumPy's type `<U`: four bytes a character, padded with NULs."""
+    FIXED = "fixed width"
+    """Strings of one width, as NumPy's type `S`: padded with NULs."""
+    ROWS = "rows"
+    """No bytes at all: the id of a row is its number."""
+    JSON_OBJECT = "JSON object"
+    """Members of a JSON object, `"id": row`, one after the other with their commas."""
+    CSV = "CSV"
+    """Lines of a table, among whose columns are an id and its row."""
+    PARQUET = "Parquet"
+    """A column of Parquet files, with vectors or rows in another."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,77 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """A row group of a Parquet file: rows that are read without those of others.
+
+    Attributes:
+        path: the file.
+        number: which of the file's groups.
+        rows: its rows.
+    """
+
+    path: str
+    number: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Two columns of Parquet files: an id, and what belongs to it.
+
+    Attributes:
+        path: the file, or what the files were named by: a folder or a pattern.
+        files: path of each file, and the rows of its row groups.
+        id_column: name of the column of ids.
+        value_column: name of the other: a row of a matrix, or a vector.
+    """
+
+    path: str
+    files: tuple[tuple[str, tuple[int, ...]], ...]
+    id_column: str
+    value_column: str
+
+    @property
+    def groups(self) -> list[RowGroup]:
+        """All row groups, file by file."""
+        return [RowGroup(path, number, rows) for path, counts in self.files for number, rows in enumerate(counts)]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(sum(counts) for _, counts in self.files)
+
+
+@dataclass(frozen=True)
+class VectorTable(Table):
+    """Ids and their vectors in Parquet files. They have no checksum of the whole; a page may have one of its own.
+
+    Attributes:
+        dimension: values in a vector.
+        dtype: "float32", "float64" or "float16".
+        checksum: None.
+    """
+
+    dimension: int
+    dtype: str
+    checksum: None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one vector in memory."""
+        return self.dimension * np.dtype(self.dtype).itemsize
+
+    @property
+    def size(self) -> int:
+        """Bytes of all vectors in memory."""
+        return self.rows * self.row_bytes
+
+    def rows_in(self, size: int) -> int:
+        """Returns how many vectors so many bytes hold, but at least one."""
+        return max(1, size // self.row_bytes)
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """The ids of a tower, as a rule in row order: the id at position i belongs to row `first_row + i`.
 
@@ -116,8 +199,12 @@ class Vocabulary:
         row_numbers: where the artifact itself lists the row of each id (int64, little-endian), if it does.
         special_tokens: names for the rows before `first_row`, if these are to be written too.
         checksum: covers the ids, if the artifact has one; it may begin before `span` and ends with it.
-        in_row_order: False if the row of the id at position i is the i-th of `row_numbers`, whatever that is.
+        in_row_order: False if the row of the id at position i is the i-th of `row_numbers`, whatever that is, or stands
+            beside the id.
         row_numbers_path: the file of `row_numbers`, if it is not `path`.
+        fills: each row from `first_row` on has an id: of ids from outside of the model.
+        columns: of a CSV file, the positions of the columns of ids and of rows.
+        table: of Parquet files, where the ids are and what stands beside them.
     """
 
     path: str
@@ -130,6 +217,9 @@ class Vocabulary:
     checksum: Checksum | None = None
     in_row_order: bool = True
     row_numbers_path: str | None = None
+    fills: bool = False
+    columns: tuple[int, int] | None = None
+    table: Table | None = None
 
 
 class Ending(Enum):
@@ -140,6 +230,7 @@ class Ending(Enum):
     GOES_ON = "goes on"
     UNKNOWN = "cannot be told"
     COMPUTED = "is computed to its end"
+    LOGGED = "is what the trainer logged"
 
 
 @dataclass(frozen=True)
@@ -163,7 +254,7 @@ class Tail:
     @property
     def is_row(self) -> bool:
         """Whether the row is what the model serves, or at least points where that does."""
-        return self.ending in (Ending.EMBEDDING, Ending.SCALED)
+        return self.ending in (Ending.EMBEDDING, Ending.SCALED, Ending.LOGGED)
 
     @property
     def steps(self) -> str:
@@ -187,13 +278,14 @@ class Tower:
         vocabulary: its ids.
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
         tail: what the model does with the rows.
-        source: "embedding", or "index" if the rows are those of a search index, or "computed".
+        source: "embedding", "index" if the rows are those of a search index, "file" if the trainer logged them, or
+            "computed".
         model_uri: where its model lies, if the towers of a training are of several.
     """
 
     name: str
     layer: str
-    matrix: Matrix
+    matrix: Matrix | VectorTable
     vocabulary: Vocabulary
     rest: tuple[Span, ...] = ()
     tail: Tail = Tail(Ending.UNKNOWN)
@@ -209,6 +301,13 @@ class Tower:
     def computed_by(self) -> str:
         """The library that computes its vectors, and its version; empty if they are read."""
         return ""
+
+    @property
+    def contiguous(self) -> Matrix:
+        """The matrix, of a tower whose vectors lie one after the other."""
+        if not isinstance(self.matrix, Matrix):
+            raise TypeError(f"the vectors of tower {self.name!r} are in Parquet files")
+        return self.matrix
 
     @property
     def vector_source(self) -> str:
@@ -229,11 +328,26 @@ class Artifact(Protocol):
         """
         ...
 
-    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+    def matrix(self, name: str, layer: str) -> Matrix:
+        """Returns the embedding of a layer that has no lookup: the ids of the tower `name` are elsewhere.
+
+        Raises:
+            TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
+            UnsupportedModelError: it holds it in a form that cannot be read.
+            CorruptFileError: the files contradict each other.
+        """
+        ...
+
+    def embeddings_without_ids(self) -> list[str]:
+        """Returns what could be given as `layer` to `matrix`."""
+        ...
+
+    def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
         """Returns how towers go on after their embeddings, until they meet each other or are returned.
 
         Args:
             layers: of all towers that are published together: name → layer.
+            without_lookup: names of those towers whose layers are as `matrix` takes them.
 
         Raises:
             TowerMissingError: a layer is no tower, or holds other embeddings that its tower needs.

@@ -23,6 +23,7 @@ from beam_pipeline.launch.console import Terminal, set_up_logging
 from beam_pipeline.launch.options import Config
 from beam_pipeline.launch.plan import Plan, job_name, labels, make_plan
 from beam_pipeline.launch.session import Session, open_session
+from beam_pipeline.launch.sources import find_sources
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.tracking import auth
 from beam_pipeline.tracking.models import Model
@@ -83,16 +84,20 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
     with ExitStack() as stack:
         copies_to = stack.enter_context(tempfile.TemporaryDirectory())
         folders = _folders(config, run, models, copies_to, stack, terminal)
+        sources = find_sources(config, run, copies_to, stack, terminal.copying)
         for folder in dict.fromkeys(folders.values()):
             artifact = stack.enter_context(closing(open_artifact(folder, open_file, selection.unnamed_layers(config))))
             towers = {
-                name: layer.rpartition(":")[2] for name, layer in config.towers.items() if folders[name] == folder
+                name: layer.rpartition(":")[2] for name, layer in config.layers.items() if folders[name] == folder
             }
             lines = [
-                *inspection.describe(artifact, folder, open_file, towers),
+                *inspection.describe(artifact, folder, open_file, towers, sources),
                 *selection.computed_parts(config, folder, towers),
             ]
             terminal.inspected(run, folder, lines)
+        if config.vectors:
+            of_files = sources.towers_of_files(config.towers)
+            terminal.inspected(run, run.artifact_uri, inspection.describe_files(of_files, open_file))
 
 
 def _folders(
@@ -127,7 +132,8 @@ def _trainings(
         try:
             models = selection.models_of(config, run)
             folders = _folders(config, run, models, copies_to, copies, terminal)
-            selected = selection.read_training(config, run, models, folders, session)
+            sources = find_sources(config, run, copies_to, copies, terminal.copying)
+            selected = selection.read_training(config, run, models, folders, sources, session)
         except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise

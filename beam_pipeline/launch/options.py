@@ -33,6 +33,8 @@ _PROJECT = r"(?:[a-z0-9.-]{1,100}:)?[a-z][a-z0-9-]{0,61}[a-z0-9]"
 _DATASET = re.compile(rf"(?:({_PROJECT})\.)?([A-Za-z0-9_]{{1,1024}})")
 _ACCOUNT = re.compile(r"[^@\s,'\"\[\]()]+@[^@\s,'\"\[\]()]+")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
+_PAIRS = re.compile(r",(?=[a-z][a-z0-9_]*=)")
+"""Between `NAME=VALUE` pairs: a comma may be a part of a value."""
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
@@ -77,10 +79,28 @@ class JobConfig:
 
 
 @dataclass(frozen=True)
+class NamedFile:
+    """A file that holds ids or vectors, as it is given with a flag: `PATH`, or `PATH#NAME,NAME`.
+
+    Attributes:
+        path: inside the run's artifacts, or `gs://`.
+        names: of columns or arrays in it.
+    """
+
+    path: str
+    names: tuple[str, ...] = ()
+
+
+ROW_NUMBERS = NamedFile("rows")
+"""Stands for a file of ids where a row's number is its id."""
+
+
+@dataclass(frozen=True)
 class Config(JobConfig):
     """What was asked of the main job. Each attribute is the flag of the same name.
 
-    `discover` says that no tower was named: `towers` are the default ones, and a model may show others.
+    `towers` has a layer for each tower, or the file of its vectors. `discover` says that none was named: they are the
+    default ones, and a model may show others.
     """
 
     run_id: str | None = None
@@ -93,6 +113,9 @@ class Config(JobConfig):
     artifact_path: str | None = None
     towers: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_TOWERS))
     discover: bool = False
+    ids: Mapping[str, NamedFile] = field(default_factory=dict)
+    first_row: Mapping[str, int] = field(default_factory=dict)
+    vectors: Mapping[str, NamedFile] = field(default_factory=dict)
     if_partition_taken: str = "fail"
     partition_expiration_days: int | None = None
     allow_dimension_change: bool = False
@@ -107,6 +130,11 @@ class Config(JobConfig):
     inspect: bool = False
     plan: str | None = None
     shared_files: bool = False
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        """The towers that are in a model, tower → layer."""
+        return {name: layer for name, layer in self.towers.items() if name not in self.vectors}
 
     @property
     def reads_local_files(self) -> bool:
@@ -339,6 +367,31 @@ def parser() -> argparse.ArgumentParser:
         f"(default: {' '.join(f'{name}={layer}' for name, layer in DEFAULT_TOWERS.items())})",
     )
     towers.add_argument(
+        "--ids",
+        action="append",
+        metavar="NAME=PATH",
+        help="the ids of a tower whose embedding has no lookup, in a file inside the run's artifacts or at gs://: text "
+        "(an id a line), a JSON array, .npy or .npz, in the order of the rows; or a JSON object of id and row, .csv or "
+        ".parquet with columns id and row (PATH#ID,ROW names them otherwise). NAME=rows: the number of a row is its "
+        "id. Repeat for each tower, or separate them by commas",
+    )
+    towers.add_argument(
+        "--first_row",
+        action="append",
+        metavar="NAME=ROW",
+        help="with --ids in the order of the rows: the row of the first id, if rows before it stand for unknown ids "
+        "(default: 0)",
+    )
+    towers.add_argument(
+        "--vectors",
+        action="append",
+        metavar="NAME=PATH",
+        help="instead of --tower: the vectors of a tower as the trainer logged them, in a file inside the run's "
+        "artifacts or at gs://: .parquet with columns id and vector (PATH#ID,VECTOR names them otherwise; also a "
+        "folder of such files, or a pattern), .npz with ids and vectors (PATH#IDS,VECTORS), .npy or .safetensors "
+        "(PATH#TENSOR) with --ids. The towers are then those that --tower and --vectors name",
+    )
+    towers.add_argument(
         "--include_oov", action="store_true", help="also write the rows of out-of-vocabulary and mask tokens"
     )
     towers.add_argument(
@@ -491,7 +544,8 @@ def parse(argv: Sequence[str]) -> Config:
         ours.error("--since and --until choose among --all_runs")
     if found.since and found.until and found.since > found.until:
         ours.error(f"--since={found.since} is after --until={found.until}")
-    towers = _towers(ours, found.tower)
+    towers = _towers(ours, found.tower, found.vectors)
+    sources = _sources(ours, found, towers)
     if found.partition_expiration_days is not None and found.partition_expiration_days < 1:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
     if found.vector_index and found.allow_dimension_change:
@@ -499,6 +553,10 @@ def parse(argv: Sequence[str]) -> Config:
             f"--vector_index={found.vector_index} needs vectors of one length; leave out it or --allow_dimension_change"
         )
     compute = _compute(ours, found, towers)
+    for name in compute:
+        for flag in ("ids", "vectors"):
+            if name in sources[flag]:
+                ours.error(f"--compute={name} and --{flag}={name}=… are two sources for one tower; leave out one")
     config = Config(
         **job_values(ours, found, rest),
         run_id=found.run_id,
@@ -510,7 +568,8 @@ def parse(argv: Sequence[str]) -> Config:
         until=found.until,
         artifact_path=found.artifact_path and found.artifact_path.strip("/"),
         towers=towers,
-        discover=not found.tower,
+        discover=not found.tower and not found.vectors,
+        **sources,
         if_partition_taken=found.if_partition_taken,
         partition_expiration_days=found.partition_expiration_days,
         allow_dimension_change=found.allow_dimension_change,
@@ -556,17 +615,21 @@ def bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterato
             yield flag
 
 
-def _towers(ours: argparse.ArgumentParser, given: list[str] | None) -> dict[str, str]:
-    if not given:
+def _towers(ours: argparse.ArgumentParser, given: list[str] | None, vectors: list[str] | None = None) -> dict[str, str]:
+    """Returns tower → layer, or the file of its vectors."""
+    if not given and not vectors:
         return dict(DEFAULT_TOWERS)
     towers: dict[str, str] = {}
-    for text in ",".join(given).split(","):  # A template takes a parameter once.
-        name, _, layer = text.partition("=")
-        if not layer or layer.startswith(":") or not _TOWER.fullmatch(name):
-            ours.error(f"--tower={text!r}: NAME=LAYER, with a NAME of lower-case letters, digits and _")
-        if name in towers:
-            ours.error(f"--tower={text!r}: tower {name!r} is named twice")
-        towers[name] = layer
+    # A template takes a parameter once.
+    for flag, pairs in (("--tower", ",".join(given or ()).split(",")), ("--vectors", _pairs(vectors))):
+        for text in pairs if given or flag == "--vectors" else ():
+            name, _, layer = text.partition("=")
+            if not layer or layer.startswith(":") or not _TOWER.fullmatch(name):
+                value = "LAYER" if flag == "--tower" else "PATH"
+                ours.error(f"{flag}={text!r}: NAME={value}, with a NAME of lower-case letters, digits and _")
+            if name in towers:
+                ours.error(f"{flag}={text!r}: tower {name!r} is named twice; a tower has one source")
+            towers[name] = layer
     return towers
 
 
@@ -608,6 +671,44 @@ def _named_sources(ours: argparse.ArgumentParser, given: Sequence[str]) -> Itera
             if not isinstance(source, str) or not source.strip() or not is_tower(name.strip()):
                 ours.error(f"--features={text!r}: NAME=SOURCE, with the NAME of a tower")
             yield name.strip(), source.strip().rstrip(";").rstrip()
+
+
+def _pairs(given: list[str] | None) -> list[str]:
+    return _PAIRS.split(",".join(given)) if given else []
+
+
+def _sources(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: Mapping[str, str]) -> dict[str, Any]:
+    """Returns --ids, --first_row and --vectors by tower."""
+    sources: dict[str, dict[str, Any]] = {"ids": {}, "first_row": {}, "vectors": {}}
+    for flag, values in sources.items():
+        for text in _pairs(getattr(found, flag)):
+            name, _, value = text.partition("=")
+            if name not in towers or not value:
+                ours.error(f"--{flag}={text!r}: NAME={'ROW' if flag == 'first_row' else 'PATH'} of one of the towers, "
+                           f"which are {', '.join(towers)}")  # fmt: skip
+            if name in values:
+                ours.error(f"--{flag}={text!r}: tower {name!r} is named twice")
+            if flag != "first_row":
+                values[name] = _named_file(ours, found, f"--{flag}={text!r}", value)
+            elif name not in sources["ids"]:
+                ours.error(f"--first_row={text!r}: of ids that --ids names, and there are none for {name!r}")
+            elif not value.isdecimal() or len(value) > 18:
+                ours.error(f"--first_row={text!r}: the number of a row, 0 or more")
+            else:
+                values[name] = int(value)
+    return sources
+
+
+def _named_file(ours: argparse.ArgumentParser, found: argparse.Namespace, flag: str, value: str) -> NamedFile:
+    path, _, names = value.partition("#")
+    if path == ROW_NUMBERS.path and flag.startswith("--ids"):
+        return ROW_NUMBERS
+    inside = path.removeprefix("gs://")
+    if not inside or inside.startswith("/") or "://" in inside or ".." in inside.split("/"):
+        ours.error(f"{flag}: a path inside the run's artifacts, or gs://BUCKET/PATH")
+    if path.startswith("gs://") and found.all_runs:
+        ours.error(f"{flag}: each of --all_runs has a file of its own; name it by its path inside the run's artifacts")
+    return NamedFile(path.rstrip("/"), tuple(names.split(",")) if names else ())
 
 
 def refuse_unknown(ours: argparse.ArgumentParser, rest: list[str]) -> None:

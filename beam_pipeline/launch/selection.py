@@ -16,6 +16,7 @@ from beam_pipeline.formats.model import Artifact, Tower
 from beam_pipeline.launch import preflight
 from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
 from beam_pipeline.launch.session import Session
+from beam_pipeline.launch.sources import Sources
 from beam_pipeline.reading.pieces import cover
 from beam_pipeline.tracking import download
 from beam_pipeline.tracking.models import Model, find_model, readable_folder
@@ -61,8 +62,10 @@ def wanted_runs(config: Config) -> tuple[list[Run], list[LeftOut]]:
         latest, passed = find_latest_run(
             config.experiment_name,
             run_name=config.run_name,
-            artifact_path=config.artifact_path or next(filter(None, map(_path, config.towers.values())), None),
+            artifact_path=config.artifact_path or next(filter(None, map(_path, config.layers.values())), None),
             tracking_uri=config.tracking_uri,
+            files=[file.path for file in config.vectors.values() if not file.path.startswith("gs://")],
+            needs_model=bool(config.layers),
             is_one_for_each_tower=lambda names: _pair_of(config, names) is not None,
         )
         return [latest], [LeftOut(run, reason) for run, reason in passed]
@@ -91,7 +94,8 @@ def read_training(
     run: Run,
     models: Mapping[str, Model],
     folders: Mapping[str, str],
-    session: Session | None = None,
+    sources: Sources,
+    session: Session,
 ) -> Selected:
     """Returns the training of a run whose models can be read in folders.
 
@@ -100,17 +104,18 @@ def read_training(
         run: the run.
         models: tower → its model, as `models_of` returns them.
         folders: tower → folder of its model.
+        sources: files of the run that hold ids, or the vectors of towers that are in no model.
         session: asks BigQuery what a query for features returns.
 
     Raises:
         ConfigError: the workers could not read such a folder.
-        ArtifactError: a model is not what was asked for.
+        ArtifactError: a model or a file is not what was asked for.
     """
     towers, layers = dict[str, Tower](), dict[str, str]()
     together = dict.fromkeys(folders.values())
     for folder in together:
         _require_shared(config, run, folder)
-        names = [name for name in config.towers if folders[name] == folder]
+        names = [name for name in config.layers if folders[name] == folder]
         with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
             own: Mapping[str, str]
             if len(together) > 1:
@@ -123,16 +128,20 @@ def read_training(
                 for name, layer in own.items()
                 if name in config.compute
             ]
-            for tower in (*(_towers(config, artifact, read) if read else ()), *computed):
+            for tower in (
+                *(sources.towers_of_model(artifact, read, include_oov=config.include_oov) if read else ()),
+                *computed,
+            ):
                 path = f"{models[tower.name].name}:" if len(together) > 1 else ""
                 layers[tower.name] = f"{path}{own[tower.name]}"
                 towers[tower.name] = replace(
                     tower, layer=layers[tower.name], model_uri=_model_uri(models[tower.name]) if path else ""
                 )
+    towers |= by_name(sources.towers_of_files(config.towers))
     found = by_name(cover([towers[name] for name in config.towers]))
-    model_uri = ", ".join(dict.fromkeys(_model_uri(models[name]) for name in config.towers))
-    discovered = config.discover and (len(together) > 1 or layers != config.towers)
-    return Selected(Training(run, model_uri, found), layers if discovered else None)
+    model_uri = ", ".join(dict.fromkeys(_model_uri(models[name]) for name in config.layers))
+    discovered = config.discover and (len(together) > 1 or layers != config.layers)
+    return Selected(Training(run, model_uri or run.artifact_uri, found), layers if discovered else None)
 
 
 def _require_shared(config: Config, run: Run, folder: str) -> None:
@@ -150,7 +159,7 @@ def _model_uri(model: Model) -> str:
 
 
 def models_of(config: Config, run: Run) -> dict[str, Model]:
-    """Returns the model of each tower of a run: one for all, unless towers are in models of their own.
+    """Returns the model of each tower of a run that is in one: one for all, unless towers are in models of their own.
 
     Without flags that is where the run has two models alone, and the name of one says user (or query) and that of the
     other item (or candidate).
@@ -159,7 +168,7 @@ def models_of(config: Config, run: Run) -> dict[str, Model]:
         SeveralModelsError: the run has several models, and nothing says which is meant.
         PipelineError: what `find_model` raises.
     """
-    paths = {name: _path(layer) for name, layer in config.towers.items()}
+    paths = {name: _path(layer) for name, layer in config.layers.items()}
     try:
         found = {
             path: find_model(
@@ -196,10 +205,11 @@ def _path(layer: str) -> str | None:
 def _layers(config: Config, artifact: Artifact) -> Mapping[str, str]:
     """Returns the layers of towers that are in one model."""
     if config.discover:
-        return discover(artifact.tower_layers(), artifact.index_layers()) or config.towers
+        without_ids = artifact.embeddings_without_ids() if config.ids else []
+        return discover([*artifact.tower_layers(), *without_ids], artifact.index_layers()) or config.layers
     return {
         name: _only_layer(artifact, name, None, config) if _path(layer) else layer
-        for name, layer in config.towers.items()
+        for name, layer in config.layers.items()
     }
 
 
@@ -208,7 +218,7 @@ def _only_layer(artifact: Artifact, name: str, model: Model | None, config: Conf
     asked = "" if config.discover else config.towers[name].rpartition(":")[2]
     if asked:
         return asked
-    layers = artifact.tower_layers()
+    layers = artifact.embeddings_without_ids() if name in config.ids else artifact.tower_layers()
     if len(layers) != 1:
         layers = [layer for layer in layers if name in _SAYS and _says(layer, name)] or layers
     if len(layers) != 1:
@@ -270,12 +280,6 @@ def _computed(
         session.client if session else None,
         session.destination.job_project if session else "",
     )
-
-
-def _towers(config: Config, artifact: Artifact, layers: Mapping[str, str]) -> tuple[Tower, ...]:
-    towers = [artifact.tower(name, layer, include_oov=config.include_oov) for name, layer in layers.items()]
-    tails = artifact.tails(layers)
-    return tuple(replace(tower, tail=tails[tower.name]) for tower in towers)
 
 
 def discover(layers: Sequence[str], indexes: Collection[str] = ()) -> dict[str, str] | None:

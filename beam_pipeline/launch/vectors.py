@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from beam_pipeline.computing.tower import ComputedTower
 from beam_pipeline.errors import PipelineError, VectorNotServedError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats.model import Ending, Tail, Tower
+from beam_pipeline.formats.model import Ending, Tail, Tower, VectorTable
 from beam_pipeline.launch.options import DEFAULT_TOWERS
 from beam_pipeline.reading import pieces
 from beam_pipeline.training import Training
@@ -43,6 +43,8 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
                 f"computed on the workers by {tower.layer} ({tower.signature}), ids from {tower.ids_from}: code of the "
                 f"artifact runs there ({tower.computed_by}), and the vectors have no checksum",
             )
+            continue
+        _examine_checksum(findings, tower)
     for training in publication.trainings:
         for one, other in combinations(training.towers.values(), 2):
             if problem := _mismatch(one, other):
@@ -66,7 +68,11 @@ def describe(tail: Tail) -> str:
 
 def _examine_tail(findings: Findings, name: str, layer: str, tail: Tail, where: str, embedding_rows: bool) -> None:
     check = f"vectors {name}"
-    if tail.ending == Ending.GOES_ON:
+    if tail.ending == Ending.LOGGED:
+        findings.ok(
+            check, f"{layer}, as the trainer logged it: that the model serves them is the trainer's word{where}"
+        )
+    elif tail.ending == Ending.GOES_ON:
         because = f"; {tail.reason}" if tail.reason else ""
         if embedding_rows:
             findings.note(
@@ -103,6 +109,20 @@ def _examine_tail(findings: Findings, name: str, layer: str, tail: Tail, where: 
         )
     elif tail.is_biased:
         findings.note(check, f"the model adds a bias of each id to the dot product, which the vectors lack{where}")
+
+
+def _examine_checksum(findings: Findings, tower: Tower) -> None:
+    if isinstance(tower.matrix, VectorTable):
+        findings.note(
+            f"checksum {tower.name}",
+            f"pages of {tower.matrix.path} are verified where they have one (write_page_checksum=True writes them); "
+            "all rows are counted",
+        )
+    elif tower.matrix.checksum is None:
+        findings.note(
+            f"checksum {tower.name}",
+            f"{tower.matrix.path} has none: its {tower.matrix.size:,} bytes are counted, damage would not be noticed",
+        )
 
 
 def _mismatch(one: Tower, other: Tower) -> str:

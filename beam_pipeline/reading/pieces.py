@@ -17,7 +17,8 @@ import pyarrow as pa
 from beam_pipeline import checksums
 from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, UnsupportedModelError
 from beam_pipeline.files import ByteFile, OpenFile
-from beam_pipeline.formats.encodings import cuts, decode, shown, varints
+from beam_pipeline.formats.encodings import cuts, decode, shown, varints, verify
+from beam_pipeline.formats.files.vectors import require_as_many
 from beam_pipeline.formats.model import Encoding, Tower
 from beam_pipeline.formats.protobuf import Span
 
@@ -72,6 +73,9 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
     row, count = vocabulary.first_row, 0
     with open_file(vocabulary.path) as file:
         for ids, span, lengths in cut_ids(file, tower, rows):
+            if row + ids > matrix.rows and vocabulary.fills:
+                total = sum(ids for ids, _, _ in cut_ids(file, tower, rows))
+                require_as_many(tower.name, vocabulary, total, vocabulary.count or 0)
             if row + ids > matrix.rows:
                 first_beyond = max(0, matrix.rows - row)
                 name = read_ids(file, tower, ids, span, lengths)[first_beyond].as_py()
@@ -83,9 +87,14 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
             row, count = row + ids, count + ids
     check_count(tower, count)
     yield from _gap(tower.name, row, matrix.rows, rows)
+    yield from cut_rest(tower, piece_bytes)
+
+
+def cut_rest(tower: Tower, piece_bytes: int) -> Iterator[Piece]:
+    """Yields pieces of the bytes that are read with a tower for the checksum alone."""
     for rest in tower.rest:
         for at in range(rest.start, rest.end, piece_bytes):
-            yield Piece(tower.name, matrix.rows, 0, None, Span(at, min(at + piece_bytes, rest.end)))
+            yield Piece(tower.name, tower.matrix.rows, 0, None, Span(at, min(at + piece_bytes, rest.end)))
 
 
 def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
@@ -99,6 +108,8 @@ def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
     if piece.ids is None:
         names = vocabulary.special_tokens[piece.first_row : piece.first_row + piece.rows]
         return pa.array([name.encode() for name in names], pa.binary())
+    if vocabulary.encoding is Encoding.ROWS:
+        return pa.array(range(piece.first_row, piece.first_row + piece.rows)).cast(pa.string()).cast(pa.binary())
     with open_file(vocabulary.path) as file:
         ids = read_ids(file, tower, piece.rows, piece.ids, piece.lengths)
         if vocabulary.row_numbers is not None:
@@ -129,8 +140,12 @@ def cut_ids(file: ByteFile, tower: Tower, ids: int) -> Iterator[tuple[int, Span,
         check_size(tower, count, end - start)
         yield count, Span(start, end), None
         start = end
-    if vocabulary.encoding in (Encoding.INT32, Encoding.INT64):  # Others are checked while they are cut.
-        _check_sum(file, tower, 0, vocabulary.span.start)
+    # Others are checked while they are cut.
+    if vocabulary.encoding in (Encoding.INT32, Encoding.INT64, Encoding.UTF32, Encoding.FIXED):
+        if vocabulary.checksum and vocabulary.checksum.algorithm == "crc32":  # of an array and its header, in a zip
+            verify(file, vocabulary)
+        else:
+            _check_sum(file, tower, 0, vocabulary.span.start)
 
 
 def read_ids(file: ByteFile, tower: Tower, count: int, ids: Span, lengths: Span | None) -> pa.Array:
@@ -193,6 +208,8 @@ def are_same(one: Tower, other: Tower, open_file: OpenFile) -> bool:
     first, second = one.vocabulary, other.vocabulary
     if (first.path, first.span) == (second.path, second.span):
         return True
+    if Encoding.PARQUET in (first.encoding, second.encoding) or Encoding.ROWS in (first.encoding, second.encoding):
+        return first.encoding == second.encoding and (first.table, first.count) == (second.table, second.count)
     sizes = [vocabulary.span.end - vocabulary.span.start for vocabulary in (first, second)]
     if max(sizes) <= _SMALL and first.in_row_order and second.in_row_order:
         names = [
@@ -219,6 +236,8 @@ def check_size(tower: Tower, ids: int, size: int) -> None:
 def check_count(tower: Tower, count: int) -> None:
     """Raises CorruptFileError if the artifact says that there are more or fewer ids."""
     vocabulary = tower.vocabulary
+    if vocabulary.fills:
+        require_as_many(tower.name, vocabulary, count, vocabulary.count or 0)
     if vocabulary.count is not None and count != vocabulary.count:
         raise CorruptFileError(
             f"{vocabulary.path}: tower {tower.name!r} has {count:,} ids, its graph says {vocabulary.count:,}"
@@ -267,7 +286,7 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
             continue
         those = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]
         gaps, at = [], checksum.span.start
-        for span in sorted({towers[i].matrix.span for i in those}):
+        for span in sorted({towers[i].contiguous.span for i in those}):
             if span.start < at:
                 raise CorruptFileError(f"{path}: bytes {span.start:,} to {at:,} belong to two embeddings")
             gaps += [Span(at, span.start)] if span.start > at else []

@@ -14,7 +14,8 @@ from beam_pipeline import checksums
 from beam_pipeline.errors import BadIdError, BadVectorError, PipelineError
 from beam_pipeline.files import OpenFile
 from beam_pipeline.formats.encodings import shown
-from beam_pipeline.formats.model import Tower
+from beam_pipeline.formats.files import parquet
+from beam_pipeline.formats.model import RowGroup, Tower, VectorTable
 from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.reading import pieces
 from beam_pipeline.reading.pieces import Piece
@@ -31,11 +32,13 @@ class Batch:
         run_id: the run that they belong to.
         ids: Arrow string array [n].
         vectors: floats of any width [n, dimension]; float64 holds each exactly.
+        first_row: where the rows are in a table that has an order; None if they were computed.
     """
 
     run_id: str
     ids: pa.Array
     vectors: np.ndarray
+    first_row: int | None = None
 
 
 Element = tuple[str, Piece] | Batch
@@ -53,7 +56,7 @@ def read(element: Element, towers: Mapping[str, Tower], open_file: OpenFile) -> 
         open_file: how its files are opened.
     """
     if isinstance(element, Batch):
-        run_id, first_row, tower = element.run_id, None, towers[element.run_id]
+        run_id, first_row, tower = element.run_id, element.first_row, towers[element.run_id]
     else:
         run_id, first_row, tower = element[0], element[1].first_row, towers[element[0]]
     try:
@@ -65,7 +68,7 @@ def read(element: Element, towers: Mapping[str, Tower], open_file: OpenFile) -> 
 
 
 def check_batch(batch: Batch, tower: Tower) -> tuple[Batch | None, Report]:
-    """Returns computed vectors, None if there are none, and what was seen of them.
+    """Returns vectors that are read or computed already, None if there are none, and what was seen of them.
 
     Raises:
         BadIdError: an id is empty.
@@ -77,12 +80,34 @@ def check_batch(batch: Batch, tower: Tower) -> tuple[Batch | None, Report]:
             f"tower {tower.name!r}: vectors of shape {batch.vectors.shape} were computed, not {shape}: the model's "
             "output is not one vector for each id"
         )
-    report = Report(batch.run_id, tower.name, None, count, count, bytes=batch.vectors.nbytes)
+    report = Report(batch.run_id, tower.name, batch.first_row, count, count, bytes=batch.vectors.nbytes)
     if not count:
         return None, report
-    names, rows = batch.ids.cast(pa.binary()), range(count)
-    _checked_ids(names, rows, tower)
-    return batch, replace(report, norms=_checked_norms(batch.vectors, names, rows, tower))
+    first = batch.first_row or 0
+    names, rows = batch.ids.cast(pa.binary()), range(first, first + count)
+    text = _checked_ids(names, rows, tower)
+    return replace(batch, ids=text), replace(report, norms=_checked_norms(batch.vectors, names, rows, tower))
+
+
+def read_group(run_id: str, group: RowGroup, first_row: int, tower: Tower, open_file: OpenFile) -> Iterator[Batch]:
+    """Yields the rows of a row group, some MB of vectors at a time, not checked yet.
+
+    Args:
+        run_id: of which run.
+        group: of the tower's Parquet files.
+        first_row: rows in the groups before it.
+        tower: of which tower.
+        open_file: how its files are opened.
+
+    Raises:
+        PipelineError: anything that is wrong with its bytes.
+    """
+    if not isinstance(tower.matrix, VectorTable):
+        raise TypeError(f"tower {tower.name!r} has no row groups")
+    rows = tower.matrix.rows_in(pieces.PIECE_BYTES)
+    for ids, vectors in parquet.read_vectors(tower.matrix, group, rows, open_file):
+        yield Batch(run_id, ids, vectors, first_row)
+        first_row += len(ids)
 
 
 def read_piece(run_id: str, piece: Piece, tower: Tower, open_file: OpenFile) -> tuple[Batch | None, Report]:
@@ -131,7 +156,7 @@ class _Content:
 
 def _read_matrix(piece: Piece, tower: Tower, open_file: OpenFile) -> _Content:
     """Reads rows of a matrix by their byte range."""
-    matrix = tower.matrix
+    matrix = tower.contiguous
     start = matrix.offset + piece.first_row * matrix.row_bytes
     span = piece.rest or Span(start, start + piece.rows * matrix.row_bytes)
     with open_file(matrix.path) as file:

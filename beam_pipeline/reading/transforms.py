@@ -13,14 +13,14 @@ from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
 from beam_pipeline import emulators, metrics
 from beam_pipeline.errors import PipelineError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats.model import Tower
+from beam_pipeline.formats.model import RowGroup, Tower, VectorTable
 from beam_pipeline.reading import pieces, rows, unordered
 from beam_pipeline.reading.pieces import Piece
 from beam_pipeline.reading.rows import Batch, Element
 from beam_pipeline.reading.tally import Report
 from beam_pipeline.reading.unordered import Entries
 
-PIECES, ENTRIES, ROWS, REPORTS = "pieces", "entries", "rows", "reports"
+PIECES, ENTRIES, GROUPS, ROWS, REPORTS = "pieces", "entries", "groups", "rows", "reports"
 
 
 class _CutFn(beam.DoFn):
@@ -35,14 +35,40 @@ class _CutFn(beam.DoFn):
         FileSystems.report_source_lineage(tower.matrix.path)
         FileSystems.report_source_lineage(tower.vocabulary.path)
         try:
-            if tower.vocabulary.in_row_order:
+            if isinstance(tower.matrix, VectorTable):
+                first_row = 0
+                for group in tower.matrix.groups:
+                    if group.rows:
+                        yield TaggedOutput(GROUPS, (run_id, (group, first_row)))
+                    first_row += group.rows
+            elif tower.vocabulary.in_row_order:
                 for piece in pieces.cut(tower, open_file, pieces.PIECE_BYTES):
                     yield run_id, piece
             else:
                 for entries in unordered.cut_entries(tower, open_file, unordered.PIECE_ENTRIES):
                     yield TaggedOutput(ENTRIES, (run_id, entries))
+                for piece in pieces.cut_rest(tower, pieces.PIECE_BYTES):
+                    yield run_id, piece
         except PipelineError as problem:
             yield TaggedOutput(REPORTS, Report(run_id, tower.name, 0, problem=problem))
+
+
+class _GroupFn(beam.DoFn):
+    """Reads row groups of Parquet files: batches of vectors, which whatever they are fused to takes one at a time."""
+
+    def __init__(self, towers: dict[str, Tower]) -> None:
+        self._towers = towers
+
+    def setup(self) -> None:
+        emulators.connect_if_emulated()
+
+    def process(self, element: tuple[str, tuple[RowGroup, int]]) -> Iterator[Any]:
+        run_id, (group, first_row) = element
+        tower = self._towers[run_id]
+        try:
+            yield from rows.read_group(run_id, group, first_row, tower, open_file)
+        except PipelineError as problem:
+            yield TaggedOutput(REPORTS, Report(run_id, tower.name, first_row, problem=problem))
 
 
 def _matrix_pieces(run_id: str, towers: dict[str, Tower]) -> Iterator[Any]:
@@ -97,12 +123,13 @@ def _sorted_piece(element: tuple[tuple[str, int], Iterable[Any]], towers: dict[s
 
 @dataclass
 class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
-    """Cuts a tower of one or more runs into pieces: nothing in; (run id, Piece) and reports out.
+    """Cuts a tower of one or more runs into pieces: nothing in; `Element` and reports out.
 
     They are "pieces" and "reports" of what is returned. Cutting is one sequential scan of the vocabulary; a piece is
     then read wherever it lands, by whatever takes it. Every row of the matrix is in exactly one piece. Where ids are
     not in row order, they are first sorted by piece of the matrix, in a shuffle of ids and row numbers. What is wrong
-    with a vocabulary is reported, not raised: a retry would not mend it.
+    with a vocabulary is reported, not raised: a retry would not mend it. Of Parquet files a row group is the piece, and
+    comes out as batches of its rows.
 
     Attributes:
         towers: run id → the tower in that run's model.
@@ -115,13 +142,22 @@ class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
         cut = (
             pbegin
             | "Create" >> beam.Create([*self.towers])
-            | "Cut" >> beam.ParDo(_CutFn(self.towers)).with_outputs(REPORTS, ENTRIES, main="pieces")
+            | "Cut" >> beam.ParDo(_CutFn(self.towers)).with_outputs(REPORTS, ENTRIES, GROUPS, main="pieces")
         )
-        spread = cut.pieces | "Spread" >> beam.Reshuffle()
+        spread: Any = cut.pieces | "Spread" >> beam.Reshuffle()
+        reports = cut[REPORTS]
+        if any(isinstance(tower.matrix, VectorTable) for tower in self.towers.values()):
+            batches = (
+                cut[GROUPS]
+                | "SpreadGroups" >> beam.Reshuffle()
+                | "ReadGroups" >> beam.ParDo(_GroupFn(self.towers)).with_outputs(REPORTS, main="batches")
+            )
+            spread = (spread, batches.batches) | "PiecesAndBatches" >> beam.Flatten()
+            reports = (reports, batches[REPORTS]) | "ReportsOfGroups" >> beam.Flatten()
         not_in_order = {run: tower for run, tower in self.towers.items() if not tower.vocabulary.in_row_order}
         if not not_in_order:
             # A Flatten of one would only stand between what is cut and what is read.
-            return {PIECES: spread, REPORTS: cut[REPORTS]}
+            return {PIECES: spread, REPORTS: reports}
         found = (
             cut[ENTRIES]
             | "SpreadEntries" >> beam.Reshuffle()
@@ -139,7 +175,7 @@ class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
         )
         return {
             PIECES: (spread, ordered) | "Pieces" >> beam.Flatten(),
-            REPORTS: (cut[REPORTS], found[REPORTS]) | "Reports" >> beam.Flatten(),
+            REPORTS: (reports, found[REPORTS]) | "Reports" >> beam.Flatten(),
         }
 
 

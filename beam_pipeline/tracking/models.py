@@ -166,6 +166,15 @@ class Artifacts:
         with stores.reading(self.run.artifact_uri):
             return list(self._repository.list_artifacts(folder or None))
 
+    def absent(self, paths: Sequence[str]) -> str | None:
+        """Returns the first of these paths that is not there; of a pattern, its folder is looked for."""
+        for path in paths:
+            parent, _, last = path.rpartition("/")
+            wanted = parent if "*" in last else path
+            if wanted and wanted not in (file.path for file in self.listed(wanted.rpartition("/")[0])):
+                return path
+        return None
+
 
 def choose_model(client: MlflowClient, artifacts: Artifacts, artifact_path: str | None) -> Model:
     """Returns where the model of a run is: the one of that name, or the only one.

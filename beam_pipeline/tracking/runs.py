@@ -71,6 +71,8 @@ def find_latest_run(
     run_name: str | None = None,
     artifact_path: str | None = None,
     tracking_uri: str | None = None,
+    files: Sequence[str] = (),
+    needs_model: bool = True,
     is_one_for_each_tower: Callable[[Sequence[str]], bool] = lambda _: False,
 ) -> tuple[Run, list[tuple[Run, str]]]:
     """Returns an experiment's latest FINISHED run (of that name) that has the model, and the later runs without it.
@@ -81,6 +83,15 @@ def find_latest_run(
 
     The latest 20 FINISHED runs are looked at, or fewer if their folders take more than 100 requests. Of several models
     `is_one_for_each_tower` says, by their names, that they are meant together.
+
+    Args:
+        experiment_name: the experiment.
+        run_name: of the run.
+        artifact_path: as `find_model` takes it.
+        tracking_uri: MLflow server or store.
+        files: paths of artifacts that the run has to have, too; of a pattern, its folder.
+        needs_model: False if these files are all that is wanted.
+        is_one_for_each_tower: whether several models, by their names, are meant together.
 
     Raises:
         RunNotFoundError: no such experiment, or no FINISHED run.
@@ -98,6 +109,13 @@ def find_latest_run(
         for found in islice(_finished(client, experiment.experiment_id, run_name), _MOST_RUNS):
             run = _run(found, experiment)
             artifacts = Artifacts(run, uri)
+            if absent := artifacts.absent(files):
+                missing = missing or ArtifactMissingError(f"{run.artifact_uri}/{absent} does not exist")
+                passed.append((run, f"no {absent}"))
+                requests += artifacts.requests + 1
+                continue
+            if not needs_model:
+                return run, passed
             try:
                 model = choose_model(client, artifacts, artifact_path)
                 by_name = not model.notable and model.name != "."
@@ -125,8 +143,9 @@ def find_latest_run(
         raise missing
     run, why = passed[0]
     raise ArtifactMissingError(
-        f"none of the latest {len(passed)} FINISHED runs{called} of experiment {experiment_name!r} has the model; the "
-        f"latest, {run.run_name} ({run.run_id}): {why}; choose with --run_id, --run_name or --artifact_path"
+        f"none of the latest {len(passed)} FINISHED runs{called} of experiment {experiment_name!r} has "
+        f"{'the model' if needs_model else files[0]}; the latest, {run.run_name} ({run.run_id}): {why}; choose with "
+        "--run_id, --run_name or --artifact_path"
     )
 
 

@@ -25,7 +25,7 @@ class Store:
     def log(self, model, name, start, *, experiment=None, status="FINISHED", bucket=False):
         """Logs a model as the trainer does, to a run that started then; returns the run's id.
 
-        Instead of a model, several by their artifact paths.
+        Instead of a model, several by their artifact paths; with the path "" the folder's files lie in the run itself.
         """
         experiment_id = self.experiment_id
         if experiment or bucket:
@@ -38,7 +38,7 @@ class Store:
             )
         run = self._client.create_run(experiment_id, start_time=int(start.timestamp() * 1000), run_name=name)
         for path, each in (model if isinstance(model, dict) else {"model": model}).items():
-            self._client.log_artifacts(run.info.run_id, str(each.folder), path)
+            self._client.log_artifacts(run.info.run_id, str(each.folder), path or None)
         if status != "RUNNING":
             self._client.set_terminated(run.info.run_id, status)
         return run.info.run_id

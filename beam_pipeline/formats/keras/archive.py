@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -68,8 +69,24 @@ class Window:
         return data
 
 
-def read_directory(file: ByteFile) -> dict[str, Member]:
-    """Returns the members of a zip that a model is read from.
+def is_of_model(name: str) -> bool:
+    """Whether a model is read from a member."""
+    return name in (CONFIG, WEIGHTS, METADATA) or asset_owner(name) is not None
+
+
+def read_directory(
+    file: ByteFile,
+    is_wanted: Callable[[str], bool] = is_of_model,
+    kind: str = ".keras",
+    remedy: str = "use model.save()",
+) -> dict[str, Member]:
+    """Returns the members of a zip.
+
+    Args:
+        file: the zip.
+        is_wanted: which members, by their names.
+        kind: what the zip is, for a message.
+        remedy: how one is saved that is not compressed.
 
     Raises:
         NotAModelError: it is not a zip.
@@ -83,15 +100,15 @@ def read_directory(file: ByteFile) -> dict[str, Member]:
     except PipelineError:
         raise
     except Exception as error:  # `zipfile` raises whatever its parsing runs into.
-        raise NotAModelError(f"{file.path} is not a .keras file ({error}); log the model again") from error
+        raise NotAModelError(f"{file.path} is not a {kind} file ({error}); log it again") from error
     members = {}
     for info in infos:
         name = info.filename
-        if name not in (CONFIG, WEIGHTS, METADATA) and asset_owner(name) is None:
+        if not is_wanted(name):
             continue
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise UnsupportedModelError(
-                f"{file.path}: {name} is compressed or encrypted, so it cannot be read in parts; use model.save()"
+                f"{file.path}: {name} is compressed or encrypted, so it cannot be read in parts; {remedy}"
             )
         # The local header (APPNOTE.TXT, 4.3.7) has an extra field of its own, of another length than the directory's.
         head = file.read(info.header_offset, 30)

@@ -7,7 +7,7 @@ file whose datasets are the variables; and `assets/<path>/vocabulary.txt` for lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from beam_pipeline.errors import CorruptFileError, NotAModelError, UnsupportedModelError
 from beam_pipeline.files import OpenFile
@@ -85,22 +85,36 @@ class KerasFile:
         ids = Ids(self._file, lookup, noted_name, self._members.get(asset(lookup.path)), self._lists)
         return Tower(name, layer, self._matrix(found.embedding), ids.vocabulary(include_oov=include_oov))
 
-    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+    def matrix(self, name: str, layer: str) -> Matrix:
+        """Returns the embedding of a layer that has no lookup: its ids are elsewhere.
+
+        Raises:
+            TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
+            UnsupportedModelError, CorruptFileError: as `tower`.
+        """
+        return self._matrix(self._layers.without_lookup(name, layer).embedding)
+
+    def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
         """Returns how towers go on after their embeddings, until they meet each other or are returned.
 
         The code of a subclassed model is not in the file: of that only the layers inside of a tower can be seen.
 
         Args:
             layers: of all towers that are published together: name → layer, as `tower` takes them.
+            without_lookup: names of those towers whose layers are as `matrix` takes them.
 
         Raises:
             TowerMissingError: there is no such tower.
         """
-        return tails.read(self.path, self._layers, layers)
+        return tails.read(self.path, self._layers, layers, without_lookup)
 
     def tower_layers(self) -> list[str]:
         """Returns all layers that are towers, outermost ones only."""
         return self._layers.tower_names()
+
+    def embeddings_without_ids(self) -> list[str]:
+        """Returns what could be given as `layer` to `matrix`: the names of embeddings that no lookup feeds."""
+        return self._layers.names_without_ids()
 
     def index_layers(self) -> list[str]:
         """Returns none: indexes are read in SavedModels alone."""

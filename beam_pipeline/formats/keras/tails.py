@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from beam_pipeline.formats.keras.calls import Calls
 from beam_pipeline.formats.keras.config import Layer, outermost_graph, read_layers
@@ -22,18 +22,22 @@ _WITHOUT_EFFECT = frozenset(
 """Layers beside an embedding that leave its rows as they are when a model serves, as their paths have them."""
 
 
-def read(path: str, layers: Layers, towers: Mapping[str, str]) -> dict[str, Tail]:
+def read(path: str, layers: Layers, towers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
     """Returns how towers go on after their embeddings, until they meet each other or are returned.
 
     Args:
         path: of the file, for messages.
         layers: of the model.
         towers: all towers that are published together: name → layer.
+        without_lookup: names of those whose ids are elsewhere.
 
     Raises:
         TowerMissingError: there is no such tower.
     """
-    found = {name: layers.tower(name, layer) for name, layer in towers.items()}
+    found = {
+        name: layers.without_lookup(name, layer) if name in without_lookup else layers.tower(name, layer)
+        for name, layer in towers.items()
+    }
     numbers = _Numbers(layers)
     chosen = {name: numbers.of_path(tower.embedding.path) for name, tower in found.items()}
     inside = {

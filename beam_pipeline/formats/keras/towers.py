@@ -40,6 +40,13 @@ class TowerLayers(NamedTuple):
     embedding: Layer
 
 
+class BareLayers(NamedTuple):
+    """The layers of a tower whose ids are elsewhere: the one that was named, and the embedding in it."""
+
+    holder: Layer
+    embedding: Layer
+
+
 class Layers:
     """The layers of a model, found by the names that a user gives.
 
@@ -108,9 +115,55 @@ class Layers:
             )
             raise TowerMissingError(
                 f"tower {name!r}: layer {layer!r} {problem} in {self._path}; layers that are towers: "
-                f"{', '.join(self.tower_names()) or 'none'}; choose with --tower {name}=LAYER"
+                f"{', '.join(self.tower_names()) or 'none'}; choose with --tower {name}=LAYER{self._missing_ids(name)}"
             )
         return TowerLayers(holder, lookups[0], embeddings[0])
+
+    def without_lookup(self, name: str, layer: str) -> BareLayers:
+        """Returns the layers of a tower that has no lookup: its ids are elsewhere.
+
+        Raises:
+            TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
+        """
+        holder = self._find(layer)
+        lookups, embeddings = self.parts(holder) if holder else ([], [])
+        where = f"tower {name!r}: layer {layer!r} in {self._path}"
+        if holder and len(embeddings) == 1 and not lookups:
+            lookups = self._known_feeding(layer, holder, embeddings[0])
+        if lookups:
+            raise TowerMissingError(f"{where} has a lookup that holds its ids; leave out --ids {name}=…")
+        if not holder or len(embeddings) != 1:
+            problem = f"holds {len(embeddings)} embeddings" if holder else "does not exist"
+            there = ", ".join(self.names_without_ids()) or "none"
+            raise TowerMissingError(f"{where} {problem}; embeddings without ids: {there}; choose with --tower {name}=")
+        return BareLayers(holder, embeddings[0])
+
+    def names_without_ids(self) -> list[str]:
+        """Returns the embeddings that no lookup feeds, as `without_lookup` takes them."""
+        if self.root.is_graph:
+            return sorted(".".join(names) for names in self._bare_names_below(self.root, ()))
+        towers = self.tower_paths()
+        paths = (path for path in self.weights.groups if self.role(self.described(path)) in ("embedding", "table"))
+        return sorted(path for path in paths if not any(path.startswith(f"{tower}/") for tower in towers))
+
+    def _bare_names_below(self, parent: Layer, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for child in parent.children:
+            child_names = (*names, child.name)
+            if child.kind == EMBEDDING and not self._known_feeding(".".join(child_names), child, child):
+                yield child_names
+            elif child.is_graph and not self.parts(child)[0]:
+                yield from self._bare_names_below(child, child_names)
+
+    def _known_feeding(self, layer: str, holder: Layer, embedding: Layer) -> list[Layer]:
+        """Returns the lookups that feed an embedding, as far as the file says."""
+        try:
+            return self._feeding(layer, holder, embedding)
+        except UnsupportedModelError:
+            return []
+
+    def _missing_ids(self, name: str) -> str:
+        missing = ", ".join(self.names_without_ids())
+        return f"; embeddings without ids: {missing} (name their ids with --ids {name}=PATH)" if missing else ""
 
     def tower_names(self) -> list[str]:
         """Returns all layers that are towers, outermost ones only, as `tower` takes them."""
@@ -140,10 +193,7 @@ class Layers:
             lookups, embeddings = self.parts(child)
             child_names = (*names, child.name)
             if child.kind == EMBEDDING:
-                try:
-                    lookups = self._feeding(".".join(child_names), child, child)
-                except UnsupportedModelError:
-                    lookups = []
+                lookups = self._known_feeding(".".join(child_names), child, child)
             if len(lookups) == len(embeddings) == 1:
                 yield child_names
             elif lookups and embeddings:
@@ -265,7 +315,8 @@ class Layers:
         if not self.root.is_graph:
             raise UnsupportedModelError(
                 f"{where}: a subclassed Keras model does not say which lookup feeds it; put the two into one layer "
-                "(keras.Sequential([lookup, embedding])), name that, and log the model again"
+                "(keras.Sequential([lookup, embedding])), name that, and log the model again; if it has none, name its "
+                "ids with --ids TOWER=PATH"
             )
         parent = self._find_by_names(layer.replace("/", ".").split(".")[:-1])
         # What was found by its path in the HDF5 file alone may be a layer of the model, too.
@@ -297,7 +348,8 @@ class Layers:
                 else:
                     raise UnsupportedModelError(
                         f"{where} is fed by {feeding.kind or 'something'} {source!r}, not by a lookup: its rows have "
-                        "no ids in the file"
+                        "no ids in the file; name them with --ids TOWER=PATH (text, JSON, .npy, CSV or Parquet), or "
+                        "--ids TOWER=rows if the ids are the numbers of the rows"
                     )
         return list(lookups.values())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from beam_pipeline.errors import CorruptFileError, TowerMissingError, UnsupportedModelError
@@ -84,16 +84,29 @@ class SavedModel:
             )
         return Tower(name, layer, matrix, vocabulary)
 
-    def tails(self, layers: Mapping[str, str]) -> dict[str, Tail]:
+    def matrix(self, name: str, layer: str) -> Matrix:
+        """Returns the embedding of a layer that has no lookup: its ids are elsewhere.
+
+        Raises:
+            TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
+            UnsupportedModelError, CorruptFileError: as `tower`.
+        """
+        return self._matrix(self._without_lookup(name, layer))
+
+    def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
         """Returns how towers go on after their embeddings, until they meet each other or are returned.
 
         Args:
             layers: of all towers that are published together: name → layer, as `tower` takes them.
+            without_lookup: names of those towers whose layers are as `matrix` takes them.
 
         Raises:
             TowerMissingError: a layer holds other embeddings that its tower needs, too.
         """
-        variables = {name: self._variable(name, layer) for name, layer in layers.items()}
+        variables = {
+            name: self._without_lookup(name, layer) if name in without_lookup else self._variable(name, layer)
+            for name, layer in layers.items()
+        }
         inside = {
             name: {variables[name]} if self._index(layer) else self._embeddings(layer) for name, layer in layers.items()
         }
@@ -113,8 +126,9 @@ class SavedModel:
             calls = self._returned(trace, self._outermost(variable))
             node = None if self._index(layer) else self._walk(layer)
             # What the call of an embedding returns is a row; a layer around it says more.
+            is_around = node and variable not in (node, *self._graph.nodes[node].children.values())
             has_ids = node and self._parts(node)[0]
-            own = self._returned(trace, self._graph.calls(node) if node and has_ids else [])
+            own = self._returned(trace, self._graph.calls(node) if node and (has_ids or is_around) else [])
             found[name] = tail(variable, calls, own, trace.meetings) if calls else self._untraced(node, variable)
             others = inside[name] - {variable}
             if others and (not found[name].is_row or others & taking_part(calls, trace.meetings)):
@@ -146,6 +160,18 @@ class SavedModel:
                 queue.extend((child, (*path, name)) for name, child in self._graph.objects(node, seen))
         fed = (gather for gather in self._fed() if gather.variable not in covered and gather.table not in words)
         return sorted([*found, *(self._name(gather) for gather in fed)])
+
+    def embeddings_without_ids(self) -> list[str]:
+        """Returns what could be given as `layer` to `matrix`: the names of embeddings that no lookup feeds."""
+        fed = {gather.variable for gather in self._fed()}
+        found = list[str]()
+        for number in range(1, len(self._graph.nodes)):
+            if number not in fed and self._graph.is_matrix(number) and self._is_looked_up(number):
+                path = self._path_below(0, number, "").removeprefix(".").removesuffix(".embeddings")
+                # Keras numbers the layers of a Functional model, and says their names in those of the variables.
+                own = self._own_layer(number) if path.startswith(("layer", "variables", "_")) else ""
+                found.append(next((each for each in (own, path) if each and self._bare(each) == [number]), path))
+        return sorted(set(found))
 
     def index_layers(self) -> list[str]:
         """Returns those of the layers that are search indexes."""
@@ -210,6 +236,12 @@ class SavedModel:
         # What the calls do says more than what lies where.
         if len(found) == 1:
             return found[0].table, found[0].variable
+        if not found and not tables and len(self._bare(layer)) == 1:
+            raise TowerMissingError(
+                f"tower {name!r}: no lookup holds the ids of the embedding {layer!r} in {self._graph.folder}; name "
+                f"them with --ids {name}=PATH (text, JSON, .npy, CSV or Parquet), or --ids {name}=rows if the ids are "
+                "the numbers of the rows"
+            )
         if node is None:
             problem = f"is around {len(found)} embeddings that a lookup feeds" if found else "does not exist"
         elif len(tables) != 1 or len(variables) != 1:
@@ -230,7 +262,38 @@ class SavedModel:
 
     def _choose(self, name: str) -> str:
         layers = ", ".join(self.tower_layers()) or "none"
-        return f"layers that are towers: {layers}; choose with --tower {name}=LAYER"
+        missing = ", ".join(self.embeddings_without_ids())
+        others = f"; embeddings without ids: {missing} (name their ids with --ids {name}=PATH)" if missing else ""
+        return f"layers that are towers: {layers}; choose with --tower {name}=LAYER{others}"
+
+    def _without_lookup(self, name: str, layer: str) -> int:
+        """Returns the variable of a layer that holds an embedding and no lookup."""
+        found, where = self._bare(layer), f"tower {name!r}: layer {layer!r} in {self._graph.folder}"
+        if any(gather.variable in found for gather in self._fed()):
+            raise TowerMissingError(f"{where} has a lookup that holds its ids; leave out --ids {name}=…")
+        if len(found) != 1:
+            problem = f"holds {len(found)} embeddings" if found else "holds no embedding, or does not exist"
+            there = ", ".join(self.embeddings_without_ids()) or "none"
+            raise TowerMissingError(f"{where} {problem}; embeddings without ids: {there}; choose with --tower {name}=")
+        return found[0]
+
+    def _bare(self, layer: str) -> list[int]:
+        """Returns the embeddings of a layer, by its path or the name that their variables have."""
+        node = self._walk(layer)
+        if node is not None:
+            return sorted(each for each in self._graph.matrices(node) if self._is_looked_up(each))
+        numbers = range(len(self._graph.nodes))
+        name = layer.replace(".", "/")
+        return [
+            each for each in numbers
+            if self._graph.is_matrix(each) and self._own_layer(each) == name and self._is_looked_up(each)
+        ]  # fmt: skip
+
+    def _is_looked_up(self, variable: int) -> bool:
+        """Whether the rows of a matrix are looked up, by its name or by what the model does."""
+        if variable in self._indexed():
+            return False
+        return self._graph.path(variable)[-1] == "embeddings" or variable in self._read_once().gathered
 
     def _walk(self, layer: str) -> int | None:
         """Returns the object at an attribute path, if there is one."""
@@ -356,7 +419,10 @@ class SavedModel:
 
     def _layer_of(self, gather: Gather) -> str:
         """Returns the name of the layer that a variable says it belongs to: all but its last part."""
-        return self._graph.string(self._graph.nodes[gather.variable].content, 6).rpartition("/")[0]
+        return self._own_layer(gather.variable)
+
+    def _own_layer(self, variable: int) -> str:
+        return self._graph.string(self._graph.nodes[variable].content, 6).rpartition("/")[0]
 
     def _name(self, gather: Gather) -> str:
         """Returns the shortest name, from the outermost layer inwards, by which an embedding can be asked for."""

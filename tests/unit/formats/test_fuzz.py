@@ -90,9 +90,14 @@ json_bytes = st.recursive(
 any_ids = st.binary(max_size=300) | st.lists(json_bytes | st.binary(max_size=9), max_size=9).map(b",".join) | wires
 
 
+WITH_ROWS = (Encoding.JSON_OBJECT, Encoding.CSV)
+"""Ids that have their rows beside them."""
+WITHOUT_BYTES = (Encoding.ROWS, Encoding.PARQUET)
+
+
 @settings(max_examples=300)
 @given(
-    st.sampled_from([*Encoding]),
+    st.sampled_from([one for one in Encoding if one not in (*WITH_ROWS, *WITHOUT_BYTES)]),
     st.booleans(),
     any_ids,
     st.integers(1, 40),
@@ -139,12 +144,42 @@ def test_any_bytes_as_ids(encoding, in_row_order, data, piece_rows, padding, cou
         assert str(error).isprintable()  # noqa: PT017 - most of it is no ids
 
 
-@given(st.sampled_from([one for one in Encoding if one is not Encoding.STRING_TENSOR]), any_ids, st.integers(0, 50))
+@given(
+    st.sampled_from([one for one in Encoding if one not in (Encoding.STRING_TENSOR, *WITH_ROWS, *WITHOUT_BYTES)]),
+    any_ids,
+    st.integers(0, 50),
+)
 def test_any_bytes_as_the_ids_of_a_piece(encoding, data, count):
     try:
         assert len(encodings.decode(encoding, data, count)) == count
     except (CorruptFileError, UnsupportedModelError, BadIdError) as error:
         assert str(error).isprintable()  # noqa: PT017 - nearly all of it
+
+
+pairs = st.lists(st.tuples(st.text(max_size=4), st.integers(-9, 1 << 65)), max_size=9)
+lines = st.lists(st.text('abc,"\r0123456789', max_size=9), max_size=9).map(lambda found: "\n".join(found).encode())
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(WITH_ROWS),
+    any_ids | lines | pairs.map(lambda found: json.dumps(dict(found))[1:-1].encode()),
+    st.integers(1, 5),
+)
+@example(Encoding.JSON_OBJECT, b'"a": ' + b"[" * 100_000, 1)
+@example(Encoding.JSON_OBJECT, b'"a": ' + b"9" * 5000, 1)
+@example(Encoding.JSON_OBJECT, b'"\\ud800": 1', 1)
+@example(Encoding.CSV, b"a,1\n\nb,2", 9)
+def test_any_bytes_as_ids_with_rows(encoding, data, entries):
+    vocabulary = Vocabulary("ids", Span(0, len(data)), encoding, 0, in_row_order=False, columns=(0, 1))
+    tower = Tower("user", "user_layer", Matrix("weights", 0, 1000, 1, "float32", None), vocabulary)
+    try:
+        for some in unordered.cut_entries(tower, lambda path: file_of(data, path), entries):
+            rows, ids = unordered.read_entries(some, tower, lambda path: file_of(data, path))
+            assert len(rows) == len(ids) == some.count <= entries
+            assert all(0 <= row < 1000 for row in rows.tolist())
+    except PipelineError as error:
+        assert str(error).isprintable()  # noqa: PT017 - most of it is no ids
 
 
 @settings(max_examples=200)

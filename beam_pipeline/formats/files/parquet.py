@@ -1,0 +1,446 @@
+"""Parquet files with an id and its vector, or its row, in two columns: read row group by row group.
+
+pyarrow reads them, through a file of byte ranges. What the footer says of sizes and counts is checked before a column
+is read; a column is then decoded some rows at a time, so that memory does not depend on the size of a row group.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from beam_pipeline.errors import (
+    ArtifactMissingError,
+    BadIdError,
+    BadVectorError,
+    ChecksumError,
+    CorruptFileError,
+    PipelineError,
+    UnsupportedModelError,
+)
+from beam_pipeline.files import ByteFile, OpenFile, join
+from beam_pipeline.formats.encodings import shown
+from beam_pipeline.formats.model import RowGroup, Table, VectorTable
+
+ListFolder = Callable[[str], Sequence[str]]
+"""How the names of the files in a folder are listed."""
+
+ID_COLUMNS = ("id", "{tower}_id")
+ROW_COLUMNS = ("row", "index")
+VECTOR_COLUMNS = ("vector", "embedding", "{tower}_vector", "{tower}_embedding")
+
+_MAX_FOOTER = 64 << 20
+_MAX_FILES, _MAX_GROUPS = 100_000, 1_000_000
+_MAX_DIMENSION = 1 << 20
+_MAX_NAMED = 12
+_BUFFER = 1 << 20
+_LEVELS = 4
+"""Bytes that a value may take besides itself, in levels and in the headers of pages."""
+_SLACK = 1 << 20
+_TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+_TYPES = {pa.float32(): "float32", pa.float64(): "float64", pa.float16(): "float16"}
+
+
+class _Stream(io.RawIOBase):
+    """A file of byte ranges as the stream that pyarrow reads."""
+
+    def __init__(self, file: ByteFile) -> None:
+        self._file = file
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + {0: 0, 1: self._at, 2: self._file.size}[whence])
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._file.size - self._at)
+        length = left if size is None or size < 0 else min(size, left)
+        data = self._file.read(self._at, length) if length else b""
+        self._at += length
+        return data
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a path names Parquet files: one, a folder of them, or a pattern."""
+    last = path.rstrip("/").rpartition("/")[2]
+    return last.endswith((".parquet", ".parq")) or "*" in last or "." not in last
+
+
+def find_files(path: str, list_folder: ListFolder) -> list[str]:
+    """Returns the Parquet files that a path names: itself, those in a folder, or those that match a pattern.
+
+    Args:
+        path: local or `gs://`; a pattern has `*` in its last part.
+        list_folder: lists the names in a folder.
+
+    Raises:
+        ArtifactMissingError: there are none.
+    """
+    folder, _, last = path.rstrip("/").rpartition("/")
+    if "*" in last:
+        parts = last.split("*")
+        names = [name for name in list_folder(folder) if _matches(name, parts)]
+    elif last.endswith((".parquet", ".parq")) and not list_folder(path):
+        return [path]
+    else:
+        folder = path.rstrip("/")
+        names = [name for name in list_folder(folder) if name.endswith((".parquet", ".parq"))]
+    # Spark and others note what is no data in such names.
+    names = sorted(name for name in names if not name.startswith(("_", ".")))
+    if not names:
+        raise ArtifactMissingError(f"{path} names no Parquet files (*.parquet)")
+    if len(names) > _MAX_FILES:
+        raise UnsupportedModelError(
+            f"{path} names {len(names):,} files, more than {_MAX_FILES:,}; write fewer and larger ones"
+        )
+    return [join(folder, name) for name in names]
+
+
+def _matches(name: str, parts: Sequence[str]) -> bool:
+    """Whether a name consists of these parts, in order, with anything between them."""
+    if len(name) < sum(map(len, parts)) or not name.startswith(parts[0]) or not name.endswith(parts[-1]):
+        return False
+    at, end = len(parts[0]), len(name) - len(parts[-1])
+    for part in parts[1:-1]:
+        at = name.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return at <= end
+
+
+def find_vectors(
+    path: str, tower: str, columns: tuple[str, str] | None, open_file: OpenFile, list_folder: ListFolder
+) -> VectorTable:
+    """Returns where the ids and vectors of a tower are in Parquet files.
+
+    Args:
+        path: a file, a folder, or a pattern.
+        tower: its name.
+        columns: names of the columns of ids and of vectors; without them, those that are called so.
+        open_file: opens a file.
+        list_folder: lists the names in a folder.
+
+    Raises:
+        UnsupportedModelError: there are no such columns, or of another type.
+        BadVectorError: the vectors have no length, or different ones.
+        CorruptFileError: a file contradicts its format.
+    """
+    found: list[tuple[str, tuple[int, ...]]] = []
+    first: tuple[str, str, int, str] | None = None
+    for file_path in find_files(path, list_folder):
+        with _opened(file_path, open_file) as file:
+            names = columns or _columns(file_path, file, tower, VECTOR_COLUMNS, "--vectors", "VECTORS")
+            _require_id_column(file_path, file, names[0])
+            dtype = _vector_type(file_path, file, names[1])
+            counts: tuple[int, ...] = _counts(file_path, file)
+            if first is None and any(counts):
+                dimension = _dimension(file_path, file, names[1])
+                first = (*names, dimension, dtype)
+            if first is not None:
+                if (*names, dtype) != (*first[:2], first[3]):
+                    raise BadVectorError(
+                        f"{file_path} has vectors of {dtype} in {names[1]!r}, the files before it {first[3]} in "
+                        f"{first[1]!r}"
+                    )
+                _require_lengths(file_path, file, (names[0], names[1]), first[2], dtype)
+            found.append((file_path, counts))
+    if first is None:
+        raise BadVectorError(f"{path} has no rows")
+    return VectorTable(path, _bounded(path, found), first[0], first[1], first[2], first[3])
+
+
+def find_rows(
+    path: str, tower: str, columns: tuple[str, str] | None, open_file: OpenFile, list_folder: ListFolder
+) -> Table:
+    """Returns where the ids of a tower, and the row of each, are in Parquet files; arguments as `find_vectors`.
+
+    Raises:
+        UnsupportedModelError: there are no such columns, or of another type.
+        CorruptFileError: a file contradicts its format.
+    """
+    found: list[tuple[str, tuple[int, ...]]] = []
+    first: tuple[str, str] | None = None
+    for file_path in find_files(path, list_folder):
+        with _opened(file_path, open_file) as file:
+            names = columns or _columns(file_path, file, tower, ROW_COLUMNS, "--ids", "ROWS")
+            _require_id_column(file_path, file, names[0])
+            kind = file.schema_arrow.field(_index(file_path, file, names[1])).type
+            if not pa.types.is_integer(kind):
+                raise UnsupportedModelError(
+                    f"{file_path}: column {names[1]!r} has type {kind}, and a row is an integer"
+                )
+            first = first or names
+            if names != first:
+                raise UnsupportedModelError(f"{file_path} has columns {names}, the files before it {first}")
+            found.append((file_path, _counts(file_path, file)))
+    if first is None or not any(any(counts) for _, counts in found):
+        raise BadIdError(f"{path} has no rows: no ids")
+    return Table(path, _bounded(path, found), *first)
+
+
+def read_vectors(
+    table: VectorTable, group: RowGroup, rows: int, open_file: OpenFile
+) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    """Yields ids and vectors of a row group, some rows at a time: Arrow binary [n], and a matrix [n, dimension].
+
+    Args:
+        table: which columns.
+        group: which rows.
+        rows: the most of a batch.
+        open_file: opens the file.
+
+    Raises:
+        BadIdError: an id is NULL.
+        BadVectorError: a vector is NULL, has a NULL in it, or another length; its id is named.
+        ChecksumError: a page does not match its checksum.
+        CorruptFileError: the file contradicts its format, or is another one than before.
+    """
+    for at, ids, values in _batches(table, group, rows, open_file):
+        _require(ids, values.is_valid(), group, at, "NULL instead of a vector")
+        if not pa.types.is_fixed_size_list(values.type):
+            lengths = pc.list_value_length(values)
+            fits = pc.equal(lengths, table.dimension)
+            if not pc.all(fits).as_py():
+                length = lengths[int(np.flatnonzero(~fits.to_numpy(zero_copy_only=False))[0])]
+                problem = f"a vector of {length} values, and others have {table.dimension:,}"
+                _require(ids, fits, group, at, problem)
+        flat = values.flatten()
+        if len(flat) != len(ids) * table.dimension:
+            raise CorruptFileError(f"{group.path}: row group {group.number} is not as its footer says; log it again")
+        if flat.null_count:
+            valid = flat.is_valid().to_numpy(zero_copy_only=False).reshape(-1, table.dimension).all(axis=1)
+            _require(ids, pa.array(valid), group, at, "a vector with NULL in it")
+        yield ids, flat.to_numpy(zero_copy_only=False).reshape(-1, table.dimension)
+
+
+def read_rows(table: Table, group: RowGroup, rows: int, open_file: OpenFile) -> Iterator[tuple[np.ndarray, pa.Array]]:
+    """Yields rows and ids of a row group, as int64 [n] and Arrow binary [n]; raises as `read_vectors`."""
+    for at, ids, values in _batches(table, group, rows, open_file):
+        _require(ids, values.is_valid(), group, at, "NULL instead of a row", BadIdError)
+        try:
+            yield values.cast(pa.int64()).to_numpy(), ids
+        except pa.ArrowInvalid as error:
+            raise BadIdError(f"{group.path}: a row beyond 64 bits ({error})") from error
+
+
+def _batches(table: Table, group: RowGroup, rows: int, open_file: OpenFile) -> Iterator[tuple[int, pa.Array, pa.Array]]:
+    """Yields (rows before them, ids, values) of a row group."""
+    at = 0
+    with _opened(group.path, open_file) as file:
+        if group.number >= file.num_row_groups or file.metadata.row_group(group.number).num_rows != group.rows:
+            raise CorruptFileError(
+                f"{group.path}: row group {group.number} has no longer {group.rows:,} rows: the file changed since the "
+                "job started"
+            )
+        batches = file.iter_batches(
+            batch_size=rows,
+            row_groups=[group.number],
+            columns=[table.id_column, table.value_column],
+            use_threads=False,
+        )
+        for batch in batches:
+            ids = batch.column(table.id_column)
+            if pa.types.is_dictionary(ids.type):
+                ids = ids.dictionary_decode()
+            if ids.null_count:
+                null = at + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
+                raise BadIdError(f"{group.path}: the id of row {null:,} in row group {group.number} is NULL; remove it")
+            if pa.types.is_integer(ids.type):
+                ids = ids.cast(pa.string())
+            yield at, ids.cast(pa.binary()), batch.column(table.value_column)
+            at += len(batch)
+    if at != group.rows:
+        raise CorruptFileError(
+            f"{group.path}: row group {group.number} has {at:,} rows, its footer says {group.rows:,}; log it again"
+        )
+
+
+@contextmanager
+def _opened(path: str, open_file: OpenFile) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file; what pyarrow raises while it is open becomes an error that names the file."""
+    with open_file(path) as source:
+        if source.size < 12 or source.read(source.size - 4, 4) not in (b"PAR1", b"PARE"):
+            raise CorruptFileError(f"{path} is no Parquet file, or truncated; log it again")
+        if source.read(source.size - 4, 4) == b"PARE":
+            raise UnsupportedModelError(f"{path} is encrypted, and cannot be read")
+        if (footer := int.from_bytes(source.read(source.size - 8, 4), "little")) > _MAX_FOOTER:
+            raise UnsupportedModelError(
+                f"{path} has a footer of {footer:,} bytes, more than {_MAX_FOOTER:,}: larger row groups make it smaller"
+            )
+        try:
+            # Not pre-buffered, which would read whole columns of a row group at once.
+            with pq.ParquetFile(
+                _Stream(source),
+                pre_buffer=False,
+                buffer_size=_BUFFER,
+                page_checksum_verification=True,
+                thrift_string_size_limit=_MAX_FOOTER,
+                thrift_container_size_limit=_MAX_GROUPS,
+            ) as file:
+                yield file
+        except PipelineError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "CRC" in reason:
+                raise ChecksumError(
+                    f"{path}: a page does not match its checksum ({reason}); the file is damaged: log it again"
+                ) from error
+            raise CorruptFileError(f"{path} cannot be read as Parquet ({reason}); log it again") from error
+
+
+def _counts(path: str, file: pq.ParquetFile) -> tuple[int, ...]:
+    """Returns the rows of each row group."""
+    counts = tuple(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
+    if any(count < 0 for count in counts) or sum(counts) != file.metadata.num_rows:
+        raise CorruptFileError(
+            f"{path}: its row groups have {sum(counts):,} rows, its footer says {file.metadata.num_rows:,}"
+        )
+    return counts
+
+
+def _bounded(path: str, files: list[tuple[str, tuple[int, ...]]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Returns the files; raises if a job would have more row groups than it can pass on."""
+    if (groups := sum(len(counts) for _, counts in files)) > _MAX_GROUPS:
+        raise UnsupportedModelError(f"{path} has {groups:,} row groups, more than {_MAX_GROUPS:,}; write larger ones")
+    return tuple(files)
+
+
+def _columns(
+    path: str, file: pq.ParquetFile, tower: str, values: Sequence[str], flag: str, metavar: str
+) -> tuple[str, str]:
+    """Returns the names of the columns of ids and of values, if the file has one of each that is called so."""
+    there = file.schema_arrow.names
+    found = []
+    for names in (ID_COLUMNS, values):
+        wanted = [name.format(tower=tower) for name in names]
+        fitting = [name for name in there if name in wanted]
+        if len(fitting) != 1:
+            shown_names = ", ".join(repr(name[:100]) for name in there[:_MAX_NAMED]) or "none"
+            raise UnsupportedModelError(
+                f"{path} has {len(fitting)} columns named {' or '.join(wanted)}; its columns are {shown_names}: name "
+                f"them with {flag} {tower}=PATH#ID,{metavar}"
+            )
+        found.append(fitting[0])
+    return found[0], found[1]
+
+
+def _index(path: str, file: pq.ParquetFile, column: str) -> int:
+    """Returns the position of a column, which has to be there once."""
+    there = [position for position, name in enumerate(file.schema_arrow.names) if name == column]
+    if len(there) != 1:
+        names = ", ".join(repr(name[:100]) for name in file.schema_arrow.names[:_MAX_NAMED])
+        raise UnsupportedModelError(f"{path} has {len(there)} columns {column!r}; its columns are {names}")
+    return there[0]
+
+
+def _require_id_column(path: str, file: pq.ParquetFile, column: str) -> None:
+    kind = file.schema_arrow.field(_index(path, file, column)).type
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if plain not in _TEXTS and not pa.types.is_integer(plain):
+        raise UnsupportedModelError(f"{path}: column {column!r} has type {kind}, and an id is a string or an integer")
+
+
+def _vector_type(path: str, file: pq.ParquetFile, column: str) -> str:
+    """Returns the type of a vector's values."""
+    kind = file.schema_arrow.field(_index(path, file, column)).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or kind.value_type not in _TYPES:
+        raise UnsupportedModelError(f"{path}: column {column!r} has type {kind}, and a vector is a list of floats")
+    return _TYPES[kind.value_type]
+
+
+def _leaf(path: str, file: pq.ParquetFile, group: int, column: str) -> Any:
+    """Returns what the footer says of the values of a column in a row group."""
+    metadata = file.metadata.row_group(group)
+    leaves = [metadata.column(position) for position in range(metadata.num_columns)]
+    found = [leaf for leaf in leaves if leaf.path_in_schema == column or leaf.path_in_schema.startswith(f"{column}.")]
+    if len(found) != 1:
+        raise CorruptFileError(f"{path}: row group {group} has {len(found)} columns {column!r}; log it again")
+    return found[0]
+
+
+def _dimension(path: str, file: pq.ParquetFile, column: str) -> int:
+    """Returns the length of the first vector."""
+    kind = file.schema_arrow.field(column).type
+    if pa.types.is_fixed_size_list(kind):
+        dimension = int(kind.list_size)
+    else:
+        group = next(number for number in range(file.num_row_groups) if file.metadata.row_group(number).num_rows)
+        leaf, rows = _leaf(path, file, group, column), file.metadata.row_group(group).num_rows
+        if not 0 < leaf.num_values <= rows * _MAX_DIMENSION:
+            raise BadVectorError(f"{path}: row group {group} has {leaf.num_values:,} values in {rows:,} vectors")
+        # What most have; the one that differs is named when its row group is read.
+        dimension = max(1, round(leaf.num_values / rows))
+    if not 0 < dimension <= _MAX_DIMENSION:
+        raise BadVectorError(
+            f"{path}: column {column!r} has vectors of {dimension:,} values; BigQuery loads 1 to {_MAX_DIMENSION:,}"
+        )
+    return dimension
+
+
+def _require_lengths(path: str, file: pq.ParquetFile, columns: tuple[str, str], dimension: int, dtype: str) -> None:
+    """Raises if the footer has more or fewer values in a row group than its vectors, or more bytes than these take."""
+    width = np.dtype(dtype).itemsize
+    for number in range(file.num_row_groups):
+        rows = file.metadata.row_group(number).num_rows
+        leaf = _leaf(path, file, number, columns[1])
+        values = rows * dimension
+        if leaf.num_values != values:
+            _name_length(path, file, number, columns, leaf.num_values, dimension)
+        if not 0 <= leaf.total_uncompressed_size <= values * (width + _LEVELS) + _SLACK:
+            raise CorruptFileError(
+                f"{path}: row group {number} has {leaf.total_uncompressed_size:,} bytes for {values:,} values of "
+                f"{dtype}; log it again"
+            )
+
+
+def _name_length(
+    path: str, file: pq.ParquetFile, number: int, columns: tuple[str, str], values: int, dimension: int
+) -> None:
+    """Raises BadVectorError for a row group with another number of values, and names an id if it is cheap to find."""
+    rows = file.metadata.row_group(number).num_rows
+    if 0 < values <= 2 * rows * dimension:
+        for batch in file.iter_batches(batch_size=1024, row_groups=[number], columns=[*columns], use_threads=False):
+            lengths = pc.fill_null(pc.list_value_length(batch.column(columns[1])), -1)
+            other = np.flatnonzero(lengths.to_numpy(zero_copy_only=False) != dimension)
+            if other.size:
+                at = int(other[0])
+                name, length = batch.column(columns[0])[at].as_py(), lengths[at].as_py()
+                what = "NULL instead of a vector" if length < 0 else f"a vector of {length:,} values"
+                name = name if isinstance(name, bytes) else str(name).encode("utf-8", "surrogatepass")
+                raise BadVectorError(f"{path}: id {shown(name)} has {what}, and others have {dimension:,}")
+    raise BadVectorError(
+        f"{path}: row group {number} has {values:,} values in {rows:,} vectors, which others have {dimension:,} each"
+    )
+
+
+def _require(
+    ids: pa.Array, fits: pa.Array, group: RowGroup, at: int, problem: str, error: type[PipelineError] = BadVectorError
+) -> None:
+    """Raises an error that names the first id that does not fit."""
+    wrong = np.flatnonzero(~fits.to_numpy(zero_copy_only=False))
+    if wrong.size:
+        first = int(wrong[0])
+        more = f" (and {wrong.size - 1:,} more of {len(ids):,})" if wrong.size > 1 else ""
+        raise error(
+            f"{group.path}: id {shown(ids[first].as_py())} (row {at + first:,} of row group {group.number}) has "
+            f"{problem}{more}"
+        )
