@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +174,30 @@ transforms.compute = stopped
     assert not {name for name in job.tables() if name in ("two_tower_user_embedding", "two_tower_item_embedding")}
     assert job.run(run, "--compute=user,item") == 0
     assert_computed(job, run, deep("deep"), "user")
+
+
+def test_the_examples_forms_give_the_same_tables(job, store, tmp_path):
+    found = []
+    for form, start, flags in (
+        ("packed", "2026-03-01T10:00", []),
+        ("model", "2026-03-02T10:00", ["--compute=user,item"]),
+    ):
+        script = Path(__file__).parents[2] / "examples/train_deep_towers.py"
+        where = [f"--tracking_uri={store.uri}", f"--artifact_root=file://{tmp_path}"]
+        done = subprocess.run(
+            [sys.executable, script, *where, f"--start={start}", f"--form={form}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        run = done.stdout.strip()
+        assert job.run(run, *flags) == 0
+        found.append([job.rows(tower)[(start[:10], run)] for tower in ("user", "item")])
+    for packed, computed in zip(*found, strict=True):
+        assert packed.keys() == computed.keys()
+        for name, vector in packed.items():
+            np.testing.assert_allclose(computed[name], vector, atol=1e-5)
 
 
 def test_dataflows_graph_computes_and_holds_no_model(job, store, deep, tmp_path):
