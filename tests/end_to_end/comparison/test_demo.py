@@ -78,4 +78,4 @@ def test_numbers_and_page_on_the_later_run(demo, capsys, tmp_path):
     assert (
         demo.compare(f"--from={second}", f"--to={third}", "--log_run", f"--tracking_uri=sqlite:///{tmp_path}/x.db") == 0
     )
-    assert "warning: published, but not logged to the run: no run" in capsys.readouterr().err
+    assert "warning: published, but not logged to the run: no MLflow store at" in capsys.readouterr().err
