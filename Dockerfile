@@ -10,7 +10,7 @@ FROM apache/beam_python3.11_sdk:2.77.0 AS beam
 # https://cloud.google.com/dataflow/docs/reference/flex-templates-base-images
 FROM gcr.io/dataflow-templates-base/python311-template-launcher-base:20230622_RC00 AS template
 
-FROM python:3.11.15-slim-bookworm
+FROM python:3.11.15-slim-bookworm AS pipeline
 COPY --from=beam /opt/apache/beam /opt/apache/beam
 COPY --from=template /opt/google/dataflow/python_template_launcher /opt/google/dataflow/python_template_launcher
 
@@ -44,3 +44,13 @@ ENV RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1 PYTHONUNBUFFERED=1 HOME=/tmp
 # --worker_pool and --setup_only (sdks/python/container/boot.go). A Flex Template's launcher gets none of these. Go takes
 # flags with one dash or two.
 ENTRYPOINT ["/bin/sh", "-c", "for word in \"$@\"; do case \"$word\" in -id|-id=*|--id|--id=*|-provision_endpoint*|--provision_endpoint*|-worker_pool*|--worker_pool*|-setup_only*|--setup_only*) exec /opt/apache/beam/boot \"$@\";; esac; done; exec /opt/google/dataflow/python_template_launcher \"$@\"", "entrypoint"]
+
+# The same with TensorFlow, for --compute: docker build --target=compute …
+FROM pipeline AS compute
+WORKDIR /opt/beam_pipeline
+RUN pip install --no-cache-dir --no-compile --no-build-isolation --constraint=constraints.txt '.[compute]' && pip check \
+    && python -m compileall -q -j 0 /usr/local/lib/python3.11
+WORKDIR /template
+
+# Without --target: the one without TensorFlow.
+FROM pipeline

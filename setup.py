@@ -58,6 +58,11 @@ setup(
             # Beam runs `setup.py sdist` for --setup_file; Python 3.12 no longer brings it.
             "setuptools>=64",
         ],
+        # --compute, on workers and launcher. It brings Keras 3, for .keras files.
+        "compute": [
+            # Runs the model. A SavedModel of a newer TensorFlow than this may have operations that it lacks.
+            "tensorflow>=2.16",
+        ],
         # --report: the page about a comparison, where it is started.
         "report": [
             # Its template, with escaping.

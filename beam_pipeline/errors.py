@@ -109,6 +109,14 @@ class VectorNotServedError(ArtifactError):
     """The rows of a tower's embedding are not the vectors that the model serves."""
 
 
+class FeaturesError(PipelineError):
+    """A table of features is not what a tower takes: a column is missing or too many, or of another type, or NULL."""
+
+
+class ModelCallError(PipelineError):
+    """A part of a model that computes a tower failed on the ids that it was called with."""
+
+
 class BadIdError(ArtifactError):
     """An id is empty, appears twice, is not UTF-8, or points to a row that the matrix does not have."""
 

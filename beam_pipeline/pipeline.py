@@ -1,6 +1,6 @@
 """The job graph.
 
-for each tower:  CutTower ─► WriteStaging
+for each tower:  CutTower or ComputeTower ─► WriteStaging
 Launch ─► Prepare ─► (the writes) ─► Check, Audit ─► Shape ─► Publish ─► Clean
 """
 
@@ -17,6 +17,9 @@ from beam_pipeline import emulators, metrics
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.publication import Publication, Tallies
 from beam_pipeline.bigquery.staging import COPIES, FILES, LOADS, WriteStaging
+from beam_pipeline.computing.sources import Query
+from beam_pipeline.computing.tower import ComputedTower
+from beam_pipeline.computing.transforms import BATCHES, ComputeTower, features_table
 from beam_pipeline.reading.tally import Report, Tally, tally
 from beam_pipeline.reading.transforms import PIECES, REPORTS, CutTower
 from beam_pipeline.training import Training
@@ -82,11 +85,11 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
     waits, load_files, reports = [], [], []
     trainings = job.publication.trainings
     for tower in job.publication.towers:
-        cut = pipeline | f"Cut {tower}" >> CutTower({t.run.run_id: t.towers[tower] for t in trainings})
-        written = cut[PIECES] | f"Write {tower}" >> WriteStaging(
+        elements, seen = _elements(pipeline, tower, job, prepared)
+        written = elements | f"Write {tower}" >> WriteStaging(
             tower, job.publication, beam.pvalue.AsSingleton(prepared), job.writer
         )
-        reports += [cut[REPORTS], written[REPORTS]]
+        reports += [seen, written[REPORTS]]
         waits += [written[LOADS], written[COPIES]]
         load_files.append(written[FILES])
     tallies = beam.pvalue.AsSingleton(
@@ -108,6 +111,21 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
     return published
 
 
+def _elements(
+    pipeline: beam.Pipeline, tower: str, job: Job, prepared: PCollection[str]
+) -> tuple[PCollection[Any], PCollection[Report]]:
+    """Returns what the sink writes of a tower: pieces that it reads, or batches that were computed; and reports."""
+    towers = {training.run.run_id: training.towers[tower] for training in job.publication.trainings}
+    computed = {run_id: each for run_id, each in towers.items() if isinstance(each, ComputedTower)}
+    if not computed:
+        cut = pipeline | f"Cut {tower}" >> CutTower(towers)
+        return cut[PIECES], cut[REPORTS]
+    found = pipeline | f"Compute {tower}" >> ComputeTower(
+        computed, job.publication.destination, beam.pvalue.AsSingleton(prepared), job.publication.kms_key
+    )
+    return found[BATCHES], found[REPORTS]
+
+
 def _new_launch(token: str) -> str:
     return token + uuid.uuid4().hex[:12]
 
@@ -122,3 +140,6 @@ def _audit(client: Any, what: Publication, launch: str, tallies: Tallies, *_wait
 
 def _clean(client: Any, what: Publication, launch: str, *load_files: Iterable[tuple[Any, tuple[str, int]]]) -> None:
     publication.clean(client, what, launch, [path for files in load_files for _, (path, _) in files])
+    for tower in what.trainings[-1].towers.values():
+        if isinstance(tower, ComputedTower) and isinstance(tower.ids_from, Query):
+            client.delete_table(features_table(what.destination, tower.name, launch), not_found_ok=True)

@@ -144,8 +144,10 @@ LOG_SCHEMA = [
         (
             "vector_source",
             "STRING",
-            "What the vectors are: embedding, which the model serves; embedding_rows, after which the tower goes on",
+            "What the vectors are: embedding, which the model serves; embedding_rows, after which the tower goes on; "
+            "computed, the tower's output",
         ),
+        ("computed_by", "STRING", "Library that computed the vectors, and its version; NULL if they were read"),
         ("job_name", "STRING", "Beam job"),
         ("launch", "STRING", "Launch of the job; BigQuery's job ids carry it"),
         ("pipeline_version", "STRING", "Version of beam_pipeline"),
@@ -381,11 +383,25 @@ def _log_entry(
         "bytes_read": literal(tally.bytes),
         "checksum": literal(f"{checksum.algorithm}:{checksum.value:08x}") if checksum else "NULL",
         "vector_source": literal(tower.vector_source),
+        "computed_by": text(tower.computed_by) if tower.computed_by else "NULL",
         "job_name": text(job_name),
         "launch": literal(launch),
         "pipeline_version": literal(__version__),
         "run_started_at": literal(run.started_at),
     }
+
+
+def create_features_sql(table: str, select: str, kms_key: str | None) -> str:
+    """Returns the statement that keeps the result of a query for features in a table for two days at most."""
+    options = ["expiration_timestamp = TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL 48 HOUR)"]
+    if kms_key:
+        options.append(f"kms_key_name = '{kms_key}'")
+    return f"CREATE OR REPLACE TABLE `{table}` OPTIONS ({', '.join(options)}) AS\n{select}"
+
+
+def count_sql(table: str) -> str:
+    """Returns a query for the number of a table's rows."""
+    return f"SELECT COUNT(*) FROM `{table}`"
 
 
 def _newest(destination: Destination, tower: str, run: Run) -> str:

@@ -277,12 +277,7 @@ def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: Com
     towers = history.find_towers(client, destination, config.towers)
     wanted = _pairs(config, client, destination, towers, terminal)
     name = execution.job_name(config, opened.token, given, _subject(config, wanted))
-    labels = execution.job_labels(
-        **({} if config.all or not wanted else {"run_id": wanted[-1].after.run_id}),
-        **({"experiment": wanted[-1].after.experiment_name} if wanted else {}),
-        dataset=config.dataset,
-        pipeline_version=__version__,
-    )
+    labels = _labels(config, wanted)
     if not wanted:
         if not config.plan:
             execution.submit_nothing(execution.job_options(config, opened, name, labels))
@@ -381,6 +376,19 @@ def _subject(config: Config, wanted: Sequence[Pair]) -> str:
     if config.all or not wanted:
         return f"compare-all-{config.dataset}"
     return f"compare-{wanted[-1].after.run_id}-{wanted[-1].before.run_id}"
+
+
+def _labels(config: Config, wanted: Sequence[Pair]) -> tuple[str, ...]:
+    """Returns labels that say what a Dataflow job compares."""
+    from beam_pipeline.launch import execution
+
+    later = wanted[-1].after if wanted else None
+    return execution.job_labels(
+        **({"run_id": later.run_id} if later and not config.all else {}),
+        **({"experiment": later.experiment_name} if later else {}),
+        dataset=config.dataset,
+        pipeline_version=__version__,
+    )
 
 
 def _after(config: Config, destination: Destination, found: Sequence[Result], wanted: set[tuple[str, str]]) -> None:

@@ -46,11 +46,27 @@ def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) 
         UnsupportedModelError: it is in a form that cannot be read.
         CorruptFileError: a file contradicts its format.
     """
+    path = model_path(folder, open_file)
+    return KerasFile(path, open_file, layers) if path.endswith(".keras") else SavedModel(path, open_file)
+
+
+def model_path(folder: str, open_file: OpenFile) -> str:
+    """Returns the path of the SavedModel, or of the `.keras` file, in a folder.
+
+    Args:
+        folder: local or `gs://`, or a `.keras` file itself.
+        open_file: opens files in it.
+
+    Raises:
+        NotAModelError: there is none.
+        UnsupportedModelError: it is in a form that cannot be read.
+    """
     if folder.endswith(".keras"):
         try:
-            return KerasFile(folder, open_file, layers)
+            open_file(folder).close()
         except ArtifactMissingError as error:
             raise NotAModelError(f"no model: {error}; name its folder or file with --artifact_path") from error
+        return folder
     if is_hdf5(folder):
         raise refuse_hdf5(folder)
     reasons = []
@@ -61,9 +77,7 @@ def open_artifact(folder: str, open_file: OpenFile, layers: Iterable[str] = ()) 
         except ArtifactMissingError as error:
             reasons.append(str(error))
             continue
-        if path.endswith(".keras"):
-            return KerasFile(path, open_file, layers)
-        return SavedModel(path.removesuffix("/saved_model.pb"), open_file)
+        return path.removesuffix("/saved_model.pb")
     for place in _HDF5_PLACES:
         with contextlib.suppress(ArtifactMissingError):
             open_file(join(folder, place)).close()

@@ -229,6 +229,7 @@ class Ending(Enum):
     SCALED = "scales only"
     GOES_ON = "goes on"
     UNKNOWN = "cannot be told"
+    COMPUTED = "is computed to its end"
     LOGGED = "is what the trainer logged"
 
 
@@ -277,7 +278,8 @@ class Tower:
         vocabulary: its ids.
         rest: bytes of the matrix's file that are read with this tower, for the checksum alone.
         tail: what the model does with the rows.
-        source: "embedding", "index" if the rows are those of a search index, or "file" if the trainer logged them.
+        source: "embedding", "index" if the rows are those of a search index, "file" if the trainer logged them, or
+            "computed".
         model_uri: where its model lies, if the towers of a training are of several.
     """
 
@@ -289,6 +291,16 @@ class Tower:
     tail: Tail = Tail(Ending.UNKNOWN)
     source: str = "embedding"
     model_uri: str = ""
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether its vectors lie in no file, and how many there are is known only once its ids were read."""
+        return False
+
+    @property
+    def computed_by(self) -> str:
+        """The library that computes its vectors, and its version; empty if they are read."""
+        return ""
 
     @property
     def contiguous(self) -> Matrix:

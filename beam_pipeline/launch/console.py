@@ -58,8 +58,9 @@ class Terminal:
             self._run(training.run, training.model_uri)
             for name, tower in training.towers.items():
                 matrix = tower.matrix
+                rows = "computed" if tower.is_computed else f"{matrix.rows:,} rows"
                 self._print(
-                    f"{name:<11} {matrix.rows:,} rows × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
+                    f"{name:<11} {rows} × {matrix.dimension} {matrix.dtype} of {tower.layer} → "
                     f"{publication.destination.table(name)}",
                 )
         self.findings(plan.findings)

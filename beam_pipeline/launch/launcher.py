@@ -90,7 +90,11 @@ def _inspect(config: Config, run: Run, terminal: Terminal) -> None:
             towers = {
                 name: layer.rpartition(":")[2] for name, layer in config.layers.items() if folders[name] == folder
             }
-            terminal.inspected(run, folder, inspection.describe(artifact, folder, open_file, towers, sources))
+            lines = [
+                *inspection.describe(artifact, folder, open_file, towers, sources),
+                *selection.computed_parts(config, folder, towers),
+            ]
+            terminal.inspected(run, folder, lines)
         if config.vectors:
             of_files = sources.towers_of_files(config.towers)
             terminal.inspected(run, run.artifact_uri, inspection.describe_files(of_files, open_file))
@@ -129,7 +133,7 @@ def _trainings(
             models = selection.models_of(config, run)
             folders = _folders(config, run, models, copies_to, copies, terminal)
             sources = find_sources(config, run, copies_to, copies, terminal.copying)
-            selected = selection.read_training(config, run, models, folders, sources)
+            selected = selection.read_training(config, run, models, folders, sources, session)
         except (ArtifactMissingError, NotAModelError, UnsupportedModelError) as error:
             if not config.all_runs:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import shutil
 import textwrap
@@ -14,6 +15,7 @@ from datetime import date
 from typing import Any, NoReturn
 
 from beam_pipeline import __version__, command
+from beam_pipeline.computing import is_query
 
 DEFAULT_TOWERS = {"user": "user_layer", "item": "item_layer"}
 
@@ -121,6 +123,8 @@ class Config(JobConfig):
     latest_tables: bool = False
     include_oov: bool = False
     embedding_rows: bool = False
+    compute: tuple[str, ...] = ()
+    features: Mapping[str, str] = field(default_factory=dict)
     writer: str = "columnar"
     tag_run: bool = False
     inspect: bool = False
@@ -396,6 +400,22 @@ def parser() -> argparse.ArgumentParser:
         help="publish the rows of an embedding even where the tower goes on after it, so that they are not the vectors "
         "that the model serves; the log's column vector_source says so",
     )
+    towers.add_argument(
+        "--compute",
+        action="append",
+        metavar="NAME",
+        help="compute the vectors of this tower, repeatable: TensorFlow (the extra `compute`) calls the part of the "
+        "model that --tower names, on the workers. It runs the operations of the model's graph, and the vectors have "
+        "no checksum; the log's column vector_source is computed",
+    )
+    towers.add_argument(
+        "--features",
+        action="append",
+        metavar="NAME=SOURCE",
+        help="where a computed tower's ids (column NAME_id) and other inputs come from, columns named like the inputs: "
+        "a query in BigQuery, or Parquet files (gs://BUCKET/PATH/*.parquet); repeatable, or a JSON object "
+        "(default: the ids of the tower's lookup)",
+    )
     target = result.add_argument_group("destination")
     add_destination(target)
     target.add_argument(
@@ -532,6 +552,11 @@ def parse(argv: Sequence[str]) -> Config:
         ours.error(
             f"--vector_index={found.vector_index} needs vectors of one length; leave out it or --allow_dimension_change"
         )
+    compute = _compute(ours, found, towers)
+    for name in compute:
+        for flag in ("ids", "vectors"):
+            if name in sources[flag]:
+                ours.error(f"--compute={name} and --{flag}={name}=… are two sources for one tower; leave out one")
     config = Config(
         **job_values(ours, found, rest),
         run_id=found.run_id,
@@ -552,6 +577,8 @@ def parse(argv: Sequence[str]) -> Config:
         latest_tables=found.latest_tables,
         include_oov=found.include_oov,
         embedding_rows=found.embedding_rows,
+        compute=compute,
+        features=_features(ours, found.features, compute),
         writer=found.writer,
         tag_run=found.tag_run,
         inspect=found.inspect,
@@ -604,6 +631,46 @@ def _towers(ours: argparse.ArgumentParser, given: list[str] | None, vectors: lis
                 ours.error(f"{flag}={text!r}: tower {name!r} is named twice; a tower has one source")
             towers[name] = layer
     return towers
+
+
+def _compute(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: Mapping[str, str]) -> tuple[str, ...]:
+    names = [name.strip() for name in ",".join(found.compute or []).split(",") if name.strip()]
+    for name in names:
+        if name not in towers:
+            ours.error(f"--compute={name}: there is no such tower; towers are {', '.join(towers)}")
+    if names and found.include_oov:
+        ours.error("--include_oov is of rows of an embedding, and --compute has ids alone; leave out one")
+    return tuple(dict.fromkeys(names))
+
+
+def _features(ours: argparse.ArgumentParser, given: list[str] | None, compute: Sequence[str]) -> dict[str, str]:
+    features: dict[str, str] = {}
+    for name, source in _named_sources(ours, given or []):
+        if name in features:
+            ours.error(f"--features: tower {name!r} has two sources; its ids come from one")
+        if name not in compute:
+            ours.error(f"--features={name}=…: features are for a tower that is computed; add --compute={name}")
+        if not is_query(source) and not source.endswith(".parquet"):
+            ours.error(f"--features={name}={source!r}: a query or Parquet files (….parquet, with * and ?)")
+        features[name] = source
+    return features
+
+
+def _named_sources(ours: argparse.ArgumentParser, given: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields (tower, source) of `tower=source` and of JSON objects: a template takes a parameter once."""
+    for text in given:
+        if text.lstrip().startswith("{"):
+            try:
+                named = list(json.loads(text).items())
+            except ValueError:
+                ours.error(f"--features={text!r} is no JSON object")
+        else:
+            name, _, source = text.partition("=")
+            named = [(name, source)]
+        for name, source in named:
+            if not isinstance(source, str) or not source.strip() or not is_tower(name.strip()):
+                ours.error(f"--features={text!r}: NAME=SOURCE, with the NAME of a tower")
+            yield name.strip(), source.strip().rstrip(";").rstrip()
 
 
 def _pairs(given: list[str] | None) -> list[str]:

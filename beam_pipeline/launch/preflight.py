@@ -30,6 +30,7 @@ from beam_pipeline.training import Run, Training
 
 _MOST_PARTITIONS = 4000  # of one load job
 _DAY_MS = 24 * 3600 * 1000
+_STAGED_BYTES = 8 + 8  # of a row, beside id and vector: DATE and INTEGER
 
 
 def examine(
@@ -279,22 +280,26 @@ def _key_location(key: str) -> str:
 
 
 def _estimate(findings: Findings, publication: Publication) -> None:
-    rows = vectors = size = 0
+    rows = vectors = size = read = 0
     for training in publication.trainings:
         constants = tables.run_values(training.run).values()
         fixed = sum(2 + len(value.encode()) if isinstance(value, str) else 8 for value in constants)
         for tower in training.towers.values():
             span = tower.vocabulary.span
             rows += tower.matrix.rows
-            vectors += tower.matrix.size
-            size += tower.matrix.rows * (fixed + 2 + 8 * tower.matrix.dimension) + span.end - span.start
-    findings.ok("size", f"at most {rows:,} rows, {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
-    if publication.latest_tables:  # Copied from the history, after as much was deleted.
-        size *= 3
-    cost = size / (1 << 40) * history.DOLLARS_PER_TIB
-    findings.ok(
-        "cost", f"publishing reads {_bytes(size)}: about ${cost:.2f} at ${history.DOLLARS_PER_TIB}/TiB; loading is free"
+            vectors += 0 if tower.is_computed else tower.matrix.size
+            varying = tower.matrix.rows * (2 + 8 * tower.matrix.dimension) + span.end - span.start
+            size += tower.matrix.rows * fixed + varying
+            read += tower.matrix.rows * _STAGED_BYTES + varying
+    unknown = any(
+        tower.is_computed and not tower.matrix.rows for t in publication.trainings for tower in t.towers.values()
     )
+    more = " and those of features," if unknown else ","
+    findings.ok("size", f"at most {rows:,} rows{more} {_bytes(vectors)} of vectors to read, {_bytes(size)} in BigQuery")
+    if publication.latest_tables:  # Copied from the history, after as much was deleted.
+        read += 2 * size
+    cost = f"about ${read / (1 << 40) * history.DOLLARS_PER_TIB:.2f} at ${history.DOLLARS_PER_TIB}/TiB"
+    findings.ok("cost", f"publishing reads {_bytes(read)}: {cost}; loading is free")
 
 
 def _bytes(count: int) -> str:

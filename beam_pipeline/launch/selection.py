@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
+from beam_pipeline.computing import model as computing
+from beam_pipeline.computing.tower import ComputedTower, computed_tower
 from beam_pipeline.errors import ConfigError, SeveralModelsError, TowerMissingError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats import open_artifact
+from beam_pipeline.formats import model_path, open_artifact
 from beam_pipeline.formats.model import Artifact, Tower
 from beam_pipeline.launch import preflight
 from beam_pipeline.launch.options import DEFAULT_TOWERS, Config
@@ -88,7 +90,12 @@ def unpublished(config: Config, runs: Sequence[Run], session: Session) -> tuple[
 
 
 def read_training(
-    config: Config, run: Run, models: Mapping[str, Model], folders: Mapping[str, str], sources: Sources
+    config: Config,
+    run: Run,
+    models: Mapping[str, Model],
+    folders: Mapping[str, str],
+    sources: Sources,
+    session: Session,
 ) -> Selected:
     """Returns the training of a run whose models can be read in folders.
 
@@ -98,6 +105,7 @@ def read_training(
         models: tower → its model, as `models_of` returns them.
         folders: tower → folder of its model.
         sources: files of the run that hold ids, or the vectors of towers that are in no model.
+        session: asks BigQuery what a query for features returns.
 
     Raises:
         ConfigError: the workers could not read such a folder.
@@ -114,7 +122,16 @@ def read_training(
                 own = {name: _only_layer(artifact, name, models[name], config) for name in names}
             else:
                 own = _layers(config, artifact)
-            for tower in sources.towers_of_model(artifact, own, include_oov=config.include_oov):
+            read = {name: layer for name, layer in own.items() if name not in config.compute}
+            computed = [
+                _computed(config, session, artifact, folder, name, layer)
+                for name, layer in own.items()
+                if name in config.compute
+            ]
+            for tower in (
+                *(sources.towers_of_model(artifact, read, include_oov=config.include_oov) if read else ()),
+                *computed,
+            ):
                 path = f"{models[tower.name].name}:" if len(together) > 1 else ""
                 layers[tower.name] = f"{path}{own[tower.name]}"
                 towers[tower.name] = replace(
@@ -237,6 +254,32 @@ def unnamed_layers(config: Config) -> tuple[str, ...]:
     A layer that was named otherwise has to be there under its name: it may be misspelt.
     """
     return tuple(config.towers.values()) if dict(config.towers) == DEFAULT_TOWERS else ()
+
+
+def computed_parts(config: Config, folder: str, towers: Mapping[str, str]) -> Iterator[str]:
+    """Yields lines about the parts of a model that --compute could name, if it was given, and loads it for that."""
+    named = [name for name in config.compute if name in towers]
+    if not named:
+        return
+    model = computing.loaded(model_path(folder, open_file))
+    for name in named:
+        yield f"computed    {name} by {towers[name]}: {model.part(name, towers[name]).signature}"
+    yield from (f"could be    {part}" for part in model.parts())
+
+
+def _computed(
+    config: Config, session: Session | None, artifact: Artifact, folder: str, name: str, layer: str
+) -> ComputedTower:
+    """Returns a tower that the workers compute."""
+    return computed_tower(
+        name,
+        layer,
+        model_path(folder, open_file),
+        artifact,
+        config.features.get(name),
+        session.client if session else None,
+        session.destination.job_project if session else "",
+    )
 
 
 def discover(layers: Sequence[str], indexes: Collection[str] = ()) -> dict[str, str] | None:

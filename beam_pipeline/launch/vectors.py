@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from beam_pipeline.computing.tower import ComputedTower
 from beam_pipeline.errors import PipelineError, VectorNotServedError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.model import Ending, Tail, Tower, VectorTable
@@ -15,8 +16,6 @@ from beam_pipeline.training import Training
 if TYPE_CHECKING:
     from beam_pipeline.bigquery.publication import Publication
     from beam_pipeline.launch.findings import Findings
-
-_LATER = "computing a tower's output is for a later version"
 
 
 def examine(findings: Findings, publication: Publication, *, embedding_rows: bool, discovered: bool) -> None:
@@ -31,11 +30,20 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
     seen: dict[tuple[str, str, Tail], list[Training]] = {}
     for training in publication.trainings:
         for tower in training.towers.values():
+            if tower.is_computed:
+                continue
             seen.setdefault((tower.name, tower.layer, tower.tail), []).append(training)
     for (name, layer, tail), trainings in seen.items():
         where = _of_runs(trainings) if len(publication.trainings) > 1 else ""
         _examine_tail(findings, name, layer, tail, where, embedding_rows)
     for tower in publication.trainings[-1].towers.values():
+        if isinstance(tower, ComputedTower):
+            findings.note(
+                f"vectors {tower.name}",
+                f"computed on the workers by {tower.layer} ({tower.signature}), ids from {tower.ids_from}: code of the "
+                f"artifact runs there ({tower.computed_by}), and the vectors have no checksum",
+            )
+            continue
         _examine_checksum(findings, tower)
     for training in publication.trainings:
         for one, other in combinations(training.towers.values(), 2):
@@ -77,9 +85,9 @@ def _examine_tail(findings: Findings, name: str, layer: str, tail: Tail, where: 
                 check,
                 VectorNotServedError(
                     f"tower {name!r}: the model goes on after the embedding of {layer!r}: {tail.steps}{because}; the "
-                    "rows of the embedding are not the vectors that it serves. Pack the tower's outputs into a lookup "
-                    "and an embedding before the model is saved, or publish the rows all the same with "
-                    f"--embedding_rows; {_LATER}{where}"
+                    f"rows of the embedding are not the vectors that it serves. Compute them with --compute={name}, "
+                    "pack the tower's outputs into a lookup and an embedding before the model is saved, or publish the "
+                    f"rows all the same with --embedding_rows{where}"
                 ),
             )
     elif tail.ending == Ending.SCALED:
@@ -120,6 +128,8 @@ def _examine_checksum(findings: Findings, tower: Tower) -> None:
 def _mismatch(one: Tower, other: Tower) -> str:
     if one.matrix.dimension != other.matrix.dimension:
         return f"vectors of {one.matrix.dimension} and of {other.matrix.dimension} values"
+    if one.is_computed or other.is_computed:
+        return ""
     try:
         return "the same ids" if pieces.are_same(one, other, open_file) else ""
     except PipelineError:  # Damaged ids: the job itself names what is wrong with them.

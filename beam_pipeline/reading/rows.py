@@ -182,7 +182,7 @@ def _checked_ids(names: pa.Array, rows: Sequence[int] | np.ndarray, tower: Tower
                 name.decode()
             except UnicodeDecodeError:
                 raise BadIdError(
-                    f"tower {tower.name!r}: id {shown(name)} (row {rows[at]:,}) is not UTF-8, "
+                    f"tower {tower.name!r}: id {shown(name)}{_row(tower, rows[at])} is not UTF-8, "
                     "which BigQuery requires; encode the ids and train again"
                 ) from error
         raise
@@ -204,14 +204,20 @@ def _checked_norms(vectors: np.ndarray, names: pa.Array, rows: Sequence[int] | n
     for at in np.flatnonzero(~np.isfinite(norms)):
         vector = vectors[at]
         if not np.isfinite(vector).all():
+            remedy = "check its features" if tower.is_computed else "the training diverged, train again"
             raise BadVectorError(
-                f"tower {tower.name!r}: the vector of id {shown(names[int(at)].as_py())} "
-                f"(row {rows[int(at)]:,}) holds NaN or infinity; the training diverged, train again"
+                f"tower {tower.name!r}: the vector of id {shown(names[int(at)].as_py())}{_row(tower, rows[int(at)])} "
+                f"holds NaN or infinity; {remedy}"
             )
         norms[at] = math.hypot(*vector.tolist())  # Only the square is too large.
     # A norm beyond float64 would be infinite, which no SQL literal is.
     norms = np.minimum(norms, np.finfo(np.float64).max)
     return Norms(float(norms.min()), math.fsum(norms), float(norms.max()), int((norms == 0).sum()))
+
+
+def _row(tower: Tower, row: int) -> str:
+    """Returns where an id is in a matrix, for a message; computed vectors are in no order."""
+    return "" if tower.is_computed else f" (row {row:,})"
 
 
 def to_rows(batch: Batch, tower: str, constants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -35,6 +35,7 @@ class Report:
         offset, bytes: where in the matrix's file they lie, and how many bytes they are.
         crc: checksum of these bytes, by the algorithm of the matrix's; 0 if it has none.
         norms: Euclidean norms of the ids' vectors; None without ids.
+        announced: of a computed tower, rows that the source of its ids says it has.
         problem: what is wrong, if anything is.
     """
 
@@ -47,6 +48,7 @@ class Report:
     bytes: int = 0
     crc: int = 0
     norms: Norms | None = None
+    announced: int = 0
     problem: PipelineError | None = None
 
 
@@ -97,8 +99,9 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
             if report.first_row is not None and report.first_row != row:
                 raise AuditError(f"tower {tower.name!r}: rows {row:,} to {report.first_row:,} were not read once")
             row += report.rows
-        if row != matrix.rows:
-            raise AuditError(f"tower {tower.name!r}: {row:,} of {matrix.rows:,} rows were read")
+        expected = sum(report.announced for report in own) if tower.is_computed else matrix.rows
+        if row != expected:
+            raise AuditError(f"tower {tower.name!r}: {row:,} of {expected:,} rows were read")
         if matrix.checksum:
             crc = checksums.combine(matrix.checksum.algorithm, ((report.crc, report.bytes) for report in rows))
             # A set: towers that share a matrix read it once each.
@@ -108,7 +111,8 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
         count = sum(report.ids for report in own)
         norms = [report.norms for report in own if report.norms]
         if not count or not norms:
-            raise BadIdError(f"tower {tower.name!r} has no ids: its vocabulary is empty; train it with one")
+            empty = "their source is empty" if tower.is_computed else "its vocabulary is empty; train it with one"
+            raise BadIdError(f"tower {tower.name!r} has no ids: {empty}")
         tallies[run_id, tower.name] = Tally(
             ids=count,
             bytes=sum(report.bytes for report in own),

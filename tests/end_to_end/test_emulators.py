@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import edges
+import numpy as np
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
@@ -174,6 +176,13 @@ def test_beams_client_connects_its_process(warehouse):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [f"{warehouse.bigquery_url}/bigquery/v2/", "AnonymousCredentials"]
+
+
+def test_floats_are_widened_exactly(job):
+    """The warehouse loads Avro floats as BigQuery does (tests/gcp shows that of the service), to the bit."""
+    client, folder = job.client, f"gs://warehouse/{job.dataset}"
+    loaded = edges.load(client, f"{client.project}.{job.dataset}.edges", folder)
+    assert loaded.tobytes() == edges.VECTORS.astype(np.float64).tobytes()
 
 
 def test_without_emulators_beam_has_its_own_client(monkeypatch):

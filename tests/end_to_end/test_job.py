@@ -100,7 +100,7 @@ def test_the_multi_load_path(job, store, models, monkeypatch):
     for writer in ("columnar", "rows"):
         monkeypatch.setattr(staging, "MAX_FILE_BYTES", 20_000)
         monkeypatch.setattr(
-            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 100_000}
+            staging.WriteStaging, "_sink_options", lambda self: {**options(self), "max_partition_size": 40_000}
         )
         monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", 10_000)
         assert job.run(run, f"--writer={writer}") == 0
@@ -145,7 +145,7 @@ def test_what_a_person_sees(job, store, models):
         "ok    bucket       gs://warehouse in US",
         "note  permissions  not asked: emulators have none",
         "ok    size         at most 5,031 rows, 161 kB of vectors to read, 719 kB in BigQuery",
-        "ok    cost         publishing reads 719 kB: about $0.00 at $6.25/TiB; loading is free",
+        "ok    cost         publishing reads 452 kB: about $0.00 at $6.25/TiB; loading is free",
     ]
     assert re.fullmatch(r"rows        5,031 of 5,031 \(100%\), [\d,]+ rows/s", out[-4])
     assert out[-3] == f"published   {table}_user_embedding, partition 2026-03-01: 3,015 rows"
@@ -190,7 +190,7 @@ def test_a_publication_that_fails_is_not_in_the_log(job, store, models):
     assert job.query(f"SELECT DISTINCT mlflow_run_id FROM {job.dataset}.two_tower_embedding_log") == [(first,)]
 
 
-@pytest.mark.parametrize(("writer", "partition_bytes"), [("columnar", None), ("columnar", 100_000), ("rows", None)])
+@pytest.mark.parametrize(("writer", "partition_bytes"), [("columnar", None), ("columnar", 40_000), ("rows", None)])
 def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch, writer, partition_bytes):
     """Emulators keep no key: what is asked for is looked at on its way.
 

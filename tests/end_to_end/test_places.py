@@ -296,7 +296,7 @@ def test_two_models_behind_a_server_are_copied_apart(job, server, store):
     run = server.run(name="apart")
     server.folder(run, indexes("alone_users"), "user_model")
     server.folder(run, indexes("alone"), "item_model")
-    assert job.run(None, "--experiment_name=served", "--run_name=apart", f"--tracking_uri={server.url}") == 0
+    assert job.run(run, f"--tracking_uri={server.url}") == 0
     assert job.rows("user") == {("2026-03-01", run): indexes("alone_users").rows("item")}
     assert job.rows("item") == {("2026-03-01", run): indexes("alone").rows("item")}
     assert [uri.rpartition("/")[2] for (uri,) in job.query("SELECT model_uri FROM {log} ORDER BY tower DESC")] == [

@@ -15,6 +15,7 @@ import time
 import uuid
 from datetime import UTC, date, datetime, timedelta
 
+import edges
 import numpy as np
 import pytest
 from google.api_core.exceptions import Conflict
@@ -70,6 +71,34 @@ def test_the_job_with_real_load_jobs(warehouse, destination, client, store, mode
         assert rows_of(client, destination, tower, run) == models("plain").rows(tower)
     left = [t.table_id for t in client.list_tables(warehouse.dataset) if "_staging_" in t.table_id]
     assert not [name for name in left if name.startswith(warehouse.prefix)]
+
+
+def test_floats_are_widened_exactly(warehouse, destination, client):
+    """That BigQuery loads Avro floats into FLOAT64 to the bit, where the schema says FLOAT64, and copies the table."""
+    table = f"{destination.project}.{destination.dataset}.{warehouse.prefix}_edges"
+    loaded = edges.load(client, table, f"{warehouse.temp_location}/{uuid.uuid4().hex}")
+    assert loaded.tobytes() == edges.VECTORS.astype(np.float64).tobytes()
+
+
+# One load job takes few and small files here, so that Beam loads temporary tables and copies them, as above 10,000.
+MANY_FILES = """
+from beam_pipeline.bigquery import staging
+from beam_pipeline.reading import pieces
+options = staging.WriteStaging._sink_options
+staging.MAX_FILE_BYTES, pieces.PIECE_BYTES = 20_000, 10_000
+staging.WriteStaging._sink_options = lambda self: {**options(self), "max_partition_size": 40_000}
+"""
+
+
+def test_the_job_with_temporary_tables(warehouse, destination, client, store, models, tmp_path):
+    """That BigQuery copies what it loaded into Beam's temporary tables to the staging tables."""
+    (tmp_path / "sitecustomize.py").write_text(MANY_FILES)
+    run = store.log(models("plain"), "many files", DAY)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    flags = ["--if_partition_taken=keep", f"--project={warehouse.project}"]
+    subprocess.run(command(warehouse, store, run, *flags), check=True, env={**os.environ, "PYTHONPATH": path})
+    for tower in ("user", "item"):
+        assert rows_of(client, destination, tower, run) == models("plain").rows(tower)
 
 
 def wait_for_dataflow(project, region, job_id):

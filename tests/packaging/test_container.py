@@ -33,7 +33,7 @@ def instructions():
 
 
 class Image:
-    """The last stage of the Dockerfile, built into a folder that stands for the root of the image.
+    """The stage `pipeline` of the Dockerfile, which the last one is, built into a folder that stands for the root of the image.
 
     Attributes:
         env: what ENV sets.
@@ -47,8 +47,9 @@ class Image:
         subprocess.run([sys.executable, "-m", "venv", self._venv], check=True)
         self.env, self.workdir, self.entrypoint = {}, Path("/"), []
         lines = instructions()
-        last = max(at for at, (word, _) in enumerate(lines) if word == "FROM")
-        for word, rest in lines[last + 1 :]:
+        stages = [at for at, (word, _) in enumerate(lines) if word == "FROM"]
+        first = next(at for at in stages if lines[at][1].endswith(" AS pipeline"))
+        for word, rest in lines[first + 1 : min(at for at in stages if at > first)]:
             getattr(self, f"_{word.lower()}")(rest)
 
     def here(self, text):
@@ -120,7 +121,8 @@ def image(tmp_path_factory):
 
 def test_base_images_are_pinned_and_match_the_lock():
     images = [rest.split()[0] for word, rest in instructions() if word == "FROM"]
-    beam, template, python = images
+    beam, template, python, *stages = images
+    assert set(stages) == {"pipeline"}
     assert beam == f"apache/beam_python3.11_sdk:{LOCK['apache-beam']}"
     assert re.fullmatch(r"gcr\.io/dataflow-templates-base/python311-template-launcher-base:\d{8}_RC\d\d", template)
     assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", python)
@@ -242,6 +244,7 @@ BEAMS = {"sdk_container_image"}
 WHICH = {
     **{key: [] for key in ("run_id", "experiment_name", "model_uri")},
     "all_runs": ["--experiment_name=e"],
+    "features": ["--run_id=1", "--compute=user"],
     **{key: ["--experiment_name=e", "--all_runs"] for key in ("since", "until")},
 }
 """Flags that say which model, for a flag that does not go with --run_id."""
@@ -303,6 +306,8 @@ def test_a_parameter_says_what_its_option_says(name):
         ("kms_key", ["projects/p/locations/eu/keyRings/r/cryptoKeys/k"], ["", "key", "projects/p/locations/eu"]),
         ("artifact_path", ["", "model", "a/b c"], []),
         ("tower", ["user=user_layer", "user=a.b,item=item_layer"], ["", "user", "User=a", "a=b,", "a=b, c=d", "a=b=c"]),
+        ("compute", ["user", "user,item"], ["", "User", "a,", "a=b"]),
+        ("features", ["user=SELECT user_id FROM d.t", '{"user": "gs://b/u/*.parquet"}'], [""]),
         ("include_oov", ["true", "false"], ["", "True ", "yes", "1"]),
         ("env", ["prod"], ["", "live", "prod "]),
         ("dataset", ["raw", "my-project.raw", "example.com:my-project.raw"], ["", "a.b.c`", "a-b", "p."]),

@@ -117,6 +117,8 @@ ARGUMENTS = {
     ("table", "bigquery.Table"): [first_version("user")],
     ("wanted", "Sequence[bigquery.SchemaField]"): [tables.schema_fields("user"), tables.LOG_SCHEMA],
     ("partitioned", "bool"): [True, False],
+    ("select", "str"): ["SELECT user_id, user_embedding FROM `p.raw_prod.two_tower_user_embedding`"],
+    ("kms_key", "str | None"): [None, "projects/p/locations/eu/keyRings/r/cryptoKeys/k"],
     ("latest_tables", "bool"): [True, False],
     ("towers", "Sequence[str]"): [TOWERS],
     ("train_date", "date"): [RUN.train_date],

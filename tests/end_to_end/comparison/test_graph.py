@@ -13,8 +13,9 @@ from google.cloud import storage
 from worlds import rotation, towers, turned
 
 from beam_pipeline import __version__
-from beam_pipeline.comparison.command import _job_name, _labels, parse
+from beam_pipeline.comparison.command import _labels, _subject, parse
 from beam_pipeline.comparison.tables import Pair, Trained
+from beam_pipeline.launch import execution
 
 
 class Staged:
@@ -95,7 +96,9 @@ def test_the_staged_graph(history):
 def test_any_run_makes_a_name_and_labels_that_dataflow_takes(run):
     trained = Trained(None, run, "n", "Two Tower's É/ü", {})
     for flags in ([], ["--all"]):
-        config = parse(["--project=my-project", *flags])
-        assert re.fullmatch("[a-z]([-a-z0-9]{0,1022}[a-z0-9])?", _job_name(config, [Pair(trained, trained)]))
+        config = parse(["--project=my-project", "--runner=DataflowRunner", *flags])
+        subject = _subject(config, [Pair(trained, trained)])
+        name = execution.job_name(config, "token", PipelineOptions([]), subject)
+        assert re.fullmatch("[a-z]([-a-z0-9]{0,1022}[a-z0-9])?", name)
         for label in _labels(config, [Pair(trained, trained)]):
             assert re.fullmatch("[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}", label)

@@ -3,24 +3,37 @@
 The Avro schema is the same too, where the vectors are of doubles.
 """
 
+import dataclasses
 import inspect
 import io
+import pickle
 from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
 
+import apache_beam as beam
 import fastavro
 import numpy as np
 import pyarrow as pa
 import pytest
 from apache_beam.io.gcp import bigquery_file_loads
 from apache_beam.io.gcp.bigquery_tools import AvroRowWriter
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pvalue import TaggedOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from towers import described
 
 from beam_pipeline.bigquery import avro, tables
+from beam_pipeline.bigquery.publication import Publication
+from beam_pipeline.bigquery.staging import WriteStaging
+from beam_pipeline.bigquery.tables import Destination
+from beam_pipeline.files import open_file
+from beam_pipeline.formats.saved_model.reader import SavedModel
+from beam_pipeline.reading import pieces
 from beam_pipeline.reading.rows import Batch, to_rows
 from beam_pipeline.reading.tally import Report
+from beam_pipeline.training import Run, Training
 
 CONSTANTS = {"train_date": date(2026, 3, 1), "training": 2}
 SYNC = bytes(range(16))
@@ -176,3 +189,85 @@ def test_a_file_that_has_reached_its_limit_is_closed(tmp_path):
         data = Path(path).read_bytes()
         assert len(data) == size
         assert {record["user_id"] for record in read(data)[1]} == {"a", "b"}
+
+
+def bundle(step, elements, folder):
+    """Runs a bundle to its end; returns its reports and the ids in its files."""
+    step.start_bundle()
+    outputs = [output for element in elements for output in step.process(("p:d.t", element), folder)]
+    for output in step.finish_bundle():
+        outputs.append(
+            TaggedOutput(output.tag, output.value.value) if isinstance(output, TaggedOutput) else output.value
+        )
+    files = [output[1][0] for output in outputs if isinstance(output, tuple)]
+    reports = [output.value for output in outputs if isinstance(output, TaggedOutput)]
+    return reports, [record["user_id"] for path in files for record in read(Path(path).read_bytes())[1]]
+
+
+@pytest.fixture
+def sink():
+    """A function that returns the step that reads and writes pieces of a tower."""
+    steps = []
+
+    def make(tower, **changes):
+        writing = avro.Writing("user", {"run": tower}, {"run": [*CONSTANTS.values()]}, "<f4", **changes)
+        steps.append(avro._WriteFn({"fields": tables.staging_schema("user")}, writing, 1 << 30))
+        steps[-1].setup()
+        return steps[-1]
+
+    yield make
+    for step in steps:
+        step.teardown()
+
+
+def test_a_bundle_that_is_retried_reads_again_and_writes_files_of_its_own(models, sink, tmp_path):
+    tower = SavedModel(str(models("plain").folder), open_file).tower("user", "user_layer")
+    cut = [("run", piece) for piece in pieces.cut(tower, open_file, 10_000)]
+    assert len(cut) > 5
+    assert all(len(pickle.dumps(element)) < 500 for element in cut)  # No vector travels.
+    step = sink(tower)
+    step.start_bundle()
+    for element in cut[:4]:  # Then the bundle fails.
+        assert not [output for output in step.process(("p:d.t", element), str(tmp_path)) if isinstance(output, tuple)]
+    reports, ids = bundle(step, cut, str(tmp_path))
+    assert ids == models("plain").ids("user")
+    assert [report.first_row for report in reports] == [piece.first_row for _, piece in cut]
+
+
+def test_computed_vectors_enter_the_same_step(sink, tmp_path):
+    batches = [
+        Batch("run", pa.array(["a", "b"]), np.ones((2, 8), "<f4")),
+        Batch("run", pa.array(["c"]), np.full((1, 8), np.nan, "<f4")),
+        Batch("run", pa.array(["d"]), np.ones((1, 8), "<f2")),
+    ]
+    reports, ids = bundle(sink(described("user", rows=4, checksum=False)), batches, str(tmp_path))
+    assert ids == ["a", "b", "d"]
+    assert [(report.rows, report.ids) for report in reports] == [(2, 2), (0, 0), (1, 1)]
+    assert "holds NaN" in str(reports[1].problem)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "written"),
+    [(["float32", "float16"], "<f4"), (["bfloat16"], "<f4"), (["float32", "float64"], "<f8")],
+)
+def test_files_have_floats_wide_enough_for_every_run(dtypes, written):
+    """One width for a load job, whose files must not differ in their schema."""
+    trainings = []
+    for number, dtype in enumerate(dtypes):
+        tower = described("user")
+        tower = dataclasses.replace(tower, matrix=dataclasses.replace(tower.matrix, dtype=dtype))
+        run = Run(f"run{number}", "", "", "", date(2026, 3, 1), "")
+        trainings.append(Training(run, "", {"user": tower}))
+    what = Publication(Destination("p", "d", "EU", "t"), tuple(trainings), "gs://b/tmp", "fail", "token")
+    pipeline = beam.Pipeline(options=PipelineOptions(["--project=p"]))
+    prepared = beam.pvalue.AsSingleton(pipeline | beam.Create(["launch"]))
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        init = avro.WritePieces.__init__
+        patch.setattr(
+            avro.WritePieces,
+            "__init__",
+            lambda self, **options: made.append(options["writing"]) or init(self, **options),
+        )
+        _ = pipeline | "Pieces" >> beam.Create([]) | WriteStaging("user", what, prepared, "columnar")
+    assert [writing.dtype for writing in made] == [written]

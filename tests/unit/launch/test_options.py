@@ -88,6 +88,16 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--warehouse=w", "--runner=DataflowRunner"], "--warehouse runs with DirectRunner only"),
         (["--run_id=1", "--warehouse=w", "--env=prod"], "--warehouse is for the laptop"),
         (["--run_id=1", "--env=dev", "--dataset=d"], "--env=dev is dataset raw_dev and --dataset=d another"),
+        (["--run_id=1", "--compute=film"], "--compute=film: there is no such tower; towers are user, item"),
+        (["--run_id=1", "--compute=user", "--include_oov"], "--include_oov is of rows of an embedding"),
+        (["--run_id=1", "--features=user=SELECT 1"], "add --compute=user"),
+        (
+            ["--run_id=1", "--compute=user", "--features=user=SELECT 1", '--features={"user": "gs://b/*.parquet"}'],
+            "tower 'user' has two sources; its ids come from one",
+        ),
+        (["--run_id=1", "--compute=user", "--features=user=a.csv"], "a query or Parquet files"),
+        (["--run_id=1", "--compute=user", "--features=user="], "NAME=SOURCE"),
+        (["--run_id=1", "--compute=user", "--features={"], "is no JSON object"),
         (["--run_id=1", "--plan", "--inspect"], "--inspect stops before anything that --plan shows"),
         (
             ["--run_id=1", "--tag_run", "--runner=DataflowRunner"],
@@ -117,6 +127,18 @@ def test_runs_are_tagged_where_this_process_waits(runner):
 
 def test_beams_flags_in_any_form(capsys):
     parse(["--run_id", "1", "--no_use_public_ips", "--experiments=a", "--experiments", "b", "--labels", '{"a": "b"}'])
+
+
+def test_features_may_be_one_json_object():
+    config = parse(
+        [
+            "--run_id=1",
+            "--compute=user,item",
+            '--features={"user": "SELECT user_id, a FROM t WHERE b IN (1, 2);", "item": "gs://b/*.parquet"}',
+        ]
+    )
+    assert config.compute == ("user", "item")
+    assert config.features == {"user": "SELECT user_id, a FROM t WHERE b IN (1, 2)", "item": "gs://b/*.parquet"}
 
 
 def test_an_index_needs_vectors_of_one_length(capsys):
