@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from beam_pipeline.errors import (
 )
 from beam_pipeline.files import ByteFile, OpenFile, join
 from beam_pipeline.formats.encodings import shown
+from beam_pipeline.formats.files.footer import Group, Leaf, read_groups
 from beam_pipeline.formats.model import RowGroup, Table, VectorTable
 
 ListFolder = Callable[[str], Sequence[str]]
@@ -36,11 +37,13 @@ ID_COLUMNS = ("id", "{tower}_id")
 ROW_COLUMNS = ("row", "index")
 VECTOR_COLUMNS = ("vector", "embedding", "{tower}_vector", "{tower}_embedding")
 
-_MAX_FOOTER = 64 << 20
+_MAX_FOOTER = 16 << 20
 _MAX_FILES, _MAX_GROUPS = 100_000, 1_000_000
 _MAX_DIMENSION = 1 << 20
 _MAX_NAMED = 12
 _BUFFER = 1 << 20
+_SMALL = 64 << 20
+"""Bytes of a file whose columns are read at once. Of a larger one pages are read, each as large as its header says."""
 _LEVELS = 4
 """Bytes that a value may take besides itself, in levels and in the headers of pages."""
 _SLACK = 1 << 20
@@ -181,7 +184,7 @@ def find_rows(
         with _opened(file_path, open_file) as file:
             names = columns or _columns(file_path, file, tower, ROW_COLUMNS, "--ids", "ROWS")
             _require_id_column(file_path, file, names[0])
-            kind = file.schema_arrow.field(_index(file_path, file, names[1])).type
+            kind = file.parquet.schema_arrow.field(_index(file_path, file, names[1])).type
             if not pa.types.is_integer(kind):
                 raise UnsupportedModelError(
                     f"{file_path}: column {names[1]!r} has type {kind}, and a row is an integer"
@@ -244,12 +247,12 @@ def _batches(table: Table, group: RowGroup, rows: int, open_file: OpenFile) -> I
     """Yields (rows before them, ids, values) of a row group."""
     at = 0
     with _opened(group.path, open_file) as file:
-        if group.number >= file.num_row_groups or file.metadata.row_group(group.number).num_rows != group.rows:
+        if group.number >= len(file.groups) or file.groups[group.number].rows != group.rows:
             raise CorruptFileError(
                 f"{group.path}: row group {group.number} has no longer {group.rows:,} rows: the file changed since the "
                 "job started"
             )
-        batches = file.iter_batches(
+        batches = file.parquet.iter_batches(
             batch_size=rows,
             row_groups=[group.number],
             columns=[table.id_column, table.value_column],
@@ -272,8 +275,15 @@ def _batches(table: Table, group: RowGroup, rows: int, open_file: OpenFile) -> I
         )
 
 
+class _File(NamedTuple):
+    """An open Parquet file, and the row groups that its footer describes."""
+
+    parquet: pq.ParquetFile
+    groups: list[Group]
+
+
 @contextmanager
-def _opened(path: str, open_file: OpenFile) -> Iterator[pq.ParquetFile]:
+def _opened(path: str, open_file: OpenFile) -> Iterator[_File]:
     """Opens a Parquet file; what pyarrow raises while it is open becomes an error that names the file."""
     with open_file(path) as source:
         if source.size < 12 or source.read(source.size - 4, 4) not in (b"PAR1", b"PARE"):
@@ -284,17 +294,20 @@ def _opened(path: str, open_file: OpenFile) -> Iterator[pq.ParquetFile]:
             raise UnsupportedModelError(
                 f"{path} has a footer of {footer:,} bytes, more than {_MAX_FOOTER:,}: larger row groups make it smaller"
             )
+        groups = read_groups(path, source.read(source.size - 8 - footer, footer) if footer <= source.size - 8 else b"")
         try:
             # Not pre-buffered, which would read whole columns of a row group at once.
             with pq.ParquetFile(
                 _Stream(source),
                 pre_buffer=False,
-                buffer_size=_BUFFER,
+                buffer_size=0 if source.size <= _SMALL else _BUFFER,
                 page_checksum_verification=True,
                 thrift_string_size_limit=_MAX_FOOTER,
                 thrift_container_size_limit=_MAX_GROUPS,
-            ) as file:
-                yield file
+            ) as parquet:
+                if parquet.num_row_groups != len(groups):
+                    raise CorruptFileError(f"{path} cannot be read as Parquet (its footer is damaged); log it again")
+                yield _File(parquet, groups)
         except PipelineError:
             raise
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -306,13 +319,11 @@ def _opened(path: str, open_file: OpenFile) -> Iterator[pq.ParquetFile]:
             raise CorruptFileError(f"{path} cannot be read as Parquet ({reason}); log it again") from error
 
 
-def _counts(path: str, file: pq.ParquetFile) -> tuple[int, ...]:
+def _counts(path: str, file: _File) -> tuple[int, ...]:
     """Returns the rows of each row group."""
-    counts = tuple(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
-    if any(count < 0 for count in counts) or sum(counts) != file.metadata.num_rows:
-        raise CorruptFileError(
-            f"{path}: its row groups have {sum(counts):,} rows, its footer says {file.metadata.num_rows:,}"
-        )
+    counts, total = tuple(group.rows for group in file.groups), file.parquet.metadata.num_rows
+    if any(count < 0 for count in counts) or sum(counts) != total:
+        raise CorruptFileError(f"{path}: its row groups have {sum(counts):,} rows, its footer says {total:,}")
     return counts
 
 
@@ -323,11 +334,9 @@ def _bounded(path: str, files: list[tuple[str, tuple[int, ...]]]) -> tuple[tuple
     return tuple(files)
 
 
-def _columns(
-    path: str, file: pq.ParquetFile, tower: str, values: Sequence[str], flag: str, metavar: str
-) -> tuple[str, str]:
+def _columns(path: str, file: _File, tower: str, values: Sequence[str], flag: str, metavar: str) -> tuple[str, str]:
     """Returns the names of the columns of ids and of values, if the file has one of each that is called so."""
-    there = file.schema_arrow.names
+    there = file.parquet.schema_arrow.names
     found = []
     for names in (ID_COLUMNS, values):
         wanted = [name.format(tower=tower) for name in names]
@@ -342,53 +351,51 @@ def _columns(
     return found[0], found[1]
 
 
-def _index(path: str, file: pq.ParquetFile, column: str) -> int:
+def _index(path: str, file: _File, column: str) -> int:
     """Returns the position of a column, which has to be there once."""
-    there = [position for position, name in enumerate(file.schema_arrow.names) if name == column]
+    there = [position for position, name in enumerate(file.parquet.schema_arrow.names) if name == column]
     if len(there) != 1:
-        names = ", ".join(repr(name[:100]) for name in file.schema_arrow.names[:_MAX_NAMED])
+        names = ", ".join(repr(name[:100]) for name in file.parquet.schema_arrow.names[:_MAX_NAMED])
         raise UnsupportedModelError(f"{path} has {len(there)} columns {column!r}; its columns are {names}")
     return there[0]
 
 
-def _require_id_column(path: str, file: pq.ParquetFile, column: str) -> None:
-    kind = file.schema_arrow.field(_index(path, file, column)).type
+def _require_id_column(path: str, file: _File, column: str) -> None:
+    kind = file.parquet.schema_arrow.field(_index(path, file, column)).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain not in _TEXTS and not pa.types.is_integer(plain):
         raise UnsupportedModelError(f"{path}: column {column!r} has type {kind}, and an id is a string or an integer")
 
 
-def _vector_type(path: str, file: pq.ParquetFile, column: str) -> str:
+def _vector_type(path: str, file: _File, column: str) -> str:
     """Returns the type of a vector's values."""
-    kind = file.schema_arrow.field(_index(path, file, column)).type
+    kind = file.parquet.schema_arrow.field(_index(path, file, column)).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or kind.value_type not in _TYPES:
         raise UnsupportedModelError(f"{path}: column {column!r} has type {kind}, and a vector is a list of floats")
     return _TYPES[kind.value_type]
 
 
-def _leaf(path: str, file: pq.ParquetFile, group: int, column: str) -> Any:
+def _leaf(path: str, file: _File, group: int, column: str) -> Leaf:
     """Returns what the footer says of the values of a column in a row group."""
-    metadata = file.metadata.row_group(group)
-    leaves = [metadata.column(position) for position in range(metadata.num_columns)]
-    found = [leaf for leaf in leaves if leaf.path_in_schema == column or leaf.path_in_schema.startswith(f"{column}.")]
+    found = [leaf for leaf in file.groups[group].leaves if leaf.path == column or leaf.path.startswith(f"{column}.")]
     if len(found) != 1:
         raise CorruptFileError(f"{path}: row group {group} has {len(found)} columns {column!r}; log it again")
     return found[0]
 
 
-def _dimension(path: str, file: pq.ParquetFile, column: str) -> int:
+def _dimension(path: str, file: _File, column: str) -> int:
     """Returns the length of the first vector."""
-    kind = file.schema_arrow.field(column).type
+    kind = file.parquet.schema_arrow.field(column).type
     if pa.types.is_fixed_size_list(kind):
         dimension = int(kind.list_size)
     else:
-        group = next(number for number in range(file.num_row_groups) if file.metadata.row_group(number).num_rows)
-        leaf, rows = _leaf(path, file, group, column), file.metadata.row_group(group).num_rows
-        if not 0 < leaf.num_values <= rows * _MAX_DIMENSION:
-            raise BadVectorError(f"{path}: row group {group} has {leaf.num_values:,} values in {rows:,} vectors")
+        group = next(number for number, one in enumerate(file.groups) if one.rows)
+        leaf, rows = _leaf(path, file, group, column), file.groups[group].rows
+        if not 0 < leaf.values <= rows * _MAX_DIMENSION:
+            raise BadVectorError(f"{path}: row group {group} has {leaf.values:,} values in {rows:,} vectors")
         # What most have; the one that differs is named when its row group is read.
-        dimension = max(1, round(leaf.num_values / rows))
+        dimension = max(1, round(leaf.values / rows))
     if not 0 < dimension <= _MAX_DIMENSION:
         raise BadVectorError(
             f"{path}: column {column!r} has vectors of {dimension:,} values; BigQuery loads 1 to {_MAX_DIMENSION:,}"
@@ -396,29 +403,27 @@ def _dimension(path: str, file: pq.ParquetFile, column: str) -> int:
     return dimension
 
 
-def _require_lengths(path: str, file: pq.ParquetFile, columns: tuple[str, str], dimension: int, dtype: str) -> None:
+def _require_lengths(path: str, file: _File, columns: tuple[str, str], dimension: int, dtype: str) -> None:
     """Raises if the footer has more or fewer values in a row group than its vectors, or more bytes than these take."""
     width = np.dtype(dtype).itemsize
-    for number in range(file.num_row_groups):
-        rows = file.metadata.row_group(number).num_rows
+    for number, group in enumerate(file.groups):
         leaf = _leaf(path, file, number, columns[1])
-        values = rows * dimension
-        if leaf.num_values != values:
-            _name_length(path, file, number, columns, leaf.num_values, dimension)
-        if not 0 <= leaf.total_uncompressed_size <= values * (width + _LEVELS) + _SLACK:
+        values = group.rows * dimension
+        if leaf.values != values:
+            _name_length(path, file, number, columns, leaf.values, dimension)
+        if not 0 <= leaf.size <= values * (width + _LEVELS) + _SLACK:
             raise CorruptFileError(
-                f"{path}: row group {number} has {leaf.total_uncompressed_size:,} bytes for {values:,} values of "
-                f"{dtype}; log it again"
+                f"{path}: row group {number} has {leaf.size:,} bytes for {values:,} values of {dtype}; log it again"
             )
 
 
-def _name_length(
-    path: str, file: pq.ParquetFile, number: int, columns: tuple[str, str], values: int, dimension: int
-) -> None:
+def _name_length(path: str, file: _File, number: int, columns: tuple[str, str], values: int, dimension: int) -> None:
     """Raises BadVectorError for a row group with another number of values, and names an id if it is cheap to find."""
-    rows = file.metadata.row_group(number).num_rows
+    rows = file.groups[number].rows
     if 0 < values <= 2 * rows * dimension:
-        for batch in file.iter_batches(batch_size=1024, row_groups=[number], columns=[*columns], use_threads=False):
+        for batch in file.parquet.iter_batches(
+            batch_size=1024, row_groups=[number], columns=[*columns], use_threads=False
+        ):
             lengths = pc.fill_null(pc.list_value_length(batch.column(columns[1])), -1)
             other = np.flatnonzero(lengths.to_numpy(zero_copy_only=False) != dimension)
             if other.size:

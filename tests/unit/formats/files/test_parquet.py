@@ -218,8 +218,9 @@ def test_ids_with_rows(tmp_path):
         parquet.find_rows(str(path), "user", None, open_file, list_folder)
 
 
-def test_a_large_row_group_is_read_in_parts(tmp_path):
+def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
     """40 MB in one row group, of which a batch and some pages are in memory."""
+    monkeypatch.setattr(parquet, "_SMALL", 0)
     path = tmp_path / "v.parquet"
     values = np.random.default_rng(1).normal(size=(160_000, 64)).astype("f4")
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 64)
