@@ -16,10 +16,11 @@ from beam_pipeline.reading import pieces, unordered
 
 _EXAMPLES = 3
 _LONGEST_EXAMPLE = 40
+_NO_SOURCES = Sources({}, {}, {})
 
 
 def describe(
-    artifact: Artifact, folder: str, open_file: OpenFile, towers: Mapping[str, str], sources: Sources
+    artifact: Artifact, folder: str, open_file: OpenFile, towers: Mapping[str, str], sources: Sources = _NO_SOURCES
 ) -> Iterator[str]:
     """Yields lines about every tower of a model: layer, embedding, ids with examples, rows before the ids, bytes.
 

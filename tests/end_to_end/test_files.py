@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from job import MARCH_1, refused
+from mlflow.tracking import MlflowClient
 from models import made_by
 from safetensors.numpy import load_file, save_file
+from tracking import tracking_server
 
 from beam_pipeline.launch.options import parse
 from beam_pipeline.reading import pieces, unordered
@@ -323,3 +325,47 @@ def test_a_file_on_a_bucket_cannot_be_that_of_all_runs(capsys):
     with pytest.raises(SystemExit):
         parse(["--experiment_name=x", "--all_runs", "--vectors=item=gs://b/x.parquet"])
     assert "each of --all_runs has a file of its own" in capsys.readouterr().err
+
+
+def logged_to_a_server(url, files):
+    client = MlflowClient(url)
+    experiment = client.create_experiment("served files")
+    run = client.create_run(experiment, start_time=int(MARCH_1.timestamp() * 1000)).info.run_id
+    client.log_artifacts(run, str(files.folder))
+    client.set_terminated(run)
+    return run
+
+
+def test_files_behind_a_server_are_copied_and_removed(job, store, files, tmp_path):
+    (tmp_path / "server").mkdir()
+    with tracking_server(tmp_path / "server") as url:
+        run = logged_to_a_server(url, files)
+        vectors = "--vectors=user=user.npy,item=item_parts/part-*.parquet#sku,emb"
+        assert job.run(run, f"--tracking_uri={url}", vectors, "--ids=user=user_rows.csv") == 0
+    for tower in ROWS:
+        assert job.rows(tower) == {(DAY, run): files.rows(tower)}
+    assert store.load_files(job.dataset) == []
+
+
+def test_the_graph_for_dataflow(job, store, warehouse, files):
+    from google.cloud import storage
+
+    run = store.log({"": files}, "files for dataflow", MARCH_1, bucket=True)
+    staging = f"gs://warehouse/tmp/{job.dataset}"
+    done = job.subprocess(
+        run,
+        "--vectors=user=user.npy,item=item_parts#sku,emb",
+        "--ids=user=user_rows.csv",
+        "--runner=DataflowRunner",
+        "--region=europe-west1",
+        f"--project={job.client.project}",
+        f"--template_location={staging}/job",
+        f"--staging_location={staging}",
+        "--no_auth",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    blobs = storage.Client().list_blobs(warehouse.bucket, prefix=f"tmp/{job.dataset}/")
+    (graph,) = [blob.download_as_bytes() for blob in blobs if blob.name.endswith("pipeline.pb")]
+    assert b"Cut item/ReadGroups" in graph
+    assert b"Cut user/Sort" in graph
+    assert b"Cut user/ReadGroups" not in graph
