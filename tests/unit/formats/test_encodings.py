@@ -93,7 +93,7 @@ def test_the_last_string_ends_with_the_span():
 
 def test_strings_that_are_no_protobuf():
     message = refusal(CorruptFileError, encodings.decode, Encoding.PROTOBUF, b"\x42\x05ab", 1)
-    assert message.startswith("no list of ids in protobuf (")
+    assert message.startswith("not a list of ids in protobuf (")
     assert message.endswith("); log the model again")
 
 
