@@ -109,11 +109,11 @@ class VectorNotServedError(ArtifactError):
     """The rows of a tower's embedding are not the vectors that the model serves."""
 
 
-class FeaturesError(PipelineError):
+class FeaturesError(UsageError):
     """A table of features is not what a tower takes: a column is missing or too many, or of another type, or NULL."""
 
 
-class ModelCallError(PipelineError):
+class ModelCallError(ArtifactError):
     """A part of a model that computes a tower failed on the ids that it was called with."""
 
 

@@ -66,7 +66,7 @@ def test_row_numbers_that_are_changed_on_the_way_are_no_pair(job, store, exporte
     assert "layer 'user_layer' does not exist" in line
     assert "layers that are towers: none" in line
     model = SavedModel(str(exported("shifted").folder), open_file)
-    with pytest.raises(TowerMissingError, match="calls feed none of its embeddings from a lookup"):
+    with pytest.raises(TowerMissingError, match="no lookup holds the ids of the embedding"):
         model.tower("user", "variables.0")
 
 

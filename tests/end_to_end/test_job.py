@@ -241,7 +241,7 @@ def test_plan(job, store, models, capsys):
     out = capsys.readouterr().out
     assert "ok    table user   " in out
     assert "BEGIN TRANSACTION;" in out
-    assert f"mlflow_run_id = '{run}'" in out
+    assert f"-- run {run};" in out
     assert job.tables() == set()
     assert store.load_files(job.dataset) == []
     other = store.log(models("longer"), "other", MARCH_1)
