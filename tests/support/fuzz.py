@@ -172,10 +172,10 @@ def _subject(folder):
         if isinstance(artifact, KerasFile):
             weights = artifact._members["model.weights.h5"].span
             start, spans = weights.start, []
-            for offset, shape, dtype in artifact._weights._datasets.values():
-                if offset is not None:
-                    size = int(np.prod(shape)) * int(re.sub(r"\D", "", dtype) or 1)
-                    spans.append((offset, offset + size))
+            for dataset in artifact._weights._datasets.values():
+                if dataset.offset is not None:
+                    size = int(np.prod(dataset.shape)) * int(re.sub(r"\D", "", dataset.dtype) or 1)
+                    spans.append((dataset.offset, dataset.offset + size))
             data = contents[artifact.path]
             matrices = frozenset(data[start + a : start + b] for a, b in spans)
             at = 0
