@@ -260,7 +260,7 @@ def _open(path: str) -> ByteFile:
         found = _Object(path)
         return ByteFile(path, cast(BinaryIO, found), found.size)
     if "://" not in path:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - the ByteFile closes it
         return ByteFile(path, cast(BinaryIO, file), os.fstat(file.fileno()).st_size)
     from apache_beam.io.filesystem import CompressionTypes
     from apache_beam.io.filesystems import FileSystems

@@ -6,7 +6,6 @@ time.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from google.cloud import bigquery
 from beam_pipeline.bigquery import storage_read, tables
 from beam_pipeline.computing.columns import Columns
 from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, FeaturesError
-from beam_pipeline.files import ByteFile, open_file
+from beam_pipeline.files import open_file
 from beam_pipeline.formats.model import Tower
 from beam_pipeline.reading import pieces, unordered
 
@@ -250,43 +249,11 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     """
     with open_file(path) as file:
         try:
-            with pq.ParquetFile(pa.PythonFile(_Stream(file), mode="r")) as opened:
+            with pq.ParquetFile(pa.PythonFile(file.stream(), mode="r")) as opened:
                 yield opened
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise CorruptFileError(f"{path} cannot be read as Parquet ({reason}); write it again") from error
-
-
-class _Stream(io.RawIOBase):
-    """A file that is read by byte range, as pyarrow takes it."""
-
-    def __init__(self, file: ByteFile) -> None:
-        self._file = file
-        self._at = 0
-
-    def readable(self) -> bool:
-        """Returns True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Returns True."""
-        return True
-
-    def tell(self) -> int:
-        """Returns the position."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves the position."""
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        """Returns the bytes from the position on, at most `size`."""
-        left = max(0, self._file.size - self._at)
-        data = self._file.read(self._at, left if size < 0 else min(size, left))
-        self._at += len(data)
-        return data
 
 
 def find_files(pattern: str, tower: str) -> ParquetFiles:

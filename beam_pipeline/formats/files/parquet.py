@@ -6,7 +6,6 @@ is read; a column is then decoded some rows at a time, so that memory does not d
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from beam_pipeline.errors import (
     PipelineError,
     UnsupportedModelError,
 )
-from beam_pipeline.files import ByteFile, OpenFile, join
+from beam_pipeline.files import OpenFile, join
 from beam_pipeline.formats.encodings import shown
 from beam_pipeline.formats.files.footer import Group, Leaf, read_groups
 from beam_pipeline.formats.model import RowGroup, Table, VectorTable
@@ -49,34 +48,6 @@ _LEVELS = 4
 _SLACK = 1 << 20
 _TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 _TYPES = {pa.float32(): "float32", pa.float64(): "float64", pa.float16(): "float16"}
-
-
-class _Stream(io.RawIOBase):
-    """A file of byte ranges as the stream that pyarrow reads."""
-
-    def __init__(self, file: ByteFile) -> None:
-        self._file = file
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + {0: 0, 1: self._at, 2: self._file.size}[whence])
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._file.size - self._at)
-        length = left if size is None or size < 0 else min(size, left)
-        data = self._file.read(self._at, length) if length else b""
-        self._at += length
-        return data
 
 
 def is_parquet(path: str) -> bool:
@@ -298,7 +269,7 @@ def _opened(path: str, open_file: OpenFile) -> Iterator[_File]:
         try:
             # Not pre-buffered, which would read whole columns of a row group at once.
             with pq.ParquetFile(
-                _Stream(source),
+                source.stream(),
                 pre_buffer=False,
                 buffer_size=0 if source.size <= _SMALL else _BUFFER,
                 page_checksum_verification=True,
