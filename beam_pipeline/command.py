@@ -32,7 +32,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
         interrupted: what is reported after Ctrl-C or SIGTERM.
 
     Returns:
-        0; the error's own code if one of ours stopped it, which is 1 as a rule; 1 for any other; `INTERRUPTED`.
+        0; the error's own code, usually 1, if one of ours stopped it; 1 for any other; `INTERRUPTED`.
     """
     # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -49,7 +49,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
 
 
 def _stopped(message: str, code: int) -> int:
-    # As an error of ours, so that any message is bounded and holds nothing that a terminal would obey.
+    # As an error of ours, so that any message is bounded and holds no control characters.
     print("error:", " ".join(str(PipelineError(message)).split()), file=sys.stderr)
     return code
 

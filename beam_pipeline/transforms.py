@@ -1,4 +1,4 @@
-"""Transforms for pipelines of other people: a tower's embeddings in, and a model's towers published."""
+"""Transforms for other people's pipelines: one reads a tower's embeddings, one publishes a model's towers."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
     The guarantees are those of the command line. Rows are loaded into staging tables, ids, vectors and checksums are
     verified on the way, the staging tables are audited, and all towers become visible in one transaction: readers see
     the whole model or nothing of it, and the same run again replaces its own rows. Then the launch id is emitted, for
-    whatever is to happen after the publication. An error fails the pipeline and nothing is published; what is left in
+    whatever should happen after the publication. An error fails the pipeline and nothing is published; what is left in
     staging expires after 48 hours.
 
     What the command line checks before it starts a job is checked here by the job: whether the dataset exists, the
-    tables are compatible, the partition is taken. That vectors are as long as those of the table's latest partition is
-    not checked.
+    tables are compatible, the partition is taken. Whether vectors are as long as those of the table's latest partition
+    is not checked.
 
     The pipeline needs the options of Beam's `WriteToBigQuery`, `--project` among them.
 
@@ -126,7 +126,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
 
     Raises:
         ConfigError: an argument is malformed, or the towers are of several models.
-        VectorNotServedError: a tower goes on after its embedding.
+        VectorNotServedError: a tower continues after its embedding.
     """
 
     towers: Mapping[str, ModelTower]
@@ -165,7 +165,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
             trainings=(Training(self.run, model_path, by_name(pieces.cover(named))),),
             temp_location=self.temp_location,
             if_partition_taken=self.if_partition_taken,
-            token=uuid.uuid4().hex[:12],
+            launch_prefix=uuid.uuid4().hex[:12],
             job_name=pbegin.pipeline.options.get_all_options().get("job_name") or JOB_NAME,
         )
         return build(pbegin.pipeline, Job(publication, "columnar"))

@@ -130,7 +130,7 @@ LOG_SCHEMA = [
         ("mlflow_experiment_name", "STRING", "Name of the MLflow experiment"),
         ("mlflow_run_id", "STRING", "MLflow run of the training"),
         ("mlflow_run_name", "STRING", "Name of the MLflow run"),
-        ("model_uri", "STRING", "Where the model lay"),
+        ("model_uri", "STRING", "Where the model was"),
         ("tower", "STRING", "The tower"),
         ("table_name", "STRING", "The table, as project.dataset.table"),
         ("row_count", "INTEGER", "Rows published: ids of the tower"),
@@ -144,7 +144,7 @@ LOG_SCHEMA = [
         (
             "vector_source",
             "STRING",
-            "What the vectors are: embedding, which the model serves; embedding_rows, after which the tower goes on; "
+            "What the vectors are: embedding, which the model serves; embedding_rows, after which the tower continues; "
             "computed, the tower's output",
         ),
         ("computed_by", "STRING", "Library that computed the vectors, and its version; NULL if they were read"),
@@ -183,7 +183,7 @@ def run_values(run: Run) -> dict[str, Any]:
 
 
 def staged_values(trainings: Sequence[Training]) -> dict[str, dict[str, Any]]:
-    """Returns run id → the values of a staging table's columns but the last two, which tell the trainings apart."""
+    """Returns run id → the values of a staging table's columns but the last two; they distinguish the trainings."""
     return {
         training.run.run_id: {PARTITION_COLUMN: training.run.train_date, TRAINING_COLUMN: number}
         for number, training in enumerate(trainings)
@@ -277,7 +277,7 @@ def literal(value: date | datetime | float | str) -> str:
     if isinstance(value, float | int):
         return repr(value)
     if not _SAFE_LITERAL.fullmatch(value):
-        raise ValueError(f"{value!r} cannot stand in the publish script: only letters, digits and _ . : - can")
+        raise ValueError(f"{value!r} is not allowed in the publish script: only letters, digits and _ . : - are")
     return f"'{value}'"
 
 

@@ -1,4 +1,4 @@
-"""The command line of a comparison: flags, checks, the job, and what is said of its results."""
+"""The command line of a comparison: flags, checks, the job, and the report about its results."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the comparison's flags."""
     result = options.base_parser(
         "compare",
-        "Compares the embeddings of two trainings: how much the scores of each user and item changed, what was kept of "
-        "neighbours and recommendations, and whether that is usual. Publishes the numbers in BigQuery.",
+        "Compares the embeddings of two trainings: how much the scores of each user and item changed, which neighbours "
+        "and recommendations were kept, and whether that is usual. Publishes the numbers in BigQuery.",
         _EPILOG,
     )
     result.add_argument("--version", action="version", version=__version__)
@@ -192,7 +192,7 @@ _WHOLE = "the tables hold this comparison whole or not at all, start the job aga
 
 
 def run(config: Config) -> None:
-    """Finds the pairs, checks everything, runs the job, and says what came out.
+    """Finds the pairs, checks everything, runs the job, and prints the results.
 
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
@@ -288,7 +288,7 @@ def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: Com
         users=towers.users,
         items=towers.items,
         temp_location=opened.temp_location,
-        token=opened.token,
+        launch_prefix=opened.token,
         job_name=name,
         ids=_ids(config.ids, towers),
         k=config.k,
@@ -478,7 +478,9 @@ def _umask() -> int:
 
 def report(argv: Sequence[str] | None = None) -> int:
     """Runs the command line that renders a page from the result tables; returns the exit code."""
-    ours = options.base_parser("report", "Makes a page of the comparisons that are in the result tables; runs no job.")
+    ours = options.base_parser(
+        "report", "Renders a page about the comparisons that are in the result tables; runs no job."
+    )
     options.add_destination(ours)
     ours.add_argument("--project", help="Google Cloud project")
     ours.add_argument("--to", dest="later", metavar="DATE|RUN_ID", help="the later training (default: the latest)")

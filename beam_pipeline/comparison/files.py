@@ -1,4 +1,4 @@
-"""Files in the temp location: arrays that all workers of a step need, and what became of each id, to be loaded."""
+"""Files in the temp location: arrays that all workers of a step need, and the change of each id, to be loaded."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fit_arrays(found: Fit) -> dict[str, np.ndarray]:
 
 
 def fit_of(arrays: Mapping[str, np.ndarray]) -> Fit:
-    """Returns the fit that `fit_arrays` made them of."""
+    """Returns the fit that `fit_arrays` turned into arrays."""
     towers = [name.removesuffix(".across") for name in arrays if name.endswith(".across")]
     return Fit(
         bool(arrays["cosine"]),

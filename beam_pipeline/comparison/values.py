@@ -19,7 +19,7 @@ from beam_pipeline.comparison.work import MOVER_NEIGHBOURS, Comparison, Facts, F
 def finish(
     client: bigquery.Client, comparison: Comparison, work: tuple[int, Mapping[str, Iterable[Any]]]
 ) -> Iterator[Finished]:
-    """Makes the rows of a pair's results; (pair, Measured and Found) in."""
+    """Yields a pair's results, as rows of the comparison table; (pair, Measured and Found) in."""
     number, parts = work
     (measured,) = parts["measured"]
     looked = [*parts["found"]]

@@ -74,7 +74,7 @@ class JobConfig:
 
     @property
     def waits(self) -> bool:
-        """Whether this process stays until the job has ended; Dataflow's goes on without it."""
+        """Whether this process stays until the job has ended; Dataflow's jobs continue without it."""
         return self.local or self.runner in _PORTABLE_RUNNERS
 
 
@@ -236,8 +236,8 @@ def add_impersonation(group: FlagGroup) -> None:
         "--impersonate_service_account",
         action="append",
         metavar="ACCOUNT",
-        help="ask everything that this process asks of Google Cloud as that service account; a chain is "
-        "ACCOUNT,...,ACCOUNT, with the one to act as last",
+        help="make every request of this process to Google Cloud as that service account; a chain is "
+        "ACCOUNT,...,ACCOUNT, the account to act as last",
     )
 
 
@@ -251,11 +251,11 @@ def _beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: S
     for account in accounts:
         if not _ACCOUNT.fullmatch(account):
             ours.error(
-                f"--impersonate_service_account={account!r} is no account: NAME@PROJECT.iam.gserviceaccount.com, in a "
-                "chain separated by commas, the one to act as last"
+                f"--impersonate_service_account={account!r} is not an account: NAME@PROJECT.iam.gserviceaccount.com, "
+                "in a chain separated by commas, the account to act as last"
             )
     if accounts and found.warehouse:
-        ours.error("--warehouse asks nothing of Google Cloud; leave out --impersonate_service_account")
+        ours.error("--warehouse makes no requests to Google Cloud; leave out --impersonate_service_account")
     return (
         *rest,
         *([f"--project={found.project}"] if found.project else []),
@@ -266,7 +266,7 @@ def _beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: S
 def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
     """Returns the dataset's project, None if --dataset names none, and the dataset; exits 2 if they are malformed."""
     if found.project and not re.fullmatch(_PROJECT, found.project):
-        ours.error(f"--project={found.project!r} is no project id")
+        ours.error(f"--project={found.project!r} is not a project id")
     if not _NAME.fullmatch(found.table_prefix):
         ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
     if not _SUFFIX.fullmatch(found.table_suffix):
@@ -323,7 +323,7 @@ def parser() -> argparse.ArgumentParser:
         "",
         "Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
         "both at once and never twice, as one partition of two BigQuery tables. A vector is the one that the model "
-        "serves for the id; where a tower goes on after its embedding (Dense, concatenation, ...), nothing is "
+        "serves for the id; where a tower continues after its embedding (Dense, concatenation, ...), nothing is "
         "published unless --embedding_rows asks for the embedding's rows.",
         _EPILOG,
         _USAGE,
@@ -348,8 +348,10 @@ def parser() -> argparse.ArgumentParser:
         help="with --experiment_name: every FINISHED run (of --run_name), each into its own partition, in one job; "
         "runs that are published already are left out",
     )
-    model.add_argument("--since", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or later")
-    model.add_argument("--until", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or earlier")
+    model.add_argument("--since", metavar="DATE", type=to_date, help="with --all_runs: trained on DATE (UTC) or later")
+    model.add_argument(
+        "--until", metavar="DATE", type=to_date, help="with --all_runs: trained on DATE (UTC) or earlier"
+    )
     add_tracking(model)
     model.add_argument(
         "--artifact_path",
@@ -397,8 +399,8 @@ def parser() -> argparse.ArgumentParser:
     towers.add_argument(
         "--embedding_rows",
         action="store_true",
-        help="publish the rows of an embedding even where the tower goes on after it, so that they are not the vectors "
-        "that the model serves; the log's column vector_source says so",
+        help="publish the rows of an embedding even where the tower continues after it, so that they are not the "
+        "vectors that the model serves; the log's column vector_source says so",
     )
     towers.add_argument(
         "--compute",
@@ -539,7 +541,7 @@ def parse(argv: Sequence[str]) -> Config:
     if found.run_id and (found.experiment_name or found.run_name):
         ours.error("--run_id names one run; leave out --experiment_name and --run_name")
     if found.all_runs and not found.experiment_name:
-        ours.error("--all_runs is of an experiment: name it with --experiment_name")
+        ours.error("--all_runs needs an experiment: name it with --experiment_name")
     if (found.since or found.until) and not found.all_runs:
         ours.error("--since and --until choose among --all_runs")
     if found.since and found.until and found.since > found.until:
@@ -550,7 +552,8 @@ def parse(argv: Sequence[str]) -> Config:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
     if found.vector_index and found.allow_dimension_change:
         ours.error(
-            f"--vector_index={found.vector_index} needs vectors of one length; leave out it or --allow_dimension_change"
+            f"--vector_index={found.vector_index} needs vectors of one length, and --allow_dimension_change allows "
+            "several; leave out one"
         )
     compute = _compute(ours, found, towers)
     for name in compute:
@@ -597,11 +600,12 @@ def parse(argv: Sequence[str]) -> Config:
     return config
 
 
-def _date(text: str) -> date:
+def to_date(text: str) -> date:
+    """Returns the date of a flag's value, for argparse."""
     try:
         return date.fromisoformat(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date: YYYY-MM-DD") from error
 
 
 def bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterator[str]:
@@ -639,7 +643,7 @@ def _compute(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: M
         if name not in towers:
             ours.error(f"--compute={name}: there is no such tower; towers are {', '.join(towers)}")
     if names and found.include_oov:
-        ours.error("--include_oov is of rows of an embedding, and --compute has ids alone; leave out one")
+        ours.error("--include_oov adds rows of an embedding, and --compute computes ids alone; leave out one")
     return tuple(dict.fromkeys(names))
 
 
@@ -663,7 +667,7 @@ def _named_sources(ours: argparse.ArgumentParser, given: Sequence[str]) -> Itera
             try:
                 named = list(json.loads(text).items())
             except ValueError:
-                ours.error(f"--features={text!r} is no JSON object")
+                ours.error(f"--features={text!r} is not a JSON object")
         else:
             name, _, source = text.partition("=")
             named = [(name, source)]
@@ -691,7 +695,7 @@ def _sources(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: M
             if flag != "first_row":
                 values[name] = _named_file(ours, found, f"--{flag}={text!r}", value)
             elif name not in sources["ids"]:
-                ours.error(f"--first_row={text!r}: of ids that --ids names, and there are none for {name!r}")
+                ours.error(f"--first_row={text!r}: needs --ids of the same tower, and there are none for {name!r}")
             elif not value.isdecimal() or len(value) > 18:
                 ours.error(f"--first_row={text!r}: the number of a row, 0 or more")
             else:

@@ -55,7 +55,7 @@ def make_plan(
         trainings=tuple(trainings),
         temp_location=session.temp_location,
         if_partition_taken=config.if_partition_taken,
-        token=session.token,
+        launch_prefix=session.token,
         job_name=name,
         partition_expiration_days=config.partition_expiration_days,
         require_partition_filter=config.require_partition_filter,

@@ -1,6 +1,6 @@
 """What is checked before anything is written, in one report; nothing here changes anything.
 
-Checks do not stop at the first that fails: who is paged reads everything that is wrong at once.
+Checks do not stop at the first that fails: whoever is paged sees everything that is wrong at once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def examine(
         try:
             _examine_table(findings, client, publication, tower, of_runs, config.allow_dimension_change)
         except GoogleAPICallError as error:
-            reason = f"BigQuery did not answer for {destination.table(tower)}: {first_line(error)}"
+            reason = f"BigQuery cannot look up {destination.table(tower)}: {first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
     if publication.latest_tables:
         _examine_latest(findings, client, publication)
@@ -151,7 +151,7 @@ def _examine_latest(findings: Findings, client: bigquery.Client, publication: Pu
         except IncompatibleTableError as error:
             findings.stop(check, error)
         except GoogleAPICallError as error:
-            findings.stop(check, ConfigError(f"BigQuery did not answer for {name}: {first_line(error)}"))
+            findings.stop(check, ConfigError(f"BigQuery cannot look up {name}: {first_line(error)}"))
 
 
 def _examine_age(
@@ -181,7 +181,7 @@ def _examine_age(
 
 
 def partitions(client: bigquery.Client, table: str, first: date, last: date) -> dict[date, dict[str | None, int]]:
-    """Returns date → run id → rows, of the partitions from `first` to `last`; empty for a table that is not there."""
+    """Returns date → run id → rows, of the partitions from `first` to `last`; empty for a table that does not exist."""
     days = [bigquery.ScalarQueryParameter(name, "DATE", day) for name, day in (("first", first), ("last", last))]
     found: dict[date, dict[str | None, int]] = {}
     try:
@@ -197,11 +197,11 @@ def _examine_partitions(
 ) -> None:
     name, how = publication.destination.table(tower), publication.if_partition_taken
     dates = [training.run.train_date for training in trainings]
-    there = partitions(client, name, min(dates), max(dates))
+    held = partitions(client, name, min(dates), max(dates))
     free = 0
     for run in (training.run for training in trainings):
-        others = {run_id: rows for run_id, rows in there.get(run.train_date, {}).items() if run_id != run.run_id}
-        ours = there.get(run.train_date, {}).get(run.run_id)
+        others = {run_id: rows for run_id, rows in held.get(run.train_date, {}).items() if run_id != run.run_id}
+        ours = held.get(run.train_date, {}).get(run.run_id)
         check = f"partition {run.train_date} {tower}"
         for other, rows in sorted(others.items(), key=lambda item: -item[1])[:1]:
             if how == "fail":
@@ -213,15 +213,15 @@ def _examine_partitions(
                     ),
                 )
             else:
-                what = "are replaced" if how == "replace" else "stay beside this run's"
-                findings.note(check, f"{rows:,} rows of run {other} {what} (--if_partition_taken={how})")
+                verb = "are replaced" if how == "replace" else "stay beside this run's"
+                findings.note(check, f"{rows:,} rows of run {other} {verb} (--if_partition_taken={how})")
         if ours:
             findings.note(check, f"holds {ours:,} rows of this run already, which are published again")
         elif not others:
             free += 1
     if free:
-        what = f"partition {dates[0]} is" if len(dates) == 1 else f"{free:,} of {len(dates):,} partitions are"
-        findings.ok(f"table {tower}", f"{what} free")
+        subject = f"partition {dates[0]} is" if len(dates) == 1 else f"{free:,} of {len(dates):,} partitions are"
+        findings.ok(f"table {tower}", f"{subject} free")
 
 
 def _examine_length(findings: Findings, client: bigquery.Client, destination: Destination, tower: Tower) -> None:

@@ -1,4 +1,4 @@
-"""The files beside a model that hold ids or vectors of its towers: where they are, and the towers they make."""
+"""The files beside a model that hold ids or vectors of its towers: where they are, and the towers they describe."""
 
 from __future__ import annotations
 

@@ -165,13 +165,13 @@ class ObjectGraph:
 
     def keys(self, node: int) -> dict[str, str] | None:
         """Returns the checkpoint key of each attribute of an object; None if the checkpoint does not know it."""
-        there = 0
+        number = 0
         for name in self.path(node):
-            children = self._checkpoint_nodes[there][0] if there < len(self._checkpoint_nodes) else {}
+            children = self._checkpoint_nodes[number][0] if number < len(self._checkpoint_nodes) else {}
             if name not in children:
                 return None
-            there = children[name]
-        return self._checkpoint_nodes[there][1] if there < len(self._checkpoint_nodes) else {}
+            number = children[name]
+        return self._checkpoint_nodes[number][1] if number < len(self._checkpoint_nodes) else {}
 
     def function(self, node: int | None) -> str | None:
         """Returns the name of the first concrete function of a function object."""

@@ -81,7 +81,7 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--tower=a=b", "--tower=a=c"], "tower 'a' is named twice"),
         (["--run_id=1", "--dataset=a`b"], "--dataset='a`b'"),
         (["--run_id=1", "--dataset=a.b.c"], "--dataset='a.b.c'"),
-        (["--run_id=1", "--project=p`x"], "--project='p`x' is no project id"),
+        (["--run_id=1", "--project=p`x"], "--project='p`x' is not a project id"),
         (["--run_id=1", "--table_prefix=x;y"], "--table_prefix='x;y'"),
         (["--run_id=1", "--table_suffix=_x`"], "--table_suffix='_x`'"),
         (["--run_id=1", "--partition_expiration_days=0"], "at least 1"),
@@ -89,7 +89,7 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--warehouse=w", "--env=prod"], "--warehouse is for the laptop"),
         (["--run_id=1", "--env=dev", "--dataset=d"], "--env=dev is dataset raw_dev and --dataset=d another"),
         (["--run_id=1", "--compute=film"], "--compute=film: there is no such tower; towers are user, item"),
-        (["--run_id=1", "--compute=user", "--include_oov"], "--include_oov is of rows of an embedding"),
+        (["--run_id=1", "--compute=user", "--include_oov"], "--include_oov adds rows of an embedding"),
         (["--run_id=1", "--features=user=SELECT 1"], "add --compute=user"),
         (
             ["--run_id=1", "--compute=user", "--features=user=SELECT 1", '--features={"user": "gs://b/*.parquet"}'],
@@ -97,7 +97,7 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         ),
         (["--run_id=1", "--compute=user", "--features=user=a.csv"], "a query or Parquet files"),
         (["--run_id=1", "--compute=user", "--features=user="], "NAME=SOURCE"),
-        (["--run_id=1", "--compute=user", "--features={"], "is no JSON object"),
+        (["--run_id=1", "--compute=user", "--features={"], "is not a JSON object"),
         (["--run_id=1", "--plan", "--inspect"], "--inspect stops before anything that --plan shows"),
         (
             ["--run_id=1", "--tag_run", "--runner=DataflowRunner"],
@@ -146,4 +146,4 @@ def test_an_index_needs_vectors_of_one_length(capsys):
     assert parse(["--run_id=1"]).vector_index is None
     with pytest.raises(SystemExit):
         parse(["--run_id=1", "--vector_index=COSINE", "--allow_dimension_change"])
-    assert "--vector_index=COSINE needs vectors of one length; leave out it or --allow_dim" in capsys.readouterr().err
+    assert "--vector_index=COSINE needs vectors of one length, and --allow_dim" in capsys.readouterr().err

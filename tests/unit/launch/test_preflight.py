@@ -326,16 +326,16 @@ def examined_bucket(cloud, what=WHAT):
         (
             "EUR5",
             "note",
-            "gs://temp in EUR5, and the dataset in EU: only the load job tells whether that fits; to be sure,",
+            "gs://temp in EUR5, and the dataset in EU: only the load job will show whether that fits; to be sure,",
         ),
-        ("", "note", "gs://temp could not be asked for its location: "),
+        ("", "note", "the location of gs://temp is unknown: "),
         ("us-central1", "stop", "bucket gs://temp is in us-central1, from where a dataset in EU cannot load; name one"),
         (
             "europe-west2",
             "stop",
             "bucket gs://temp is in europe-west2, from where a dataset in EU cannot load; name one in EU with --temp_loc",
         ),
-        (None, "stop", "bucket gs://temp of --temp_location does not exist; make it where the dataset is: gcloud"),
+        (None, "stop", "bucket gs://temp of --temp_location does not exist; create it where the dataset is: gcloud"),
     ],
 )
 def test_the_bucket(cloud, location, status, text):

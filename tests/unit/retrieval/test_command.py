@@ -97,7 +97,7 @@ def test_a_table_has_the_columns_that_are_filled():
         (["--item=x", "--user=y"], "argument --user: not allowed with argument --item"),
         (["--item=x", "--users"], "--users are those that are nearest to --user=ID"),
         (["--item=x", "--k=0"], "--k=0: at least 1"),
-        (["--item=x", "--date=March"], "argument --date: 'March' is no date: YYYY-MM-DD"),
+        (["--item=x", "--date=March"], "argument --date: 'March' is not a date: YYYY-MM-DD"),
         (["--item=x", "--date=2026-03-01", "--run_id=r"], "argument --run_id: not allowed with argument --date"),
         (["--item=x", "--labels=genres"], "--labels='genres': TOWER=SELECT…"),
         (["--item=x", "--towers=a,a"], "--towers='a,a': USERS,ITEMS or one tower"),
