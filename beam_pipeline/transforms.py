@@ -14,9 +14,10 @@ from apache_beam.pvalue import PBegin, PCollection
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import JOB_NAME, Publication
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.errors import ConfigError, VectorNotServedError
+from beam_pipeline.errors import ConfigError
 from beam_pipeline.formats.model import Ending
 from beam_pipeline.launch.options import IF_TAKEN, is_tower
+from beam_pipeline.launch.vectors import not_served
 from beam_pipeline.model import ModelTower, alone
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.reading import pieces
@@ -143,11 +144,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
         for name, tower in self.towers.items():
             tail = tower.description.tail
             if tail.ending == Ending.GOES_ON and not self.embedding_rows:
-                raise VectorNotServedError(
-                    f"tower {name!r}: the model goes on after the embedding of {tower.layer!r}: {tail.steps}; the rows "
-                    "of the embedding are not the vectors that it serves; publish them all the same with "
-                    "embedding_rows=True"
-                )
+                raise not_served(name, tower.layer, tail, "Publish the rows all the same with embedding_rows=True")
 
     def expand(self, pbegin: PBegin) -> PCollection[str]:
         """Applies the transform."""

@@ -41,7 +41,7 @@ class Config(options.JobConfig):
     later: str | None = None
     all: bool = False
     towers: tuple[str, ...] = ()
-    ids: str = "item"
+    ids: str | None = None
     k: int = 10
     queries: int = 2000
     top: int = 25
@@ -93,7 +93,6 @@ def parser() -> argparse.ArgumentParser:
     compared = result.add_argument_group("what is compared")
     compared.add_argument(
         "--ids",
-        default="item",
         choices=("item", "user", "both", "none"),
         help="towers of which a row per id is published (default: item)",
     )
@@ -173,6 +172,7 @@ def parse(argv: Sequence[str]) -> Config:
         fail_if_unusual=found.fail_if_unusual,
         plan=found.plan,
     )
+    _refuse_idle_tracking(ours, found)
     if not config.waits and (config.report or config.log_run):
         flag = "--report" if config.report else "--log_run"
         ours.error(
@@ -180,6 +180,13 @@ def parse(argv: Sequence[str]) -> Config:
             "python -m beam_pipeline.report afterwards"
         )
     return config
+
+
+def _refuse_idle_tracking(ours: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    """Exits 2 if a tracking server is named that nobody asks: the tables say all that a comparison needs."""
+    for flag in ("tracking_uri", "tracking_audience"):
+        if getattr(found, flag) and not found.log_run:
+            ours.error(f"--{flag} is of the server to which --log_run logs; add --log_run, or leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -340,8 +347,16 @@ def _pairs(
     return [pair] if pair else []
 
 
-def _ids(wanted: str, towers: Towers) -> tuple[str, ...]:
-    chosen = {"item": [towers.items], "user": [towers.users], "both": [towers.users, towers.items], "none": []}[wanted]
+def _ids(wanted: str | None, towers: Towers) -> tuple[str, ...]:
+    """Returns the towers of which a row per id is published: of items, if there are any, unless others were named.
+
+    Raises:
+        ConfigError: a tower that was named is not compared.
+    """
+    by_word = {"item": [towers.items], "user": [towers.users], "both": [towers.users, towers.items], "none": []}
+    chosen = by_word[wanted or "item"]
+    if wanted and None in chosen:
+        raise ConfigError(f"--ids={wanted}: only tower {towers.names[0]!r} is compared; leave it out or name another")
     return tuple(tower for tower in chosen if tower)
 
 
@@ -383,12 +398,8 @@ def _labels(config: Config, wanted: Sequence[Pair]) -> tuple[str, ...]:
     from beam_pipeline.launch import execution
 
     later = wanted[-1].after if wanted else None
-    return execution.job_labels(
-        **({"run_id": later.run_id} if later and not config.all else {}),
-        **({"experiment": later.experiment_name} if later else {}),
-        dataset=config.dataset,
-        pipeline_version=__version__,
-    )
+    run_id = later.run_id if later and not config.all else None
+    return execution.job_labels(config, run_id, later.experiment_name if later else None)
 
 
 def _after(config: Config, destination: Destination, found: Sequence[Result], wanted: set[tuple[str, str]]) -> None:
@@ -489,6 +500,7 @@ def report(argv: Sequence[str] | None = None) -> int:
     ours.add_argument("--log_run", action="store_true", help="log numbers and page to the later MLflow run as well")
     options.add_tracking(ours)
     found = ours.parse_args(argv)
+    _refuse_idle_tracking(ours, found)
     dataset_project, dataset = options.dataset(ours, found)
     return boundary.exit_code(lambda: _report(found, dataset_project, dataset))
 

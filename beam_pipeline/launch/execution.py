@@ -20,7 +20,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from beam_pipeline import emulators, errors, metrics, workers
+from beam_pipeline import __version__, emulators, errors, metrics, workers
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError
 from beam_pipeline.launch.options import JobConfig
 from beam_pipeline.launch.session import Session
@@ -84,9 +84,18 @@ def job_name(config: JobConfig, token: str, given: PipelineOptions, subject: str
     return f"{name}-{token}" if config.waits else name
 
 
-def job_labels(**values: str) -> tuple[str, ...]:
-    """Returns labels as `key=value`, of letters that Dataflow takes."""
-    return tuple(f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in values.items())
+def job_labels(config: JobConfig, run_id: str | None, experiment: str | None) -> tuple[str, ...]:
+    """Returns labels that say what a Dataflow job is about, as `key=value`, of letters that Dataflow takes.
+
+    Args:
+        config: what was asked for.
+        run_id: of the run, if it is about one.
+        experiment: the run's, or that of all runs.
+    """
+    values = {"run_id": run_id, "experiment": experiment, "dataset": config.dataset, "pipeline_version": __version__}
+    return tuple(
+        f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in values.items() if value is not None
+    )
 
 
 def submit_nothing(options: PipelineOptions) -> None:

@@ -306,6 +306,8 @@ def job_values(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: S
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
     if config.warehouse and config.env != ENVS[0]:
         ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
+    if config.warehouse and any(text.partition("=")[0] == "--temp_location" for text in rest):
+        ours.error("--warehouse has a bucket of its own; leave out --temp_location")
     return values
 
 
@@ -597,7 +599,33 @@ def parse(argv: Sequence[str]) -> Config:
             f"--tag_run needs a published job, and this process does not wait for {config.runner}; leave it out and "
             f"run {command.program('tag')} afterwards"
         )
+    _refuse_idle(ours, config)
     return config
+
+
+def _refuse_idle(ours: argparse.ArgumentParser, config: Config) -> None:
+    """Exits 2 for flags that would do nothing beside the others.
+
+    --plan and --inspect are for the command of a job as it is, so what they stop before is no error.
+    """
+    if config.inspect and config.all_runs:
+        ours.error("--inspect shows the model of one run; leave out --all_runs")
+    embeddings = [name for name in config.layers if name not in config.compute]
+    if config.embedding_rows and not embeddings:
+        ours.error(
+            "--embedding_rows is for towers that end in an embedding of a model, and there is none; leave it out"
+        )
+    if config.include_oov and all(name in config.ids for name in embeddings):
+        ours.error("--include_oov is for towers with a lookup in a model, and there is none; leave it out")
+    if all(":" in layer for layer in config.layers.values()):
+        if config.artifact_path is not None:
+            ours.error(
+                "--artifact_path is for towers in one model, and each has a PATH or file of its own; leave it out"
+            )
+        if config.model_uri:
+            ours.error(
+                "--model_uri names one model, and each tower has a PATH or file of its own; name the run with --run_id"
+            )
 
 
 def to_date(text: str) -> date:

@@ -8,7 +8,6 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
-from beam_pipeline import __version__
 from beam_pipeline.bigquery import publication as publications
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication
@@ -82,12 +81,7 @@ def job_name(config: Config, token: str, given: PipelineOptions, runs: Sequence[
 
 def labels(config: Config, runs: Sequence[Run]) -> tuple[str, ...]:
     """Returns labels that say what a Dataflow job publishes."""
-    return execution.job_labels(
-        **({} if config.all_runs else {"run_id": runs[0].run_id}),
-        experiment=runs[0].experiment_name,
-        dataset=config.dataset,
-        pipeline_version=__version__,
-    )
+    return execution.job_labels(config, None if config.all_runs else runs[0].run_id, runs[0].experiment_name)
 
 
 def as_sql(publication: Publication) -> str:

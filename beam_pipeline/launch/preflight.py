@@ -134,10 +134,27 @@ def _examine_table(
     expiration = table.time_partitioning.expiration_ms
     kept = f"partitions kept for {expiration // _DAY_MS} days" if expiration else "partitions kept forever"
     findings.ok(check, f"{name} exists, {kept}" + (f"; columns {', '.join(added)} will be added" if added else ""))
+    _examine_settings(findings, check, table, publication)
     _examine_age(findings, check, name, expiration, of_runs)
     _examine_partitions(findings, client, publication, tower, [training for training, _ in of_runs])
     if not allow_dimension_change:
         _examine_length(findings, client, publication.destination, of_runs[-1][1])
+
+
+def _examine_settings(findings: Findings, check: str, table: bigquery.Table, publication: Publication) -> None:
+    """Adds the flags that a table would have been created with, and that an existing one does not follow."""
+    days, key = publication.partition_expiration_days, publication.kms_key
+    ignored = []
+    if days and table.time_partitioning.expiration_ms != days * _DAY_MS:
+        ignored.append(f"--partition_expiration_days={days}")
+    if publication.require_partition_filter and not table.require_partition_filter:
+        ignored.append("--require_partition_filter")
+    if key and (table.encryption_configuration is None or table.encryption_configuration.kms_key_name != key):
+        ignored.append("--kms_key")
+    if ignored:
+        findings.note(
+            check, f"{', '.join(ignored)} would apply if the table were created; an existing one is kept as it is"
+        )
 
 
 def _examine_latest(findings: Findings, client: bigquery.Client, publication: Publication) -> None:

@@ -66,6 +66,22 @@ def describe(tail: Tail) -> str:
     return text + meeting + (f" ({tail.reason})" if tail.reason else "")
 
 
+def not_served(name: str, layer: str, tail: Tail, remedies: str) -> VectorNotServedError:
+    """Returns the error for a tower whose rows are not the vectors that the model serves.
+
+    Args:
+        name: of the tower.
+        layer: that holds its embedding.
+        tail: how it continues after that.
+        remedies: what can be done, as a sentence without its full stop.
+    """
+    because = f"; {tail.reason}" if tail.reason else ""
+    return VectorNotServedError(
+        f"tower {name!r}: the model continues after the embedding of {layer!r}: {tail.steps}{because}; the rows of the "
+        f"embedding are not the vectors that it serves. {remedies}"
+    )
+
+
 def _examine_tail(findings: Findings, name: str, layer: str, tail: Tail, where: str, embedding_rows: bool) -> None:
     check = f"vectors {name}"
     if tail.ending == Ending.LOGGED:
@@ -79,15 +95,11 @@ def _examine_tail(findings: Findings, name: str, layer: str, tail: Tail, where: 
                 f"(--embedding_rows){where}",
             )
         else:
-            findings.stop(
-                check,
-                VectorNotServedError(
-                    f"tower {name!r}: the model continues after the embedding of {layer!r}: {tail.steps}{because}; the "
-                    f"rows of the embedding are not the vectors that it serves. Compute them with --compute={name}, "
-                    "pack the tower's outputs into a lookup and an embedding before the model is saved, or publish the "
-                    f"rows all the same with --embedding_rows{where}"
-                ),
+            remedies = (
+                f"Compute them with --compute={name}, pack the tower's outputs into a lookup and an embedding before "
+                f"the model is saved, or publish the rows all the same with --embedding_rows{where}"
             )
+            findings.stop(check, not_served(name, layer, tail, remedies))
     elif tail.ending == Ending.SCALED:
         because = f"; {tail.reason}" if tail.reason else ""
         findings.note(

@@ -81,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels, others = asking.labels(ours, found.labels or [])
     if others:
         ours.error(f"--labels={others[0]!r}: TOWER=SELECT…, a query for id, label and group_name")
+    if labels and (found.sql or found.plan):
+        ours.error(
+            f"--labels are joined to an answer, which {'--sql' if found.sql else '--plan'} does not ask for; "
+            "leave them out"
+        )
     return boundary.exit_code(lambda: _run(found, named, labels, dataset_project, dataset))
 
 
@@ -99,6 +104,8 @@ def _run(
         towers = history.find_towers(client, destination, named)
         trainings = history.find_trainings(client, destination, towers.names)
         search = choose(found, destination, towers, trainings)
+        if other := next((tower for tower in labels if tower in towers.names and tower != search.among), None):
+            raise ConfigError(f"--labels={other}=…: the answer has ids of {search.among}; name labels for these")
         history.check_labels(client, labels, towers.names)
         if found.sql:
             print(f"{sql.search_sql(search)};")

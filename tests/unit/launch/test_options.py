@@ -100,6 +100,19 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--compute=user", "--features={"], "is not a JSON object"),
         (["--run_id=1", "--plan", "--inspect"], "--inspect stops before anything that --plan shows"),
         (
+            ["--experiment_name=x", "--all_runs", "--inspect"],
+            "--inspect shows the model of one run; leave out --all_runs",
+        ),
+        (["--run_id=1", "--warehouse=w", "--temp_location=gs://b/t"], "--warehouse has a bucket of its own; leave out"),
+        (["--run_id=1", "--warehouse=w", "--temp_location", "gs://b/t"], "--warehouse has a bucket of its own; leave"),
+        (["--run_id=1", "--vectors=user=u.npz", "--embedding_rows"], "--embedding_rows is for towers that end in an"),
+        (["--run_id=1", "--compute=user,item", "--embedding_rows"], "--embedding_rows is for towers that end in an"),
+        (["--run_id=1", "--vectors=user=u.npz", "--include_oov"], "--include_oov is for towers with a lookup"),
+        (["--run_id=1", "--ids=user=rows,item=rows", "--include_oov"], "--include_oov is for towers with a lookup"),
+        (["--run_id=1", "--vectors=user=u.npz", "--artifact_path=m"], "--artifact_path is for towers in one model"),
+        (["--run_id=1", "--tower=user=a:,item=b:", "--artifact_path=m"], "--artifact_path is for towers in one model"),
+        (["--model_uri=runs:/1/m", "--tower=user=a:,item=b:"], "name the run with --run_id"),
+        (
             ["--run_id=1", "--tag_run", "--runner=DataflowRunner"],
             "this process does not wait for DataflowRunner; leave it out and run python -m beam_pipeline.tag afterwards",
         ),
@@ -113,6 +126,20 @@ def test_misuse_is_one_line_and_exit_2(capsys, flags, words):
     assert words in error
     assert error.count("\n") == 1
     assert error.endswith("; see python -m beam_pipeline --help\n")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--compute=user", "--embedding_rows"],  # The rows of the item tower.
+        ["--ids=user=rows", "--include_oov"],
+        ["--tower=user=a:,item=layer", "--artifact_path=m"],
+        ["--plan", "--tag_run", "--vector_index=COSINE"],  # A mode is for the command of a job as it is.
+        ["--inspect", "--tag_run", "--latest_tables"],
+    ],
+)
+def test_flags_that_do_something_for_one_tower_or_for_the_job(flags):
+    parse(["--run_id=1", *flags])
 
 
 def test_env_names_the_dataset_and_no_other_flag_has_to():

@@ -102,6 +102,8 @@ def test_a_table_has_the_columns_that_are_filled():
         (["--item=x", "--labels=genres"], "--labels='genres': TOWER=SELECT…"),
         (["--item=x", "--towers=a,a"], "--towers='a,a': USERS,ITEMS or one tower"),
         (["--item=x", "--sql", "--json"], "not allowed with argument"),
+        (["--item=x", "--sql", "--labels=item=SELECT 1"], "--labels are joined to an answer, which --sql does not ask"),
+        (["--item=x", "--plan", "--labels=item=SELECT 1"], "--labels are joined to an answer, which --plan does not"),
         (["--item=x", "--project=pa-1", "--dataset=pb-1.d"], "VECTOR_SEARCH runs in the project of its tables, pb-1"),
         (["--item=x", "--itme=y"], "unrecognized arguments: --itme=y"),
     ],
