@@ -42,7 +42,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
         return _stopped(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _stopped(interrupted, INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # A traceback says nothing to whoever is paged; at the level INFO it is in the log.
         logging.getLogger(__name__).info("stopped by", exc_info=error)
         return _stopped(_reason(error), 1)
     return 0

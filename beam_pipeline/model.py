@@ -54,7 +54,7 @@ def open_model(path: str | os.PathLike[str], layers: tuple[str, ...] = ()) -> Mo
         CorruptFileError: a file contradicts its format.
     """
     folder = os.fspath(path).rstrip("/")
-    emulators.connect_if_emulated()
+    emulators.connect_if_emulated()  # Before a client is created: it looks for credentials then.
     return Model(folder, open_artifact(folder, open_file, layers))
 
 

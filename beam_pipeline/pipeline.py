@@ -92,6 +92,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
         reports += [seen, written[REPORTS]]
         waits += [written[LOADS], written[COPIES]]
         load_files.append(written[FILES])
+    # As a side input the check waits for every report, and whatever takes it waits for the check.
     tallies = beam.pvalue.AsSingleton(
         pipeline
         | "Once" >> beam.Create([None])
@@ -106,6 +107,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
         | "Publish" >> beam.ParDo(_StepFn(steps.publish, job), tallies)
         | "Published" >> beam.Reshuffle()
     )
+    # What is published stays, whatever becomes of this step.
     clean = beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
     _ = published | "Clean" >> clean
     return published

@@ -140,6 +140,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
     embedding_rows: bool = False
 
     def __post_init__(self) -> None:
+        # Here, where the mistake is in the caller's code, rather than when the pipeline is built or runs.
         self._require_valid()
         for name, tower in self.towers.items():
             tail = tower.description.tail
@@ -178,7 +179,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
             raise ConfigError(f"temp_location={self.temp_location!r}: load files need a bucket: gs://BUCKET/FOLDER")
         if self.if_partition_taken not in IF_TAKEN:
             raise ConfigError(f"if_partition_taken={self.if_partition_taken!r}: one of {', '.join(IF_TAKEN)}")
-        try:
+        try:  # As the publish script would, at the very end of the job.
             for text in (self.run.run_id, self.run.experiment_id):
                 tables.literal(text)
         except ValueError as error:

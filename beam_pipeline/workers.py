@@ -23,7 +23,7 @@ from beam_pipeline import emulators
 
 _PLUGIN = "beam_pipeline.worker_start"
 _JOB_FILE = "BEAM_PIPELINE_JOB_FILE"
-_EVERY = 0.5
+_EVERY = 0.5  # Seconds between two looks: what a worker may outlive its job by.
 
 
 def runner(options: PipelineOptions) -> FnApiRunner | None:
@@ -54,7 +54,7 @@ def watching_the_job() -> Iterator[Callable[[], None]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job")
         file.touch()
-        os.environ[_JOB_FILE] = str(file)
+        os.environ[_JOB_FILE] = str(file)  # Which worker processes inherit.
         try:
             yield lambda: file.unlink(missing_ok=True)
         finally:
@@ -73,4 +73,4 @@ def end_with_job() -> None:
 def _watch(path: str) -> None:
     while os.path.exists(path):
         time.sleep(_EVERY)
-    os._exit(1)
+    os._exit(1)  # sys.exit would end this thread alone.

@@ -388,6 +388,7 @@ def run_script(
     """
 
     def start(job_id: str) -> bigquery.QueryJob:
+        # Retries are `run_job`'s, under ids that it finds again.
         return client.query(script, job_id=job_id, job_retry=None)
 
     run_job(client, job_prefix, start, subject, sleep)
@@ -543,6 +544,7 @@ def _drop_staging(client: bigquery.Client, publication: Publication, launch_pref
         *(destination.staging(tower, launch_prefix).rsplit(".", 1)[1] for tower in publication.towers),
         f"beam_bq_job_LOAD_{job_name.replace('-', '')}",  # Beam's temporary tables
     ]
+    # By prefix: the rest of a launch id was drawn in the job, and again if a step was retried before it was kept.
     for table in client.list_tables(destination.staging("", "").rsplit(".", 1)[0]):
         if table.table_id.startswith(tuple(prefixes)):
             client.delete_table(table, not_found_ok=True)
@@ -571,7 +573,7 @@ def _start_job(
 
 
 def _published(client: bigquery.Client, launch: str) -> bool:
-    """Whether the first of the launch's transactions has committed."""
+    """Whether the first of the launch's transactions has committed, which none does before the audit of all."""
     for attempt in range(ATTEMPTS):
         job = _find_job(client, f"{_PUBLISH}_{launch}_0_{attempt}")
         if job is None:

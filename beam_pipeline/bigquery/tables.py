@@ -223,7 +223,7 @@ def differences(table: bigquery.Table, tower: str, *, partitioned: bool = True) 
         if (other.mode == "REPEATED") != (column.mode == "REPEATED"):
             found.append(f"column {column.name} is {other.mode or 'NULLABLE'}, not {column.mode}")
     for other in existing.values():
-        if other.mode == "REQUIRED" and not other.default_value_expression:
+        if other.mode == "REQUIRED" and not other.default_value_expression:  # An INSERT without it would fail.
             found.append(f"column {other.name} is REQUIRED, and this job does not write it")
     return found
 
@@ -322,6 +322,8 @@ def publish_script(
         lock_sql(destination, launch),
     ]
     if if_partition_taken == "fail":
+        # Again: another run may have published since the report. ERROR() aborts the transaction; so would RAISE or
+        # ASSERT, but not in the emulator.
         statements += [
             f"SELECT IF(EXISTS(SELECT 1 FROM `{destination.table(tower)}` WHERE {of_others}), "
             f"ERROR('{TAKEN_MARK} {destination.table(tower)}'), 1)"
@@ -463,6 +465,7 @@ def duplicates_sql(destination: Destination, tower: str, launch: str, run: Run, 
 
 def _staged(run: Run, number: int) -> str:
     """Returns the condition for a training's rows in a staging table."""
+    # The number would do; by the date BigQuery reads one partition of many trainings'.
     return f"{PARTITION_COLUMN} = {literal(run.train_date)} AND {TRAINING_COLUMN} = {literal(number)}"
 
 
@@ -481,6 +484,7 @@ def latest_partition_sql(table: str) -> str:
     at more than a thousand (https://cloud.google.com/bigquery/docs/information-schema-partitions).
     """
     project, dataset, name = split_name(table)
+    # Not the partitions __NULL__ and __UNPARTITIONED__, which are no dates.
     return (
         f"SELECT MAX(partition_id) FROM `{project}.{dataset}`.INFORMATION_SCHEMA.PARTITIONS "
         f"WHERE table_name = {literal(name)} AND total_rows > 0 AND partition_id NOT LIKE '\\\\_\\\\_%'"

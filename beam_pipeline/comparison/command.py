@@ -305,6 +305,7 @@ def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: Com
         labels=config.labels,
         require_partition_filter=config.require_partition_filter,
         kms_key=config.kms_key,
+        # Where this process waits, it fails itself, once it has printed the results and written the page.
         fail_if_unusual=config.fail_if_unusual and not config.waits,
     )
     history.check_labels(client, comparison.labels, comparison.towers)
@@ -472,6 +473,7 @@ def require_writable(path: str) -> None:
 def write(path: str, html: str) -> None:
     """Writes a page, whole or not at all."""
     try:
+        # In the same folder, so that renaming it is atomic; a temporary file can be read by its owner alone.
         with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".", delete=False, encoding="utf-8") as file:
             file.write(html)
         os.chmod(file.name, 0o666 & ~_umask())

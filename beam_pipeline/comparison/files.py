@@ -32,6 +32,7 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
     """Reads a file once for all streams of a worker; it is written once."""
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         content = io.BytesIO(file.read())
+    # A worker may be made to run code by what it unpickles; a bucket is shared by more than this job.
     with np.load(content, allow_pickle=False) as arrays:
         return dict(arrays)
 

@@ -110,6 +110,7 @@ def rotation(towers: Sequence[tuple[np.ndarray, np.ndarray]], rounds: int = ROUN
         if number + 1 < rounds:
             errors = [np.linalg.norm(after @ found - before, axis=1) for before, after in pairs]
             middle = float(np.median(np.concatenate(errors)))
+            # Errors below the median weigh alike: one close to zero would let a single id decide.
             weights = [1 / np.maximum(error, max(middle, 1e-6)) for error in errors]
     return np.asarray(found)
 

@@ -90,6 +90,7 @@ def _compare_with_previous(client: bigquery.Client, comparison: Comparison, fini
     """Adds the share of ids above the previous pair's 99th percentile, of this job or published before."""
     last = max(pair.after.train_date for pair in comparison.pairs)
     known: list[Percentile] = percentiles(client, comparison.destination, last)
+    # A pair that is compared again is not measured against its own earlier result.
     compared = {(pair.before.run_id, pair.after.run_id) for pair in comparison.pairs}
     known = [each for each in known if (each.before_run, each.after_run) not in compared]
     for one in finished:

@@ -241,7 +241,7 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
         found: np.ndarray = column.to_numpy(zero_copy_only=False)
         return found
     numbers: np.ndarray = column.to_numpy(zero_copy_only=False)
-    if each.dtype in _INTEGERS and numbers.dtype != each.dtype:
+    if each.dtype in _INTEGERS and numbers.dtype != each.dtype:  # NumPy would wrap numbers around without a word.
         limits = np.iinfo(each.dtype)
         beyond = np.flatnonzero((numbers < limits.min) | (numbers > limits.max))
         if beyond.size:
@@ -249,6 +249,7 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
             if ids is None:
                 raise FeaturesError(f"tower {columns.tower!r}: {problem}")
             raise _bad(columns, ids, int(beyond[0]), problem)
+    # NumPy has no bfloat16: TensorFlow rounds to it.
     return numbers.astype("float32" if each.dtype == "bfloat16" else each.dtype, copy=False)
 
 

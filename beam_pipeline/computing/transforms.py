@@ -80,7 +80,7 @@ class TowerHandler(ModelHandler[Chunk, PredictionResult, Models]):
         """Returns the models of this process; a single one is loaded at once."""
         emulators.connect_if_emulated()
         models = Models(self._towers)
-        if len(self._towers) == 1:
+        if len(self._towers) == 1:  # Of several, a worker may be given the ids of a few alone.
             models.part(next(iter(self._towers)))
         return models
 
@@ -239,6 +239,7 @@ class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
                 REPORTS, main="shares"
             )
         )
+        # A Reshuffle before, so that workers share the rows; none after, so that no features or vectors are shuffled.
         read = (
             cut.shares
             | "Spread" >> beam.Reshuffle()

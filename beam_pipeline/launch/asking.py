@@ -85,6 +85,7 @@ def connected(
 
     with ExitStack() as stack:
         if found.warehouse:
+            # A warehouse would create the folder: of a mistyped one it would say that there is no history.
             if not Path(found.warehouse).is_dir():
                 raise ConfigError(f"there is no warehouse at {found.warehouse}")
             stack.enter_context(emulators.Warehouse(found.warehouse))

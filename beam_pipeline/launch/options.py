@@ -26,6 +26,7 @@ IF_TAKEN = ("fail", "replace", "keep")
 DISTANCES = ("COSINE", "DOT_PRODUCT", "EUCLIDEAN")
 """How near two vectors are, as VECTOR_SEARCH calls it."""
 
+# Names become parts of table names and of SQL: what is allowed here needs no quoting there.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -35,6 +36,7 @@ _ACCOUNT = re.compile(r"[^@\s,'\"\[\]()]+@[^@\s,'\"\[\]()]+")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _PAIRS = re.compile(r",(?=[a-z][a-z0-9_]*=)")
 """Between `NAME=VALUE` pairs: a comma may be a part of a value."""
+# Two names for one runner here: launch/execution.py says why.
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
@@ -189,6 +191,7 @@ def base_parser(
         description=_wrapped(description),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviation may be a flag of Beam's, or become one of ours.
         allow_abbrev=False,
     )
 
@@ -534,6 +537,7 @@ def parse(argv: Sequence[str]) -> Config:
     ours = parser()
     found, rest = ours.parse_known_args(list(bare_switches(ours, argv)))
     refuse_unknown(ours, rest)
+    # Not argparse's exclusive groups: their messages name no remedy.
     if not found.run_id and not found.experiment_name and not found.model_uri:
         ours.error(
             "name the model: --run_id=ID, --experiment_name=NAME for its latest FINISHED run, or --model_uri=URI"
@@ -702,6 +706,7 @@ def _named_sources(ours: argparse.ArgumentParser, given: Sequence[str]) -> Itera
         for name, source in named:
             if not isinstance(source, str) or not source.strip() or not is_tower(name.strip()):
                 ours.error(f"--features={text!r}: NAME=SOURCE, with the NAME of a tower")
+            # A query becomes a part of a statement, in which a semicolon would end it.
             yield name.strip(), source.strip().rstrip(";").rstrip()
 
 
@@ -724,7 +729,7 @@ def _sources(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: M
                 values[name] = _named_file(ours, found, f"--{flag}={text!r}", value)
             elif name not in sources["ids"]:
                 ours.error(f"--first_row={text!r}: needs --ids of the same tower, and there are none for {name!r}")
-            elif not value.isdecimal() or len(value) > 18:
+            elif not value.isdecimal() or len(value) > 18:  # 18 digits always fit into the int64 of a row number.
                 ours.error(f"--first_row={text!r}: the number of a row, 0 or more")
             else:
                 values[name] = int(value)
@@ -736,6 +741,7 @@ def _named_file(ours: argparse.ArgumentParser, found: argparse.Namespace, flag: 
     if path == ROW_NUMBERS.path and flag.startswith("--ids"):
         return ROW_NUMBERS
     inside = path.removeprefix("gs://")
+    # A path that leaves the artifacts would name a file of whatever machine has them.
     if not inside or inside.startswith("/") or "://" in inside or ".." in inside.split("/"):
         ours.error(f"{flag}: a path inside the run's artifacts, or gs://BUCKET/PATH")
     if path.startswith("gs://") and found.all_runs:

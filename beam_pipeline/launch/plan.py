@@ -86,6 +86,7 @@ def labels(config: Config, runs: Sequence[Run]) -> tuple[str, ...]:
 
 def as_sql(publication: Publication) -> str:
     """Returns the publish scripts that the job would run."""
+    # What the log says of the vectors is known once they were read.
     unknown = Tally(ids=0, bytes=0, norm_min=0.0, norm_mean=0.0, norm_max=0.0, zero_vectors=0)
     return "\n".join(
         f"-- run {training.run.run_id}; the job fills in the launch id and the numbers of the log's rows\n"

@@ -137,7 +137,9 @@ def _examine_table(
     _examine_settings(findings, check, table, publication)
     _examine_age(findings, check, name, expiration, of_runs)
     _examine_partitions(findings, client, publication, tower, [training for training, _ in of_runs])
-    if not allow_dimension_change:
+    if (
+        not allow_dimension_change
+    ):  # The last of the trainings stands for all: others of another length are named above.
         _examine_length(findings, client, publication.destination, of_runs[-1][1])
 
 
@@ -220,6 +222,7 @@ def _examine_partitions(
         others = {run_id: rows for run_id, rows in held.get(run.train_date, {}).items() if run_id != run.run_id}
         ours = held.get(run.train_date, {}).get(run.run_id)
         check = f"partition {run.train_date} {tower}"
+        # The run with the most rows stands for all others: with --if_partition_taken=keep there can be many.
         for other, rows in sorted(others.items(), key=lambda item: -item[1])[:1]:
             if how == "fail":
                 findings.stop(
@@ -300,6 +303,7 @@ def _estimate(findings: Findings, publication: Publication) -> None:
     rows = vectors = size = read = 0
     for training in publication.trainings:
         constants = tables.run_values(training.run).values()
+        # BigQuery bills a string by its bytes in UTF-8 and two more, a date and a number by eight.
         fixed = sum(2 + len(value.encode()) if isinstance(value, str) else 8 for value in constants)
         for tower in training.towers.values():
             span = tower.vocabulary.span

@@ -139,6 +139,7 @@ def read_training(
                     tower, layer=layers[tower.name], model_uri=_model_uri(models[tower.name]) if path else ""
                 )
     towers |= by_name(sources.towers_of_files(config.towers))
+    # In the order of the flags: the first tower of a file also reads what belongs to none, for the checksum.
     found = by_name(cover([towers[name] for name in config.towers]))
     model_uri = ", ".join(dict.fromkeys(_model_uri(models[name]) for name in config.layers))
     discovered = config.discover and (len(together) > 1 or layers != config.layers)

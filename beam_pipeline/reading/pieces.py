@@ -217,6 +217,7 @@ def are_same(one: Tower, other: Tower, open_file: OpenFile) -> bool:
             for tower in (one, other)
         ]
         return names[0] == names[1]
+    # Sets of millions of ids take too much memory in a launcher; bytes are compared a block at a time.
     if sizes[0] != sizes[1] or first.encoding != second.encoding:
         return False
     with open_file(first.path) as ours, open_file(second.path) as theirs:

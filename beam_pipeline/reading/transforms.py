@@ -144,6 +144,7 @@ class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
             | "Create" >> beam.Create([*self.towers])
             | "Cut" >> beam.ParDo(_CutFn(self.towers)).with_outputs(REPORTS, ENTRIES, GROUPS, main="pieces")
         )
+        # Without a Reshuffle, fusion would read every piece on the worker that cut it, one after the other.
         spread: Any = cut.pieces | "Spread" >> beam.Reshuffle()
         reports = cut[REPORTS]
         if any(isinstance(tower.matrix, VectorTable) for tower in self.towers.values()):

@@ -199,6 +199,7 @@ def lines(neighbours: Sequence[Neighbour]) -> list[str]:
 
 
 def _printable(text: str) -> str:
+    # An id is whatever the training's data had: a terminal would obey its control characters.
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

@@ -187,6 +187,7 @@ def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
         raise UnsupportedModelError(
             f"{file.path} has compressed blocks, which TensorFlow does not write; save the model again"
         )
+    # A block ends with the offsets of its restart points and their number, which only a search by key needs.
     data = raw[:size]
     restarts = int.from_bytes(data[-4:], "little")
     end = size - 4 - 4 * restarts
@@ -211,6 +212,7 @@ def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
 
 def _shards(message: ByteFile) -> int:
     """Returns `num_shards` of the BundleHeaderProto, refusing what cannot be read."""
+    # BundleHeaderProto: num_shards (1), endianness (2), of which 0 is little.
     header = {
         number: value for number, value in protobuf.scan(message, Span(0, message.size)) if isinstance(value, int)
     }
@@ -223,6 +225,7 @@ def _entry(message: ByteFile) -> Entry:
     numbers: dict[int, int] = {}
     shape: list[int] = []
     sliced = False
+    # BundleEntryProto: dtype (1), shape (2), shard_id (3), offset (4), size (5), crc32c (6), slices (7).
     for number, value in protobuf.scan(message, Span(0, message.size)):
         if isinstance(value, int):
             numbers[number] = value

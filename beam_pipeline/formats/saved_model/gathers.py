@@ -124,6 +124,7 @@ def _of_function(
     }
     captured_tables = tables & {*objects}
     found: list[tuple[int, int, str | None]] = []
+    # Until nothing is learned any more: a node in a loop may come before its input.
     for _ in range(_PASSES):
         found, before = [], dict(values)
         for name, op, inputs in nodes:
