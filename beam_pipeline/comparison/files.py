@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from beam_pipeline.comparison import measures, tables
-from beam_pipeline.comparison.measures import Fit, ScoreMoments
+from beam_pipeline.comparison import tables
+from beam_pipeline.comparison.measures import ScoreMoments
+from beam_pipeline.comparison.totals import Change, Fit
 from beam_pipeline.comparison.work import (
     Joined,
 )
@@ -76,7 +77,7 @@ class ChangeWriter:
         )
         self._writer: pq.ParquetWriter | None = None
 
-    def write(self, ids: np.ndarray, change: measures.Change) -> None:
+    def write(self, ids: np.ndarray, change: Change) -> None:
         """Adds ids."""
         if self._writer is None:
             self._file = FileSystems.create(

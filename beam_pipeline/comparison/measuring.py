@@ -20,7 +20,9 @@ from beam_pipeline.bigquery import publication, storage_read
 from beam_pipeline.bigquery.publication import LABELS, STAGING_LIFE
 from beam_pipeline.comparison import measures, reading, tables
 from beam_pipeline.comparison.files import ChangeWriter, fit_arrays, fit_of, load_arrays, save_arrays
-from beam_pipeline.comparison.measures import Fit, Nearest, Rows, Totals
+from beam_pipeline.comparison.neighbours import Nearest
+from beam_pipeline.comparison.totals import Fit, Rows, Totals
+from beam_pipeline.comparison.totals import measure as measure_rows
 from beam_pipeline.comparison.work import (
     FACTS,
     FILES,
@@ -200,7 +202,7 @@ def measure(client: bigquery.Client, comparison: Comparison, stream: Stream) -> 
         storage_read.make_client(), stream.name, joined.dimension_before, joined.dimension_after
     )
     for rows in blocks:
-        change, found = measures.measure(rows, joined.tower, fitted, comparison.top)
+        change, found = measure_rows(rows, joined.tower, fitted, comparison.top)
         totals.add(found)
         if writer:
             writer.write(rows.ids, change)

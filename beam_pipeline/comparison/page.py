@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from beam_pipeline import __version__
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison import measures, tables
+from beam_pipeline.comparison import tables, totals
 from beam_pipeline.comparison.results import Result
 from beam_pipeline.errors import ConfigError
 
@@ -166,7 +166,7 @@ def _draw_history(axes: Axes, of_tower: Sequence[Result], result: Result) -> Non
 
 def _draw_histogram(axes: Axes, result: Result, earlier: Result | None) -> None:
     name = result.measure
-    edges = [measures.COARSE * place for place in range(101)]
+    edges = [totals.COARSE * place for place in range(101)]
     last = 5
     for one, label in ((result, "this pair"), (earlier, "the pair before")):
         counts = one.values[f"{name}_histogram"] if one else []

@@ -19,7 +19,8 @@ from apache_beam.typehints.decorators import no_annotations
 from beam_pipeline import emulators
 from beam_pipeline.bigquery import publication
 from beam_pipeline.comparison import measuring, publishing, values
-from beam_pipeline.comparison.measures import Nearest, Totals
+from beam_pipeline.comparison.neighbours import Nearest
+from beam_pipeline.comparison.totals import Totals
 from beam_pipeline.comparison.work import FACTS, FILES, Comparison, Found
 
 

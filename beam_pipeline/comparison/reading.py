@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 
 from beam_pipeline.bigquery.storage_read import read
-from beam_pipeline.comparison.measures import Rows
+from beam_pipeline.comparison.totals import Rows
 from beam_pipeline.errors import BadVectorError
 
 FIELDS = ("id", "before_vector", "after_vector")

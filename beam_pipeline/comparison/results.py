@@ -7,16 +7,52 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+import numpy as np
 from google.api_core.exceptions import NotFound
 from google.cloud import bigquery
 
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison import measures, tables
-from beam_pipeline.comparison.measures import Usual
+from beam_pipeline.comparison import tables
 from beam_pipeline.comparison.tables import Pair
 from beam_pipeline.errors import TrainingMissingError, UnusualError
 
+HISTORY = 20
+"""How many earlier pairs say what is usual, at most."""
+
+ENOUGH = 5
+"""How many it takes."""
+
 _NAMED = 3  # ids in a verdict
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What the 99th percentile was in earlier pairs.
+
+    Attributes:
+        pairs: how many there were, of the last 20.
+        low, high: the band that is usual; None with too few.
+    """
+
+    pairs: int
+    low: float | None = None
+    high: float | None = None
+
+    def unusual(self, value: float | None) -> bool | None:
+        """Returns whether a value is outside; None if that is unknown."""
+        if value is None or self.low is None or self.high is None:
+            return None
+        return not self.low <= value <= self.high
+
+
+def usual(earlier: Sequence[float]) -> Usual:
+    """Returns what is usual after these values, oldest first: the median and three robust standard deviations."""
+    last = np.array(earlier[-HISTORY:])
+    if len(last) < ENOUGH:
+        return Usual(len(last))
+    middle = float(np.median(last))
+    spread = 3 * 1.4826 * float(np.median(np.abs(last - middle)))
+    return Usual(len(last), max(0.0, middle - spread), middle + spread)
 
 
 @dataclass(frozen=True)
@@ -66,7 +102,7 @@ def require_usual(known: Sequence[Percentile], pairs: Sequence[Pair]) -> None:
         for one in known:
             if (one.before_run, one.after_run) != (pair.before.run_id, pair.after.run_id):
                 continue
-            band = measures.usual(earlier_values(known, one.tower, one.after))
+            band = usual(earlier_values(known, one.tower, one.after))
             if band.unusual(one.value) and band.low is not None:
                 raise UnusualError(
                     f"tower {one.tower!r}, {pair}: the 99th percentile is {one.value:.2f}, outside of the usual "
@@ -131,7 +167,7 @@ class Result:
             ids = ", ".join(self.farther[:_NAMED]) + (f" and {more} more" if more > 0 else "")
             above += f"; farther than any id in {self.usual.pairs} earlier pairs ({self.farthest:.2f}): {ids}"
         if self.unusual is None:
-            return f"Too few trainings to say whether this is usual ({self.usual.pairs} of {measures.ENOUGH}){above}."
+            return f"Too few trainings to say whether this is usual ({self.usual.pairs} of {ENOUGH}){above}."
         band = f"{self.usual.low:.2f} to {self.usual.high:.2f} over {self.usual.pairs} earlier pairs"
         if self.unusual:
             return f"Unusual: the 99th percentile of {name} is {self.p99:.2f}, and {band} is usual{above}."
@@ -175,7 +211,7 @@ def find_results(
     """
     last = last or date.max
     known = percentiles(client, destination, last)
-    days = sorted({one.after for one in known})[-measures.HISTORY - 1 :]
+    days = sorted({one.after for one in known})[-HISTORY - 1 :]
     first = days[0] if days else date.min
     bounds = [bigquery.ScalarQueryParameter(name, "DATE", day) for name, day in (("first", first), ("last", last))]
     try:
@@ -202,7 +238,7 @@ def find_results(
             and one.values["train_date"] < row["train_date"]
             and one.values["most_moved"]
         ]
-        found.append(Result(row, measures.usual(earlier), of_movers, max(moved, default=None)))
+        found.append(Result(row, usual(earlier), of_movers, max(moved, default=None)))
     return found
 
 

@@ -9,10 +9,11 @@ import numpy as np
 from google.cloud import bigquery
 
 from beam_pipeline import __version__
-from beam_pipeline.comparison import measures, tables
+from beam_pipeline.comparison import measures, neighbours, tables
 from beam_pipeline.comparison.files import load_arrays
-from beam_pipeline.comparison.measures import Distribution, Mover, Nearest, Totals
+from beam_pipeline.comparison.neighbours import Kept, Nearest
 from beam_pipeline.comparison.tables import Pair
+from beam_pipeline.comparison.totals import Distribution, Mover, Totals, norm_of_bin
 from beam_pipeline.comparison.work import MOVER_NEIGHBOURS, Comparison, Facts, Finished, Found, query
 
 
@@ -71,7 +72,7 @@ def finish(
             "spectrum_after": totals.after.spectrum(),
             "distance_and_score_change": _plane_values(totals.plane),
             "norms": [
-                {"before": measures.norm_of_bin(before), "after": measures.norm_of_bin(after), "ids": count}
+                {"before": norm_of_bin(before), "after": norm_of_bin(after), "ids": count}
                 for (before, after), count in sorted(totals.norms.items())
             ],
             "by_group": [
@@ -111,7 +112,7 @@ def _quantile_values(name: str, values: Distribution) -> dict[str, float | None]
     return {**quantiles, f"{name}_mean": values.mean}
 
 
-def _kept_values(name: str, found: measures.Kept | None) -> dict[str, Any]:
+def _kept_values(name: str, found: Kept | None) -> dict[str, Any]:
     return {
         f"{name}_kept": found and found.share,
         f"{name}_kept_error": found and found.error,
@@ -132,7 +133,7 @@ def _plane_values(plane: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _kept(comparison: Comparison, facts: Facts, asked: int, tower: str, found: Found) -> measures.Kept | None:
+def _kept(comparison: Comparison, facts: Facts, asked: int, tower: str, found: Found) -> Kept | None:
     if (tower, "before") not in found:
         return None
     queries = None
@@ -143,7 +144,7 @@ def _kept(comparison: Comparison, facts: Facts, asked: int, tower: str, found: F
         Nearest(one.scores[:asked], one.ids[:asked]).lists(comparison.k, queries)
         for one in (found[tower, "before"], found[tower, "after"])
     )
-    return measures.kept(before, after, comparison.k, facts.joined[tower].common)
+    return neighbours.kept(before, after, comparison.k, facts.joined[tower].common)
 
 
 def _movers(

@@ -11,8 +11,9 @@ import numpy as np
 from google.cloud import bigquery
 
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison.measures import Distribution, Nearest, Totals
+from beam_pipeline.comparison.neighbours import Nearest
 from beam_pipeline.comparison.tables import Pair
+from beam_pipeline.comparison.totals import Distribution, Totals
 
 JOB_NAME = "compare"
 """First part of the name of a job that was not given one."""

@@ -4,7 +4,8 @@ import numpy as np
 from scipy.stats import ortho_group
 
 from beam_pipeline.comparison import measures
-from beam_pipeline.comparison.measures import Fit, Rows, measure
+from beam_pipeline.comparison.neighbours import Nearest
+from beam_pipeline.comparison.totals import Fit, Rows, measure
 
 USERS, ITEMS, DIMENSION = 1500, 600, 16
 
@@ -31,8 +32,8 @@ def rotation(seed=0, dimension=DIMENSION):
 def rows(before, after, ids=None):
     """Returns all ids as common to both."""
     names = np.array([f"id {n:05}" for n in range(len(before))] if ids is None else ids, object)
-    there = np.ones(len(before), bool)
-    return Rows(names, np.asarray(before, float), np.asarray(after, float), there, there)
+    common = np.ones(len(before), bool)
+    return Rows(names, np.asarray(before, float), np.asarray(after, float), common, common)
 
 
 def fit(before, after, *, cosine=False):
@@ -50,7 +51,7 @@ def compare(before, after, top=25):
 
 
 def nearest(queries, candidates, ids, k):
-    found = measures.Nearest.none(len(queries), k)
+    found = Nearest.none(len(queries), k)
     found.see(np.asarray(queries, float), np.asarray(candidates, float), np.asarray(ids, object))
     return found
 

@@ -12,7 +12,7 @@ from google.cloud import bigquery, storage
 from history import RESULT_TABLES
 from worlds import rotation, towers, turned
 
-from beam_pipeline.comparison import measures, measuring, publishing, tables
+from beam_pipeline.comparison import measures, measuring, neighbours, publishing, tables, totals
 from beam_pipeline.comparison.pipeline import _StepFn
 from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.comparison.work import Comparison
@@ -96,7 +96,7 @@ def test_what_is_published_is_what_the_measures_say(history):
     common = {"user": before["user"], "item": before["item"][:595]}
     common_after = {"user": after["user"], "item": after["item"][:595]}
     fitted = worlds.fit(common, common_after)
-    change, totals = measures.measure(worlds.rows(common["item"], common_after["item"], ids[:595]), "item", fitted, 9)
+    change, kept = totals.measure(worlds.rows(common["item"], common_after["item"], ids[:595]), "item", fitted, 9)
     rows = history.changes("item")["r1", "r2"]
     assert len(rows) == 608
     for place, name in enumerate(ids[:595]):
@@ -108,12 +108,12 @@ def test_what_is_published_is_what_the_measures_say(history):
     assert rows[ids[599]][3] is None
     assert item["score_change_p99"] == pytest.approx(np.nanquantile(change.score_change, 0.99), abs=0.01)
     assert item["score_change_mean"] == pytest.approx(change.score_change.mean())
-    assert [mover["id"] for mover in item["most_moved"]] == [mover.id for mover in totals.movers]
+    assert [mover["id"] for mover in item["most_moved"]] == [mover.id for mover in kept.movers]
     lists = [
         worlds.brute_force(model["user"], model["item"], names, 7)
         for model, names in ((before, ids), (later, later_ids))
     ]
-    expected = measures.kept(*lists, 7, 700)
+    expected = neighbours.kept(*lists, 7, 700)
     assert item["recommendations_kept"] == pytest.approx(expected.share)
     assert (item["recommendations_queries"], item["recommendations_k"]) == (700, 7)
     assert (item["distinct_items_before"], item["distinct_items_after"]) == (
@@ -126,7 +126,7 @@ def test_what_is_published_is_what_the_measures_say(history):
         asked = [names.index(name) for name in ids[:595]]
         near = worlds.brute_force(units[asked], units, names, 8)
         lists.append([[n for n in one if n != own][:7] for own, one in zip(ids[:595], near, strict=True)])
-    assert item["neighbours_kept"] == pytest.approx(measures.kept(*lists, 7, 595).share)
+    assert item["neighbours_kept"] == pytest.approx(neighbours.kept(*lists, 7, 595).share)
     for mover in item["most_moved"]:
         place = ids.index(mover["id"])
         assert [near["id"] for near in mover["nearest_before"]] == lists[0][place][:5]
@@ -238,7 +238,7 @@ def test_one_tower_alone(history, capsys):
     item = history.results()["r1", "r2", "item"]
     assert item["score_change_p50"] is item["recommendations_kept"] is item["score_correlation"] is None
     assert item["note"] == "no score change: there is no other tower to have scores with"
-    assert item["distance_p50"] < measures.WIDTH
+    assert item["distance_p50"] < totals.WIDTH
     assert item["most_moved"][0]["id"] == "item-00007"
     assert item["neighbours_kept"] > 0.9
     assert "distance median 0.00, 99th percentile" in capsys.readouterr().out

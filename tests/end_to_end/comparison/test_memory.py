@@ -12,7 +12,7 @@ import sys, time
 from dataclasses import replace
 from apache_beam.pvalue import TaggedOutput
 from beam_pipeline.comparison import measuring
-from beam_pipeline.comparison.measures import Totals
+from beam_pipeline.comparison.totals import Totals
 from beam_pipeline.comparison.work import Comparison, Joined
 from beam_pipeline.bigquery.tables import Destination
 

@@ -11,9 +11,10 @@ import worlds
 from pages import NASTY, checked
 
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison import measures, page, values
-from beam_pipeline.comparison.results import Result
+from beam_pipeline.comparison import page, values
+from beam_pipeline.comparison.results import Result, usual
 from beam_pipeline.comparison.tables import COMPARISON_SCHEMA, Pair, Trained
+from beam_pipeline.comparison.totals import Rows, measure
 from beam_pipeline.comparison.work import Comparison, Facts, Joined, Measured
 
 DESTINATION = Destination("my-project", "raw_prod", "EU", "two_tower")
@@ -32,10 +33,8 @@ def rows(number, after, ids=("user-{}", "item-{}"), labels=None):
         joined[tower] = Joined("launch", 0, tower, "p.d.t", n, n, n, n, 16, 16)
         one = worlds.rows(before[tower], after[tower], [template.format(i) for i in range(n)])
         if labels:
-            one = measures.Rows(
-                *(getattr(one, f) for f in ("ids", "before", "after", "has_before", "has_after")), labels(n)
-            )
-        _, totals[tower] = measures.measure(one, tower, fitted, 25)
+            one = Rows(*(getattr(one, f) for f in ("ids", "before", "after", "has_before", "has_after")), labels(n))
+        _, totals[tower] = measure(one, tower, fitted, 25)
     facts = Facts(joined, "", "", 0.9, {"user": 0.9, "item": 0.9}, fitted.turn, {})
     (finished,) = values.finish(
         None, comparison, (0, {"measured": [Measured(facts, totals, {"user": 0, "item": 0})], "found": []})
@@ -56,9 +55,7 @@ def history_of(count, **options):
         if number == count - 1:
             after["item"][:3] = random.normal(size=(3, 16))
         for tower, row in rows(number, after, **options).items():
-            found.append(
-                Result(row, measures.usual(earlier[tower]), {"item-0": (0.1, 3)}, max(farthest[tower], default=None))
-            )
+            found.append(Result(row, usual(earlier[tower]), {"item-0": (0.1, 3)}, max(farthest[tower], default=None)))
             earlier[tower].append(row["score_change_p99"])
             farthest[tower].append(row["most_moved"][0]["score_change"])
     return found
@@ -113,7 +110,7 @@ def test_a_page_of_little():
         else None
         for key, value in item.values.items()
     }
-    html = page.render([Result(nothing, measures.usual([]))], DESTINATION)
+    html = page.render([Result(nothing, usual([]))], DESTINATION)
     checked(html)
     assert "No verdict: no id has a value." in html
     assert "None" not in html

@@ -6,8 +6,8 @@ from datetime import date, timedelta
 import pytest
 
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison import measures, publishing, tables
-from beam_pipeline.comparison.results import Percentile, Result, earlier_values, previous, require_usual
+from beam_pipeline.comparison import publishing, tables
+from beam_pipeline.comparison.results import Percentile, Result, earlier_values, previous, require_usual, usual
 from beam_pipeline.comparison.tables import Pair, Trained
 from beam_pipeline.comparison.work import Comparison
 from beam_pipeline.errors import UnusualError
@@ -68,7 +68,7 @@ def test_the_gate_is_the_jobs_last_step(asked, monkeypatch):
 
 def result(p99, earlier, movers=(), farthest=None, **values):
     columns = {"score_change_p99": p99, "distance_p99": 0.7, "note": None, "unusual_share": None, **values}
-    return Result({**columns, "most_moved": list(movers)}, measures.usual(earlier), {}, farthest)
+    return Result({**columns, "most_moved": list(movers)}, usual(earlier), {}, farthest)
 
 
 def test_verdicts():
@@ -87,7 +87,7 @@ def test_verdicts():
     )
     assert "farther" not in result(0.5, usual, movers, 1.6).verdict
     assert result(None, [0.7] * 5).verdict.startswith("As usual: the 99th percentile of distance is 0.70")
-    nothing = Result({**result(None, usual).values, "distance_p99": None, "note": "no common ids"}, measures.usual([]))
+    nothing = Result({**result(None, usual).values, "distance_p99": None, "note": "no common ids"}, usual([]))
     assert nothing.verdict == "No verdict: no common ids."
 
 
@@ -229,3 +229,12 @@ def test_no_column_is_a_reserved_word():
     columns = [*tables.STAGED_COMPARISON_SCHEMA, *tables.change_schema("item")]
     names = {column.name for column in columns} | {inner.name for column in columns for inner in column.fields}
     assert not {name.upper() for name in names} & {*RESERVED}
+
+
+def test_usual_takes_five_pairs():
+    assert usual([0.5] * 4).pairs == 4
+    assert usual([0.5] * 4).unusual(9.0) is None
+    band = usual([0.46, 0.47, 0.48, 0.49, 0.50])
+    assert (band.low, band.high) == pytest.approx((0.48 - 3 * 1.4826 * 0.01, 0.48 + 3 * 1.4826 * 0.01))
+    assert [band.unusual(value) for value in (0.43, 0.45, 0.52, 0.53, None)] == [True, False, False, True, None]
+    assert usual([9.0] * 5 + [0.5] * 20).high == pytest.approx(0.5)  # the last 20
