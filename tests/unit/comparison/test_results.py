@@ -72,22 +72,22 @@ def result(p99, earlier, movers=(), farthest=None, **values):
 
 
 def test_verdicts():
-    usual = [0.50, 0.51, 0.49, 0.50, 0.52]
-    assert result(0.5, usual[:4]).verdict == "Too few trainings to say whether this is usual (4 of 5)."
-    assert result(0.5, usual).verdict == (
+    earlier = [0.50, 0.51, 0.49, 0.50, 0.52]
+    assert result(0.5, earlier[:4]).verdict == "Too few trainings to say whether this is usual (4 of 5)."
+    assert result(0.5, earlier).verdict == (
         "As usual: the 99th percentile of score change is 0.50, within 0.46 to 0.54 over 5 earlier pairs."
     )
-    assert result(0.9, usual, unusual_share=0.026).verdict == (
+    assert result(0.9, earlier, unusual_share=0.026).verdict == (
         "Unusual: the 99th percentile of score change is 0.90, and 0.46 to 0.54 over 5 earlier pairs is usual; "
         "2.6% of the ids are above the previous pair's 99th percentile."
     )
     movers = [{"id": f"i{n}", "score_change": 1.5 - n / 10} for n in range(8)]
-    assert result(0.5, usual, movers, 1.05).verdict.endswith(
+    assert result(0.5, earlier, movers, 1.05).verdict.endswith(
         "; farther than any id in 5 earlier pairs (1.05): i0, i1, i2 and 2 more."
     )
-    assert "farther" not in result(0.5, usual, movers, 1.6).verdict
+    assert "farther" not in result(0.5, earlier, movers, 1.6).verdict
     assert result(None, [0.7] * 5).verdict.startswith("As usual: the 99th percentile of distance is 0.70")
-    nothing = Result({**result(None, usual).values, "distance_p99": None, "note": "no common ids"}, usual([]))
+    nothing = Result({**result(None, earlier).values, "distance_p99": None, "note": "no common ids"}, usual([]))
     assert nothing.verdict == "No verdict: no common ids."
 
 
