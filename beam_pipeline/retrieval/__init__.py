@@ -1,1 +1,4 @@
-"""The search within one training: nearest items, recommended items, similar users."""
+"""The search within one training: nearest items, recommended items, similar users.
+
+`sql` is for BigQuery's VECTOR_SEARCH, `exact` for emulators, which have none; `finding` chooses between them.
+"""

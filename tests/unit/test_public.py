@@ -51,6 +51,28 @@ def test_import_has_no_side_effects():
     assert unchanged, "importing the package changed os.environ, the root logger or a signal handler"
 
 
+_READ = """
+import json, logging, os, signal, sys, warnings
+import beam_pipeline as bp
+for name in bp.__all__:
+    getattr(bp, name)
+def state():
+    root = logging.getLogger()
+    return dict(os.environ), root.level, [*root.handlers], [*warnings.filters], signal.getsignal(signal.SIGTERM), os.getcwd()
+before = state()
+with bp.open_model(sys.argv[1]) as model:
+    ids, vectors = model.tower("user_layer").read()
+print(json.dumps([before == state(), len(ids)]))
+"""
+
+
+def test_reading_a_model_has_no_side_effects(models):
+    folder = str(models("plain").folder)
+    done = subprocess.run([sys.executable, "-c", _READ, folder], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [True, 3015], "opening a model changed the process, or printed something"
+
+
 def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="module 'beam_pipeline' has no attribute 'publish'"):
         bp.publish  # noqa: B018
