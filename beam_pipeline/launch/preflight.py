@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
-from typing import Any
 
 from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import bigquery
@@ -204,7 +203,7 @@ def partitions(client: bigquery.Client, table: str, first: date, last: date) -> 
     days = [bigquery.ScalarQueryParameter(name, "DATE", day) for name, day in (("first", first), ("last", last))]
     found: dict[date, dict[str | None, int]] = {}
     try:
-        for day, run_id, rows in _query(client, tables.partitions_sql(table), *days):
+        for day, run_id, rows in history.query(client, tables.partitions_sql(table), *days):
             found.setdefault(day, {})[run_id] = rows
     except NotFound:
         return {}
@@ -246,7 +245,7 @@ def _examine_partitions(
 
 def _examine_length(findings: Findings, client: bigquery.Client, destination: Destination, tower: Tower) -> None:
     name = destination.table(tower.name)
-    ((latest,),) = _query(client, tables.latest_partition_sql(name))
+    ((latest,),) = history.query(client, tables.latest_partition_sql(name))
     if latest is None:
         return
     newest = datetime.strptime(latest, "%Y%m%d").date()
@@ -330,8 +329,3 @@ def _bytes(count: int) -> str:
             return f"{size:,.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:,.1f} TB"
-
-
-def _query(client: bigquery.Client, sql: str, *parameters: bigquery.ScalarQueryParameter) -> list[tuple[Any, ...]]:
-    config = bigquery.QueryJobConfig(query_parameters=list(parameters))
-    return [row.values() for row in client.query_and_wait(sql, job_config=config)]
