@@ -46,7 +46,7 @@ class SeveralModelsError(ConfigError):
 
 
 class JobActiveError(UsageError):
-    """A job of the same name, as a rule of the same run, has not ended yet."""
+    """A job of the same name, usually of the same run, has not ended yet."""
 
 
 class LabelsError(UsageError):
@@ -66,7 +66,7 @@ class RunNotFoundError(TrackingError):
 
 
 class TrackingServerError(TrackingError):
-    """There is no tracking server or store at that place, or it does not respond, or it fails."""
+    """There is no tracking server or store at that address, or it does not respond, or it fails."""
 
 
 class ArtifactError(PipelineError):

@@ -215,7 +215,7 @@ _lock = threading.Lock()
 def _client() -> storage.Client:
     """Returns the Cloud Storage client of this process, which is kept for its life.
 
-    A client of one's own for each file would look for credentials and open a connection each time.
+    A client for each file would look for credentials and open a connection each time.
     """
     emulator = emulators.storage_url()
     key = os.getpid(), emulator  # Connections do not outlive a fork.

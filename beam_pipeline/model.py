@@ -206,7 +206,7 @@ class ModelTower:
 
 
 def alone(tower: ModelTower) -> Training:
-    """Returns a training of a tower alone, of no run; what else its checksum covers in the file is read with it."""
+    """Returns a training of one tower and no run; whatever else its checksum covers in the file is read with it."""
     return Training(_NO_RUN, tower.model_path, by_name(pieces.cover([tower.description])))
 
 

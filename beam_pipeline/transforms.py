@@ -31,7 +31,7 @@ from beam_pipeline.training import Run, Training, by_name
 class ReadEmbeddings(beam.PTransform[PBegin, PCollection[tuple[str, np.ndarray]]]):
     """Reads a tower: nothing in, a `(id, vector)` for each id out, as `tuple[str, numpy.ndarray]`.
 
-    A vector has the floats of the model: float32 as a rule (bfloat16 as float32). The vocabulary is cut in one
+    A vector has the floats of the model, usually float32 (bfloat16 as float32). The vocabulary is cut in one
     sequential scan; ids and vectors are then read in parallel, some 8 MB at a time, by workers that have to reach the
     model's files.
 

@@ -215,12 +215,12 @@ def named(trainings: Sequence[Trained]) -> str:
 
 
 def check_labels(client: bigquery.Client, labels: Mapping[str, str], towers: Sequence[str]) -> None:
-    """Raises LabelsError if a query for labels fails, gives an id twice, or is for a tower that is not there.
+    """Raises LabelsError if a query for labels fails, gives an id twice, or is for a tower that does not exist.
 
     Args:
         client: for the dataset.
         labels: tower → the query.
-        towers: those that are there.
+        towers: those that exist.
     """
     for tower, query in labels.items():
         if tower not in towers:
@@ -258,7 +258,7 @@ def vector_length(client: bigquery.Client, table: str, tower: str, day: date) ->
     One row is listed, which is free: a query, LIMIT 1 or not, is billed for the vectors of the whole partition. The log
     would cost its 10 MB, and does not know what was deleted or written by others since.
     """
-    if emulators.emulated():  # They do not know `table$day`, and bill nobody.
+    if emulators.emulated():  # They do not know `table$day`, and a query costs nothing there.
         parameter = bigquery.ScalarQueryParameter("day", "DATE", day)
         for (length,) in query(client, dimension_sql(table, tower), parameter):
             return int(length)

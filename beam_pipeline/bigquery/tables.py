@@ -195,7 +195,7 @@ def differences(table: bigquery.Table, tower: str, *, partitioned: bool = True) 
 
     A table of the newest training alone has the same columns, and is not `partitioned`.
 
-    Missing columns are no difference, they can be added; NULLABLE where we would write REQUIRED is none either.
+    Missing columns are not a difference, since they can be added; nor is NULLABLE where this job would say REQUIRED.
     """
     found = []
     if table.table_type not in (None, "TABLE"):

@@ -51,9 +51,9 @@ def score_moments(before: np.ndarray, after: np.ndarray) -> ScoreMoments:
 
 
 def score_change(before: np.ndarray, after: np.ndarray, other: ScoreMoments) -> np.ndarray:
-    """Returns one minus the correlation of each id's scores before and after, with everybody of the other tower.
+    """Returns one minus the correlation of each id's scores before and after, with all ids of the other tower.
 
-    0 the same, 1 unrelated, 2 reversed; NaN where an id has the same score with everybody, which correlates with
+    0 the same, 1 unrelated, 2 reversed; NaN where an id has the same score with all of them, which correlates with
     nothing.
     """
     covariance = np.einsum("ij,ij->i", before @ other.across, after)

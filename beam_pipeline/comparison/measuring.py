@@ -74,7 +74,7 @@ def join(client: bigquery.Client, comparison: Comparison, work: tuple[str, int, 
             )
     if rows != ids:
         raise AuditError(
-            f"tower {tower!r}: {rows - ids:,} ids are there more than once in {pair}, or have several labels; an id "
+            f"tower {tower!r}: {rows - ids:,} ids appear more than once in {pair}, or have several labels; an id "
             "has one embedding and one label"
         )
     if shortest != longest or later_shortest != later_longest:

@@ -109,7 +109,7 @@ class Kept:
 
     Attributes:
         share: mean over the queries.
-        error: its standard error; 0 if everybody was asked.
+        error: its standard error; 0 if all ids were queries.
         k: how many are compared.
         queries: how many were asked.
         distinct_before, distinct_after: ids in all lists together.

@@ -168,7 +168,7 @@ def shape(client: bigquery.Client, comparison: Comparison, launch: str) -> Itera
 
 
 def differences(table: bigquery.Table, wanted: Sequence[bigquery.SchemaField]) -> list[str]:
-    """Returns what keeps a table from being a result table, in words; missing columns are none."""
+    """Returns what keeps a table from being a result table, in words; missing columns do not."""
     found = []
     partitioning = table.time_partitioning
     if partitioning is None or (partitioning.type_, partitioning.field) != ("DAY", PARTITION_COLUMN):

@@ -24,7 +24,7 @@ BLOCK_ROWS = 8192
 def read_blocks(
     client: BigQueryReadClient, stream: str, before: int, after: int, rows: int = BLOCK_ROWS
 ) -> Iterator[Rows]:
-    """Yields a stream's rows, so many at once; pages are cut or put together.
+    """Yields a stream's rows, a block at a time; pages are cut or joined.
 
     Args:
         client: of the Storage Read API.

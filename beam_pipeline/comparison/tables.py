@@ -288,7 +288,7 @@ SAMPLE_SPACE = 1 << 64
 
 
 def sample_restriction(wanted: int, of: int) -> str:
-    """Returns a filter that about so many rows pass, and rarely fewer: those with the smallest hashes of their ids."""
+    """Returns a filter that about `wanted` rows pass, and rarely fewer: those with the smallest hashes of their ids."""
     share = min(1.0, (1.05 * wanted + 1000) / max(of, 1))
     return f"sample <= {min((1 << 63) - 1, int(share * SAMPLE_SPACE) - (1 << 63))}"
 

@@ -103,14 +103,14 @@ class LoadedModel:
             layer: the attribute path of a layer, a module or a function, or the name of a signature.
 
         Raises:
-            TowerMissingError: it is not there, cannot be called, or does not return a vector for each row.
+            TowerMissingError: it does not exist, cannot be called, or does not return a vector for each row.
         """
         if layer in self._parts:
             return self._parts[layer]
         found = self._find(layer)
         try:
             if found is None:
-                raise _UnfitError("is not there")
+                raise _UnfitError("does not exist")
             self._parts[layer] = replace(self._callable(found), model=self._model)
             return self._parts[layer]
         except _UnfitError as error:

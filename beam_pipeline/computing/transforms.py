@@ -32,7 +32,7 @@ _TOGETHER = 16
 
 @dataclass(frozen=True)
 class Chunk:
-    """Ids, and what else a tower is called with.
+    """Ids, and whatever else a tower is called with.
 
     Attributes:
         run_id: of which run's model.

@@ -188,7 +188,7 @@ class VectorTable(Table):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a tower, as a rule in row order: the id at position i belongs to row `first_row + i`.
+    """The ids of a tower, usually in row order: the id at position i belongs to row `first_row + i`.
 
     Attributes:
         path: the file that holds the ids.
@@ -350,7 +350,7 @@ class Artifact(Protocol):
             without_lookup: names of those towers whose layers are as `matrix` takes them.
 
         Raises:
-            TowerMissingError: a layer is no tower, or holds other embeddings that its tower needs.
+            TowerMissingError: a layer is not a tower, or holds other embeddings that its tower needs.
         """
         ...
 

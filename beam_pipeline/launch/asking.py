@@ -85,7 +85,7 @@ def connected(
 
     with ExitStack() as stack:
         if found.warehouse:
-            # A warehouse would create the folder: of a mistyped one it would say that there is no history.
+            # A warehouse would create a mistyped folder, and then report that there is no history in it.
             if not Path(found.warehouse).is_dir():
                 raise ConfigError(f"there is no warehouse at {found.warehouse}")
             stack.enter_context(emulators.Warehouse(found.warehouse))

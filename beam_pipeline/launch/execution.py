@@ -148,7 +148,7 @@ def run(
         progress: shows how far the job is.
         clean_up: removes what a failed job has left.
         cancel: the job runs outside of this process, and has to be cancelled when this process is interrupted.
-        whole: what is said of the tables after an error that is not ours.
+        whole: the state of the tables, appended to the message of an error that is not ours.
 
     Raises:
         PipelineError: why the job failed.
@@ -226,7 +226,7 @@ def reason(error: Exception, whole: str) -> PipelineError:
 
     Args:
         error: what running the job raised.
-        whole: what is said of the tables after an error that is not ours.
+        whole: the state of the tables, appended to the message of an error that is not ours.
     """
     if isinstance(error, PipelineError):
         return error

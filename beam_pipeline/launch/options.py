@@ -610,7 +610,7 @@ def parse(argv: Sequence[str]) -> Config:
 def _refuse_idle(ours: argparse.ArgumentParser, config: Config) -> None:
     """Exits 2 for flags that would do nothing beside the others.
 
-    --plan and --inspect are for the command of a job as it is, so what they stop before is no error.
+    --plan and --inspect are added to the command of a job as it is, so flags for what they stop before are not errors.
     """
     if config.inspect and config.all_runs:
         ours.error("--inspect shows the model of one run; leave out --all_runs")

@@ -25,7 +25,7 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
         findings: the report.
         publication: what is to be published.
         embedding_rows: publish the rows of an embedding although its tower continues after it.
-        discovered: nobody named the towers' layers.
+        discovered: no flag named the towers' layers.
     """
     seen: dict[tuple[str, str, Tail], list[Training]] = {}
     for training in publication.trainings:
@@ -153,7 +153,7 @@ def _add_mismatch(findings: Findings, one: Tower, other: Tower, problem: str, di
         findings.stop(
             check,
             VectorNotServedError(
-                f"{text}: {one.layer!r} and {other.layer!r}, which nobody named, cannot be searched against each "
+                f"{text}: {one.layer!r} and {other.layer!r}, found by their names, cannot be searched against each "
                 f"other; if they are the towers, name them: --tower={one.name}={one.layer} "
                 f"--tower={other.name}={other.layer}"
             ),

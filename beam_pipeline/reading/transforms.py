@@ -72,7 +72,7 @@ class _GroupFn(beam.DoFn):
 
 
 def _matrix_pieces(run_id: str, towers: dict[str, Tower]) -> Iterator[Any]:
-    """Yields ((run id, number), rows and ids) for each piece of a matrix: its special rows' names, as a rule none."""
+    """Yields ((run id, number), rows and ids) for each piece of a matrix: its special rows' names, usually none."""
     tower = towers[run_id]
     step = tower.matrix.rows_in(pieces.PIECE_BYTES)
     named = np.arange(len(tower.vocabulary.special_tokens), dtype=np.int64)

@@ -194,7 +194,7 @@ def test_a_publication_that_fails_is_not_in_the_log(job, store, models):
 def test_staging_in_another_dataset_and_a_key(job, store, models, monkeypatch, writer, partition_bytes):
     """Emulators keep no key: what is asked for is looked at on its way.
 
-    Beam copies from temporary tables where one load job does not suffice, and for the stock writer always.
+    Beam copies from temporary tables where one load job does not suffice, and for the built-in writer always.
     """
     made, jobs = [], []
     create = bigquery.Client.create_table

@@ -87,7 +87,7 @@ def test_towers_with_the_same_ids(job, store, tails, models, capsys):
 
 def test_towers_that_were_found_by_their_names_have_ids_of_their_own(job, store, tails, capsys):
     line = refused(job, capsys, store.log(tails("same_ids"), "same_ids", MARCH_1))
-    assert "user and item have the same ids: 'user_tower' and 'item_tower', which nobody named" in line
+    assert "user and item have the same ids: 'user_tower' and 'item_tower', found by their names" in line
     assert line.endswith("name them: --tower=user=user_tower --tower=item=item_tower")
 
 

@@ -37,7 +37,7 @@ _MAX_STEPS = 2_000_000
 _MAX_PAIRS = 1000
 
 _PASSES = 8
-"""Nodes come after their inputs, except in loops: as a rule the second pass finds nothing new."""
+"""Nodes come after their inputs, except in loops: usually the second pass finds nothing new."""
 
 
 @dataclass

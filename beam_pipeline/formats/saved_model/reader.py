@@ -345,7 +345,7 @@ class SavedModel:
         return named | (self._graph.matrices(node) & self._read_once().gathered)
 
     def _outermost(self, variable: int) -> list[list[str]]:
-        """Returns the outermost calls in which a variable takes part: those of the model, as a rule."""
+        """Returns the outermost calls in which a variable takes part: usually those of the model."""
         level, seen = [0], {0}
         while level:
             # A model's signatures are calls of its own.

@@ -47,11 +47,11 @@ def test_inputs_are_named_by_the_model(deep):
 @pytest.mark.parametrize(
     ("name", "layer", "message"),
     [
-        ("deep", "nowhere", "is not there; parts that compute a vector: item_layer: "),
+        ("deep", "nowhere", "does not exist; parts that compute a vector: item_layer: "),
         ("deep", "two", "returns 2 outputs (norm, vector) instead of one vector"),
         ("deep", "fixed", "takes 'user_id' of exactly 2 row(s), not of any number"),
-        ("deep", "serving_default", "is not there"),
-        ("exported", "user_tower", "is not there; parts that compute a vector: none"),
+        ("deep", "serving_default", "does not exist"),
+        ("exported", "user_tower", "does not exist; parts that compute a vector: none"),
         ("exported", "serve", "returns one number for each row, not a vector"),
     ],
 )

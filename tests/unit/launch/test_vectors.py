@@ -53,7 +53,7 @@ def test_towers_that_cannot(tmp_path, items, dimension, problem):
     assert findings(*towers) == [("note", f"{problem}: they cannot be searched against each other")]
     ((status, text),) = findings(*towers, discovered=True)
     assert status == "stop"
-    assert text.startswith(f"{problem}: 'user_tower' and 'item_tower', which nobody named, cannot be searched")
+    assert text.startswith(f"{problem}: 'user_tower' and 'item_tower', found by their names, cannot be searched")
 
 
 def test_the_default_layers_are_as_good_as_named(tmp_path):
