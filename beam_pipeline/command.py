@@ -54,7 +54,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
         interrupted: what is reported after Ctrl-C or SIGTERM.
 
     Returns:
-        0; the error's own code if one of ours stopped it, which is 1 as a rule; 1 for any other; `INTERRUPTED`.
+        0; the error's own code, usually 1, if one of ours stopped it; 1 for any other; `INTERRUPTED`.
     """
     # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -64,14 +64,14 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
         return _stopped(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _stopped(interrupted, INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # A traceback says nothing to whoever is paged; at the level INFO it is in the log.
         logging.getLogger(__name__).info("stopped by", exc_info=error)
         return _stopped(_reason(error), 1)
     return 0
 
 
 def _stopped(message: str, code: int) -> int:
-    # As an error of ours, so that any message is bounded and holds nothing that a terminal would obey.
+    # As an error of ours, so that any message is bounded and holds no control characters.
     print("error:", " ".join(str(PipelineError(message)).split()), file=sys.stderr)
     return code
 

@@ -35,7 +35,7 @@ from beam_pipeline.formats.model import Tower
 from beam_pipeline.reading import rows
 from beam_pipeline.reading.rows import Batch, Element
 from beam_pipeline.reading.tally import Report
-from beam_pipeline.reading.transforms import REPORTS, count_read, displayed
+from beam_pipeline.reading.transforms import REPORTS, count_read, display_data
 
 BLOCK_BYTES = 1 << 20
 """Of vectors in an Avro block."""
@@ -56,14 +56,14 @@ class Writing:
         towers: run id → the tower in that run's model.
         constants: run id → the columns before the id.
         dtype: floats of the file, "<f4" or "<f8": wide enough for every run's.
-        shown: display data beside those of the towers.
+        displayed: display data beside those of the towers.
     """
 
     tower: str
     towers: dict[str, Tower]
     constants: dict[str, list[date | int]]
     dtype: str
-    shown: dict[str, Any] = field(default_factory=dict)
+    displayed: dict[str, Any] = field(default_factory=dict)
 
 
 def avro_schema(table_schema: dict[str, Any], dtype: str = "<f8") -> dict[str, Any]:
@@ -144,8 +144,8 @@ def blocks(
 class WritePieces(BigQueryBatchFileLoads):
     """Beam's file loads for pieces instead of rows; `Element` in, a dict of PCollections out.
 
-    A piece is read, checked, encoded and written in one step: its vectors are in no element. What is returned are those
-    of `BigQueryBatchFileLoads`, and the report of each element as "reports".
+    A piece is read, checked, encoded and written in one step: its vectors are in no element. The outputs are those of
+    `BigQueryBatchFileLoads`, and the report of each element as "reports".
 
     Files that fit one load job are loaded into the destination directly, although its name is computed while the job
     runs; Beam's own transform would load a temporary table and copy it.
@@ -189,7 +189,7 @@ class _WriteFn(beam.DoFn):
         self._max_bytes = max_bytes
 
     def display_data(self) -> dict[str, Any]:
-        return {**displayed(self._writing.towers), **self._writing.shown}
+        return {**display_data(self._writing.towers), **self._writing.displayed}
 
     def setup(self) -> None:
         emulators.connect_if_emulated()

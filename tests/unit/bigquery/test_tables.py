@@ -167,7 +167,7 @@ def test_the_publish_script_is_one_transaction(how):
 
 @pytest.mark.parametrize("value", ["it's", 'a"b', "a\\", "a;b", "a b", "", "a\n", "x" * 257, "`", "é"])
 def test_literals_that_could_end_early_are_refused(value):
-    with pytest.raises(ValueError, match="cannot stand in the publish script"):
+    with pytest.raises(ValueError, match="is not allowed in the publish script"):
         tables.literal(value)
 
 

@@ -326,16 +326,16 @@ def examined_bucket(cloud, what=WHAT):
         (
             "EUR5",
             "note",
-            "gs://temp in EUR5, and the dataset in EU: only the load job tells whether that fits; to be sure,",
+            "gs://temp in EUR5, and the dataset in EU: only the load job will show whether that fits; to be sure,",
         ),
-        ("", "note", "gs://temp could not be asked for its location: "),
+        ("", "note", "the location of gs://temp is unknown: "),
         ("us-central1", "stop", "bucket gs://temp is in us-central1, from where a dataset in EU cannot load; name one"),
         (
             "europe-west2",
             "stop",
             "bucket gs://temp is in europe-west2, from where a dataset in EU cannot load; name one in EU with --temp_loc",
         ),
-        (None, "stop", "bucket gs://temp of --temp_location does not exist; make it where the dataset is: gcloud"),
+        (None, "stop", "bucket gs://temp of --temp_location does not exist; create it where the dataset is: gcloud"),
     ],
 )
 def test_the_bucket(cloud, location, status, text):
@@ -454,3 +454,36 @@ def test_more_dates_than_a_load_job_writes(cloud, count, stopped):
     found = preflight.examine(cloud.client, dataclasses.replace(WHAT, trainings=trainings), parse(["--run_id=r"]))
     stops = [line.text for line in found.lines if line.check == "dates"]
     assert stops == ["4,001 dates, and one load job writes 4,000; narrow --since and --until"] * stopped
+
+
+KEY = "projects/p/locations/europe/keyRings/r/cryptoKeys/k"
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "ignored"),
+    [
+        ({}, {}, ""),
+        ({"partition_expiration_days": 30}, {}, "--partition_expiration_days=30"),
+        ({"partition_expiration_days": 30}, {"expiration_ms": 30 * 24 * 3600 * 1000}, ""),
+        ({"require_partition_filter": True}, {}, "--require_partition_filter"),
+        ({"require_partition_filter": True}, {"require_partition_filter": True}, ""),
+        ({"kms_key": KEY}, {}, "--kms_key"),
+        ({"kms_key": KEY}, {"kms_key": f"{KEY}2"}, "--kms_key"),
+        ({"kms_key": KEY}, {"kms_key": KEY}, ""),
+        (
+            {"partition_expiration_days": 30, "require_partition_filter": True, "kms_key": KEY},
+            {},
+            "--partition_expiration_days=30, --require_partition_filter, --kms_key",
+        ),
+    ],
+)
+def test_settings_that_an_existing_table_does_not_have_are_noted(asked, settings, ignored):
+    table = bigquery.Table("p.d.t")
+    table.time_partitioning = bigquery.TimePartitioning(expiration_ms=settings.get("expiration_ms"))
+    table.require_partition_filter = settings.get("require_partition_filter")
+    if "kms_key" in settings:
+        table.encryption_configuration = bigquery.EncryptionConfiguration(settings["kms_key"])
+    findings = Findings()
+    preflight._examine_settings(findings, "table user", table, dataclasses.replace(WHAT, **asked))
+    found = [(line.status, line.text.partition(" would apply")[0]) for line in findings.lines]
+    assert found == ([("note", ignored)] if ignored else [])
