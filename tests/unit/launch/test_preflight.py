@@ -182,7 +182,7 @@ def served(cloud):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds until it ends
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
