@@ -79,6 +79,7 @@ class FakeBigQuery:
         life, partition_life: the dataset's defaults, which tables inherit: when they expire, and their partitions.
         created: the bodies of all requests to create a table.
         is_taken: whether another launch creates each table a moment before.
+        dataset: in which `tables` are.
         has_dataset: whether tables can be created at all.
         rows: SQL → the rows that it returns.
         queries: the SQL of all queries, in order.
@@ -91,6 +92,7 @@ class FakeBigQuery:
         self.life = self.partition_life = None
         self.is_taken = False
         self.has_dataset = True
+        self.dataset = "my-project.raw_prod"
         self.rows = {}
         self.queries = []
         self.configurations = []
@@ -155,8 +157,11 @@ class FakeBigQuery:
             return 404, error(404, "notFound", f"Not found: Table {name}", "NOT_FOUND")
         return 200, self.resources[name]
 
-    def listed(self):
-        reference = {"projectId": "my-project", "datasetId": "raw_prod"}
+    def listed(self, path):
+        _, project, _, dataset, _ = path.rsplit("/", 4)
+        if f"{project}.{dataset}" != self.dataset:
+            return 404, error(404, "notFound", f"Not found: Dataset {project}:{dataset}", "NOT_FOUND")
+        reference = {"projectId": project, "datasetId": dataset}
         return 200, {"tables": [{"tableReference": {**reference, "tableId": name}} for name in sorted(self.tables)]}
 
     def query(self, sql):
@@ -232,7 +237,7 @@ def serve(*outcomes):
         def do_GET(self):
             path = urlparse(self.path).path
             if path.endswith("/tables"):
-                self.answer(fake.listed())
+                self.answer(fake.listed(path))
             elif "/tables/" in path:
                 self.answer(fake.table(path.rsplit("/", 1)[1]))
             else:

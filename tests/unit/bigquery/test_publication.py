@@ -437,6 +437,14 @@ def test_tables_that_exist_get_their_missing_columns_and_nothing_else():
         assert lock == tables.lock_rows_sql(WHAT.destination)
 
 
+def test_an_emulator_gets_one_column_at_a_time(monkeypatch):
+    monkeypatch.setattr(publication.emulators, "emulated", lambda: True)
+    table = bigquery.Table("p.d.t", schema=tables.LOCK_SCHEMA[:0])
+    with serve() as (service, client):
+        publication.add_columns(client, table, tables.LOCK_SCHEMA)
+    assert [sql.count("ADD COLUMN") for sql in service.queries] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("days", "latest", "life", "partition_life", "altered"),
     [
@@ -822,6 +830,14 @@ def test_what_a_failed_launch_has_left_is_removed(left):
             "beam_bq_job_LOAD_nightlyjob_1",
         }
     assert files_of(left) == ALL - {"embedding_loads/token/a", "embedding_artifacts/token/m/c"}
+
+
+def test_staging_tables_are_removed_where_they_are(left):
+    destination = dataclasses.replace(left.destination, staging_dataset="scratch-project.scratch")
+    with serve() as (service, client):
+        service.dataset, service.tables = "scratch-project.scratch", {*STAGED}
+        publication.discard(client, dataclasses.replace(left, destination=destination), "nightly-job")
+        assert len(service.tables) == 3
 
 
 def test_a_table_that_disappears_while_it_is_discarded(left):
