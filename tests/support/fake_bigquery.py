@@ -120,6 +120,8 @@ class FakeBigQuery:
         self.submitted.append(job_id)
         if job_id in self.jobs:
             return 409, error(409, "duplicate", f"Already Exists: Job my-project:EU.{job_id}", "ALREADY_EXISTS")
+        if not self.outcomes and self.sql.get(job_id) not in self.rows:
+            return 400, error(400, "invalidQuery", "the test expects no further job", "INVALID_ARGUMENT")
         outcome = DONE if self.sql.get(job_id) in self.rows else self.outcomes.pop(0)
         self.jobs[job_id] = None if outcome == LOST_ANSWER else outcome
         self._running.add(job_id)
