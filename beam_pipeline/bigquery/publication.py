@@ -539,13 +539,14 @@ def create_table(
 
 
 def _drop_staging(client: bigquery.Client, publication: Publication, launch_prefix: str, job_name: str) -> None:
-    destination = publication.destination
+    names = [tables.split_name(publication.destination.staging(tower, launch_prefix)) for tower in publication.towers]
+    project, dataset, _ = names[0]
     prefixes = [
-        *(destination.staging(tower, launch_prefix).rsplit(".", 1)[1] for tower in publication.towers),
+        *(name for _, _, name in names),
         f"beam_bq_job_LOAD_{job_name.replace('-', '')}",  # Beam's temporary tables
     ]
     # By prefix: the rest of a launch id was drawn in the job, and again if a step was retried before it was kept.
-    for table in client.list_tables(destination.staging("", "").rsplit(".", 1)[0]):
+    for table in client.list_tables(f"{project}.{dataset}"):
         if table.table_id.startswith(tuple(prefixes)):
             client.delete_table(table, not_found_ok=True)
 
