@@ -176,28 +176,28 @@ transforms.compute = stopped
     assert_computed(job, run, deep("deep"), "user")
 
 
-def test_the_examples_forms_give_the_same_tables(job, store, tmp_path):
+def test_the_forms_of_the_example_give_the_same_tables(job, store, tmp_path):
+    forms = {
+        "packed": ("embedding", []),
+        "vectors": ("file", ["--vectors=user=vectors/user.parquet,item=vectors/item.parquet"]),
+        "model": ("computed", ["--compute=user,item"]),
+    }
+    script = Path(__file__).parents[2] / "examples/train_deep_towers.py"
+    where = [f"--tracking_uri={store.uri}", f"--artifact_root=file://{tmp_path}", "--start=2026-03-01T10:00"]
+    command = [sys.executable, script, *where, "--form", *forms]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     found = []
-    for form, start, flags in (
-        ("packed", "2026-03-01T10:00", []),
-        ("model", "2026-03-02T10:00", ["--compute=user,item"]),
-    ):
-        script = Path(__file__).parents[2] / "examples/train_deep_towers.py"
-        where = [f"--tracking_uri={store.uri}", f"--artifact_root=file://{tmp_path}"]
-        done = subprocess.run(
-            [sys.executable, script, *where, f"--start={start}", f"--form={form}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        run = done.stdout.strip()
-        assert job.run(run, *flags) == 0
-        found.append([job.rows(tower)[(start[:10], run)] for tower in ("user", "item")])
-    for packed, computed in zip(*found, strict=True):
-        assert packed.keys() == computed.keys()
-        for name, vector in packed.items():
-            np.testing.assert_allclose(computed[name], vector, atol=1e-5)
+    for run, (source, flags) in zip(done.stdout.split(), forms.values(), strict=True):
+        assert job.run(run, "--if_partition_taken=replace", *flags) == 0
+        found.append([job.rows(tower)[("2026-03-01", run)] for tower in ("user", "item")])
+        sources = f"SELECT DISTINCT vector_source FROM {{log}} WHERE mlflow_run_id = '{run}'"
+        assert job.query(sources) == [(source,)]
+    for packed, *others in zip(*found, strict=True):
+        for other in others:
+            assert other.keys() == packed.keys()
+            for name, vector in packed.items():
+                np.testing.assert_allclose(other[name], vector, rtol=0, atol=1e-6)
 
 
 def test_dataflows_graph_computes_and_holds_no_model(job, store, deep, tmp_path):

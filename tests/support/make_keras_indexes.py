@@ -160,7 +160,7 @@ def main(folder):
                 index = brute_force(index._identifiers.numpy(), index._candidates.numpy())
             items = answered(index)
         answers = {"item": items}
-        if name != "tfrs_many":
+        if name not in ("tfrs_many", "keras_rs_dense"):
             answers["user"] = dict(zip(USERS, np.asarray(tower_of(model)(tf.constant(USERS))), strict=True))
         for side, rows in answers.items():
             Path(folder, f"{name}.{side}.json").write_text(json.dumps([*rows]), encoding="utf-8")
