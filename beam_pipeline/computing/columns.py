@@ -236,7 +236,10 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if each.dtype == "string":
-        found: np.ndarray = column.to_numpy(zero_copy_only=False)
+        try:
+            found: np.ndarray = column.to_numpy(zero_copy_only=False)
+        except pa.ArrowException as error:
+            raise _not_text(column, name, columns, ids) from error
         return found
     numbers: np.ndarray = column.to_numpy(zero_copy_only=False)
     if each.dtype in _INTEGERS and numbers.dtype != each.dtype:
@@ -248,6 +251,20 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
                 raise FeaturesError(f"tower {columns.tower!r}: {problem}")
             raise _bad(columns, ids, int(beyond[0]), problem)
     return numbers.astype("float32" if each.dtype == "bfloat16" else each.dtype, copy=False)
+
+
+def _not_text(column: pa.Array, name: str, columns: Columns, ids: pa.Array | None) -> FeaturesError:
+    """Returns an error that shows the first text that is not UTF-8, and names its id if that is known."""
+    problem = f"{name} cannot be read as text"
+    for row, value in enumerate(column.cast(pa.binary()).to_pylist()):
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            problem = f"{name} is {shown(value)}, which is not UTF-8; make the column BYTES, or encode it"
+            if ids is not None:
+                return _bad(columns, ids, row, problem)
+            break
+    return FeaturesError(f"the features of tower {columns.tower!r}: {problem}")
 
 
 def _bad(columns: Columns, ids: pa.Array, row: int, problem: str) -> FeaturesError:
