@@ -201,7 +201,8 @@ def _checked(table: pa.RecordBatch, name: str, each: Input, ids: pa.Array, colum
     column = table.column(name)
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
-        raise _bad(columns, ids, row, f"{name} is NULL, and the tower has nothing to take instead")
+        problem = f"{name} is NULL, and the tower has nothing to take instead; leave the row out, or COALESCE it"
+        raise _bad(columns, ids, row, problem)
     if not _is_list(column.type):
         return column
     if pa.types.is_fixed_size_list(column.type):

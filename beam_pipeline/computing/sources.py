@@ -239,7 +239,9 @@ def arrow_schema(fields: Sequence[bigquery.SchemaField]) -> pa.Schema:
 
 
 def _failed(tower: str, error: GoogleAPICallError) -> FeaturesError:
-    reason = (error.message or str(error)).strip().splitlines()[0]
+    # What BigQuery says, without the request that it was asked by.
+    said = next((each["message"] for each in error.errors if isinstance(each, dict) and each.get("message")), "")
+    reason = (said or error.message or str(error)).strip().splitlines()[0]
     return FeaturesError(f"--features {tower}=…: the query fails: {reason}")
 
 

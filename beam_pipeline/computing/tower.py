@@ -37,6 +37,16 @@ class ComputedTower(Tower):
     ids_from: Source
 
     @property
+    def ids_place(self) -> str:
+        """Where its ids are, for a message."""
+        return super().ids_place if isinstance(self.ids_from, Vocabulary) else str(self.ids_from)
+
+    @property
+    def has_ids_beside_it(self) -> bool:
+        """Whether its ids are in a table of features."""
+        return not isinstance(self.ids_from, Vocabulary)
+
+    @property
     def part(self) -> str:
         """The path of the part in its model, without that of a model of its own."""
         return self.layer.rpartition(":")[2]

@@ -307,6 +307,19 @@ class Tower:
         return ""
 
     @property
+    def ids_place(self) -> str:
+        """Where its ids are, for a message."""
+        if self.source == "index":
+            return f"the index {self.layer!r}"
+        return self.vocabulary.path if self.has_ids_beside_it else "the vocabulary"
+
+    @property
+    def has_ids_beside_it(self) -> bool:
+        """Whether its ids are in a file that is no part of a model."""
+        beside = (Encoding.JSON_OBJECT, Encoding.CSV, Encoding.PARQUET)
+        return self.source == "file" or self.vocabulary.fills or self.vocabulary.encoding in beside
+
+    @property
     def contiguous(self) -> Matrix:
         """The matrix, of a tower whose vectors lie one after the other."""
         if not isinstance(self.matrix, Matrix):
