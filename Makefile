@@ -37,7 +37,7 @@ help:
 	@echo 'make check     lint, types and unit tests, while you work: a minute and a half'
 	@echo 'make test      run all tests, two at a time'
 	@echo 'make mutants [MODULE=reading.tally]   change the modules that guard the promise and see which unit tests notice (an hour)'
-	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
+	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models, and files of vectors, ids and features, that often and read them'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
 	@echo 'make test-engines   run the job on Prism and other engines, workers in other processes, and kill workers (needs Go)'
 	@echo 'make lint      check style, format, types and the Dockerfile'
@@ -101,6 +101,7 @@ NUMBER ?= 20000
 SEED ?= 1
 fuzz: $(VENV)
 	$(BIN)/python tests/support/fuzz.py --number=$(NUMBER) --seed=$(SEED)
+	$(BIN)/python tests/support/fuzz_files.py --number=$(NUMBER) --seed=$(SEED)
 
 $(AIRFLOW_VENV): tests/airflow/constraints.txt
 	@echo 'Setting up .venv-airflow: two minutes, once.'

@@ -240,9 +240,11 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
         if rows == tally.ids:
             query = tables.duplicates_sql(publication.destination, tower, launch, run, number)
             ((name, times),) = client.query_and_wait(query, job_config=keyed)
+            source = publication.trainings[number].towers[tower]
+            again = "" if source.has_ids_beside_it else " and train again"
             raise BadIdError(
-                f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
-                "remove the duplicates and train again"
+                f"tower {tower!r}: id {name!r} appears {times} times in {source.ids_place}; an id has one embedding: "
+                f"remove the duplicates{again}"
             )
         raise AuditError(
             f"tower {tower!r} of run {run.run_id}: {rows:,} rows were loaded where the artifact holds {tally.ids:,} "

@@ -112,7 +112,8 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
         count = sum(report.ids for report in of_tower)
         norms = [report.norms for report in of_tower if report.norms]
         if not norms:
-            empty = "their source is empty" if tower.is_computed else "its vocabulary is empty; train it with one"
+            its = "its vocabulary is empty; train it with one"
+            empty = f"{tower.ids_place} is empty" if tower.has_ids_beside_it else its
             raise BadIdError(f"tower {tower.name!r} has no ids: {empty}")
         tallies[run_id, tower.name] = Tally(
             ids=count,
