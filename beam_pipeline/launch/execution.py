@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import (
     GoogleCloudOptions,
     PipelineOptions,
+    PortableOptions,
     SetupOptions,
     StandardOptions,
     WorkerOptions,
@@ -24,6 +26,8 @@ from beam_pipeline import emulators, errors, metrics, workers
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError
 from beam_pipeline.launch.options import JobConfig
 from beam_pipeline.launch.session import Session
+
+_CONNECT_SECONDS = 10
 
 Build = Callable[[beam.Pipeline], object]
 """Builds a graph into a pipeline."""
@@ -89,6 +93,24 @@ def job_labels(**values: str) -> tuple[str, ...]:
     return tuple(f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in values.items())
 
 
+def require_job_service(options: PipelineOptions) -> None:
+    """Connects to the job service that the options name, for which Beam would wait five minutes.
+
+    Raises:
+        ConfigError: nothing answers there.
+    """
+    endpoint = options.view_as(PortableOptions).job_endpoint
+    if not endpoint or endpoint == "embed":  # in this process
+        return
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--job_endpoint={endpoint}: no job service answers there ({error}); start one, or correct HOST:PORT"
+        ) from error
+
+
 def submit_nothing(options: PipelineOptions) -> None:
     """Submits an empty job where a template's launcher has to write one, and nothing elsewhere.
 
@@ -147,6 +169,7 @@ def run(
     result: Any = None
     dead: list[str] = []
     try:
+        require_job_service(options)
         pipeline = beam.Pipeline(runner=workers.runner(options), options=options)
         build(pipeline)
         metrics.end_phase("build the job graph")

@@ -1,7 +1,9 @@
 """Options on their way to Beam, and what a person reads of a job that failed, from the texts that Beam hands over."""
 
+import socket
+
 import pytest
-from apache_beam.options.pipeline_options import SetupOptions
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 
 from beam_pipeline.errors import BadIdError, ConfigError, PipelineError
 from beam_pipeline.launch import execution, launcher
@@ -80,3 +82,17 @@ def test_a_setup_file_that_is_not_there(tmp_path):
     missing = tmp_path / "setup.py"
     with pytest.raises(ConfigError, match=f"--setup_file={missing}: there is no such file; leave it out with an image"):
         execution.given_options(parse(["--run_id=1", "--runner=DataflowRunner", "--setup_file", str(missing)]))
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:1", "localhost", "nowhere.invalid:8099"])
+def test_a_job_service_that_does_not_answer(endpoint):
+    options = PipelineOptions([f"--job_endpoint={endpoint}"])
+    with pytest.raises(ConfigError, match=f"--job_endpoint={endpoint}: no job service answers there .*start one"):
+        execution.require_job_service(options)
+
+
+def test_a_job_service_that_answers():
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        execution.require_job_service(PipelineOptions([f"--job_endpoint=127.0.0.1:{service.getsockname()[1]}"]))
+    execution.require_job_service(PipelineOptions([]))
+    execution.require_job_service(PipelineOptions(["--job_endpoint=embed"]))
