@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import (
     GoogleCloudOptions,
     PipelineOptions,
@@ -205,6 +206,9 @@ def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
     main, before = threading.get_ident(), threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, grpc.RpcError):  # The main thread, which waits at the same place, reports it.
+            logging.getLogger(__name__).info("a connection of the job ended", exc_info=args.exc_value)
+            return
         if not isinstance(args.exc_value, RuntimeError) or "Worker subprocess exited" not in str(args.exc_value):
             before(args)
             return
@@ -244,6 +248,9 @@ def reason(error: Exception, whole: str) -> PipelineError:
     """
     if isinstance(error, PipelineError):
         return error
+    if isinstance(error, grpc.RpcError):  # Only a call that answers has details.
+        details = error.details() if isinstance(error, grpc.Call) else type(error).__name__
+        return PipelineError(f"the job service ended, or cannot be reached any more ({details}); {whole}")
     lines = [line for line in _STEP.sub("", str(error)).splitlines() if line.strip()]
     for line in reversed(lines):
         if named := re.match(r"beam_pipeline\.errors\.(\w+): (.*)", line):
