@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import signal
 import sys
@@ -36,6 +38,9 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
     """
     # Airflow and container engines stop a task with SIGTERM; it deserves the clean-up that Ctrl-C gets.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Before it exits, Python searches all objects of all modules for garbage several times: with Beam and Google's
+    # clients, almost a second that nobody gains from.
+    atexit.register(gc.freeze)
     try:
         command()
     except PipelineError as error:

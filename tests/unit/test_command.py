@@ -51,6 +51,17 @@ def test_a_command_that_ends_well(capsys):
     assert capsys.readouterr() == ("done\n", "")
 
 
+def test_python_searches_nothing_for_garbage_when_it_exits():
+    script = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
+        "from beam_pipeline.command import exit_code\n"
+        "exit_code(lambda: print(gc.get_freeze_count()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command(number, capsys):
     assert exit_code(lambda: os.kill(os.getpid(), number), interrupted="start again") == 130
