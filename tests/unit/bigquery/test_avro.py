@@ -323,7 +323,7 @@ def test_one_piece_is_read_at_a_time(sink, monkeypatch, tmp_path):
 
 
 def test_what_is_shown_of_the_step(sink):
-    shown = sink(described("user"), shown={"writer": "columnar"}).display_data()
+    shown = sink(described("user"), displayed={"writer": "columnar"}).display_data()
     assert (shown["run"], shown["tower"], shown["writer"]) == ("run", "user", "columnar")
 
 

@@ -400,7 +400,7 @@ def test_literals():
     assert tables.literal(datetime(2026, 3, 1, 12, tzinfo=UTC)) == "TIMESTAMP '2026-03-01 12:00:00.000000+00'"
     assert (tables.literal(7), tables.literal(0.1)) == ("7", "0.1")
     with pytest.raises(
-        ValueError, match=r"^\"it's\" cannot stand in the publish script: only letters, digits and _ \. : - can$"
+        ValueError, match=r"^\"it's\" is not allowed in the publish script: only letters, digits and _ \. : - are$"
     ):
         tables.literal("it's")
 

@@ -136,7 +136,7 @@ def test_text_that_is_not_utf8_is_named():
 
     cities = text(b"Lyon", b"M\xe4tz")
     with pytest.raises(
-        FeaturesError, match=r"of id 'b', city is 'M\\\\xe4tz', which is not UTF-8; make the column BYTES"
+        FeaturesError, match=r"for id 'b', city is 'M\\\\xe4tz', which is not UTF-8; make the column BYTES"
     ):
         called([Input("city", "string")], user_id=["a", "b"], city=cities)
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), cities)

@@ -239,10 +239,10 @@ def test_ids_that_a_json_object_maps_to_rows():
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("1.0", "no integer"),
-        ("true", "no integer"),
-        ('"1"', "no integer"),
-        ("null", "no integer"),
+        ("1.0", "not an integer"),
+        ("true", "not an integer"),
+        ('"1"', "not an integer"),
+        ("null", "not an integer"),
         (str(1 << 63), "beyond 64 bits"),
         (str(-(1 << 63) - 1), "beyond 64 bits"),
     ],
@@ -255,7 +255,7 @@ def test_what_is_no_row_in_a_json_object(value, problem):
 
 @pytest.mark.parametrize("data", [b'"a"', b'"a": 1,, "b": 2', b'"a": ' + b"[" * 100_000])
 def test_what_is_no_json_object(data):
-    assert re.match(r"ids: no JSON object of id and row \(.+\)$", refusal(CorruptFileError, with_rows, data, 1))
+    assert re.match(r"ids: not a JSON object of id and row \(.+\)$", refusal(CorruptFileError, with_rows, data, 1))
 
 
 @pytest.mark.parametrize(
@@ -280,9 +280,12 @@ def test_an_id_in_a_table_may_be_long():
     ("data", "message"),
     [
         (b"a,1\nb,\nc,\n", "ids: id 'b' has no row"),
-        (b"a,1\nb,x\n", "ids: no table of ids and their rows (CSV conversion error to int64: invalid value 'x')"),
+        (b"a,1\nb,x\n", "ids: not a table of ids and their rows (CSV conversion error to int64: invalid value 'x')"),
         (b"a,1\n\nb,2\n", "ids: id '' has no row"),
-        (b"a\nb\n", "ids: no table of ids and their rows (Column 'f1' in include_columns does not exist in CSV file)"),
+        (
+            b"a\nb\n",
+            "ids: not a table of ids and their rows (Column 'f1' in include_columns does not exist in CSV file)",
+        ),
     ],
 )
 def test_what_is_no_table_of_ids_and_rows(data, message):

@@ -555,13 +555,13 @@ USER, ITEM = (WHAT.destination.table(tower) for tower in ("user", "item"))
 
 
 PERMITTED = "project my-project, bucket temp, table user, table item, a query (dry run)"
-TOLD = "whether {}_layer goes on after its embedding cannot be told: no call"
+UNKNOWN = "it is unknown whether {}_layer continues after its embedding: no call"
 
 
 def test_the_report_of_a_first_publication(cloud, clock):
     assert report(cloud) == [
-        ("vectors user", "note", TOLD.format("user")),
-        ("vectors item", "note", TOLD.format("item")),
+        ("vectors user", "note", UNKNOWN.format("user")),
+        ("vectors item", "note", UNKNOWN.format("item")),
         ("towers", "note", "user and item have the same ids: they cannot be searched against each other"),
         ("dataset", "ok", "my-project.raw_prod in EU"),
         ("project", "note", "jobs run and are billed in my-project, the dataset's project; --project names another"),
@@ -716,7 +716,7 @@ def test_a_table_that_cannot_be_used_or_looked_at(cloud, clock):
     assert (user.status, type(user.error)) == ("stop", IncompatibleTableError)
     assert "two_tower_user_embedding cannot be used: it is not partitioned" in user.text
     assert (item.status, type(item.error)) == ("stop", ConfigError)
-    start = f"BigQuery did not answer for {ITEM}: 403 GET "
+    start = f"BigQuery cannot look up {ITEM}: 403 GET "
     assert item.text.startswith(start)
     assert item.text.endswith("Access Denied: Table two_tower_item_embedding")  # one line
 
@@ -829,7 +829,7 @@ def test_the_latest_tables(cloud, clock):
         f"{LATEST['user']} exists, and will hold this training if no newer one is published",
     )
     assert item[:2] == ("latest item", "stop")
-    assert item[2].startswith(f"BigQuery did not answer for {LATEST['item']}: 403 GET ")
+    assert item[2].startswith(f"BigQuery cannot look up {LATEST['item']}: 403 GET ")
     cloud.resources["two_tower_user_embedding_latest"] = history("two_tower_user_embedding_latest")
     found = preflight.examine(cloud.client, what, parse(["--run_id=r"]))
     user, item = [line for line in found.lines if line.check.startswith("latest")]

@@ -55,7 +55,7 @@ def test_computed_rows_are_as_many_as_their_source_announced():
     assert added([*sources, *reports], computed("user"))["run", "user"].ids == 10
     with pytest.raises(AuditError, match=r"^tower 'user': 7 of 10 rows were read$"):
         added([*sources, reports[0]], computed("user"))
-    with pytest.raises(BadIdError, match=r"^tower 'user' has no ids: their source is empty$"):
+    with pytest.raises(BadIdError, match=r"^tower 'user' has no ids: SELECT 1 is empty$"):
         added([Report("run", "user", None, announced=0)], computed("user"))
 
 
