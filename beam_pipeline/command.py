@@ -1,12 +1,14 @@
-"""The boundary of every command: whatever stops it becomes one line on stderr and an exit code, never a traceback."""
+"""A command as a process: its start-up and its exit code, and one line on stderr for whatever stops it."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from beam_pipeline.errors import PipelineError
 
@@ -22,6 +24,26 @@ def program(name: str = "") -> str:
     if Path(sys.argv[0]).stem == SCRIPT:
         return f"{SCRIPT} {name}".rstrip()
     return f"python -m beam_pipeline.{name}".rstrip(".")
+
+
+def run_process(main: Callable[[], int]) -> NoReturn:
+    """Runs a command as the only one of its process, and ends the process with its exit code.
+
+    What start-up creates (modules, classes, descriptors of protocol buffers) stays until the end, but Python's
+    collector of reference cycles goes through it again and again: a third of the time that it takes to import Beam and
+    MLflow, and half a second more when the interpreter ends.
+    """
+    gc.disable()
+    code = main()
+    gc.freeze()
+    sys.exit(code)
+
+
+def end_start_up() -> None:
+    """Collects garbage from now on, but not among what start-up created; does nothing outside of `run_process`."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:

@@ -8,7 +8,6 @@ The next publication of a newer run with --latest_tables replaces it.
 from __future__ import annotations
 
 import argparse
-import sys
 import uuid
 from collections.abc import Sequence
 
@@ -70,4 +69,4 @@ def _run(found: argparse.Namespace, named: Sequence[str], dataset_project: str |
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run_process(main)

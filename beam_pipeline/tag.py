@@ -9,7 +9,6 @@ to MLflow; there, this command reads the log afterwards:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from google.api_core.exceptions import GoogleAPICallError, NotFound
@@ -84,4 +83,4 @@ def _default_project() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run_process(main)

@@ -240,9 +240,11 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
         if rows == tally.ids:
             query = tables.duplicates_sql(publication.destination, tower, launch, run, number)
             ((name, times),) = client.query_and_wait(query, job_config=keyed)
+            source = publication.trainings[number].towers[tower]
+            again = "" if source.has_ids_beside_it else " and train again"
             raise BadIdError(
-                f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
-                "remove the duplicates and train again"
+                f"tower {tower!r}: id {name!r} appears {times} times in {source.ids_place}; an id has one embedding: "
+                f"remove the duplicates{again}"
             )
         raise AuditError(
             f"tower {tower!r} of run {run.run_id}: {rows:,} rows were loaded where the artifact holds {tally.ids:,} "
@@ -539,13 +541,14 @@ def create_table(
 
 
 def _drop_staging(client: bigquery.Client, publication: Publication, launch_prefix: str, job_name: str) -> None:
-    destination = publication.destination
+    names = [tables.split_name(publication.destination.staging(tower, launch_prefix)) for tower in publication.towers]
+    project, dataset, _ = names[0]
     prefixes = [
-        *(destination.staging(tower, launch_prefix).rsplit(".", 1)[1] for tower in publication.towers),
+        *(name for _, _, name in names),
         f"beam_bq_job_LOAD_{job_name.replace('-', '')}",  # Beam's temporary tables
     ]
     # By prefix: the rest of a launch id was drawn in the job, and again if a step was retried before it was kept.
-    for table in client.list_tables(destination.staging("", "").rsplit(".", 1)[0]):
+    for table in client.list_tables(f"{project}.{dataset}"):
         if table.table_id.startswith(tuple(prefixes)):
             client.delete_table(table, not_found_ok=True)
 

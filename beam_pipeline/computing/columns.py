@@ -203,7 +203,8 @@ def _checked(table: pa.RecordBatch, name: str, each: Input, ids: pa.Array, colum
     column = table.column(name)
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
-        raise _bad(columns, ids, row, f"{name} is NULL, and the tower has nothing to take instead")
+        problem = f"{name} is NULL, and the tower has nothing to take instead; leave the row out, or COALESCE it"
+        raise _bad(columns, ids, row, problem)
     if not _is_list(column.type):
         return column
     if pa.types.is_fixed_size_list(column.type):
@@ -238,7 +239,10 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if each.dtype == "string":
-        found: np.ndarray = column.to_numpy(zero_copy_only=False)
+        try:
+            found: np.ndarray = column.to_numpy(zero_copy_only=False)
+        except pa.ArrowException as error:
+            raise _not_text(column, name, columns, ids) from error
         return found
     numbers: np.ndarray = column.to_numpy(zero_copy_only=False)
     if each.dtype in _INTEGERS and numbers.dtype != each.dtype:  # NumPy would wrap numbers around without a word.
@@ -251,6 +255,20 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
             raise _bad(columns, ids, int(beyond[0]), problem)
     # NumPy has no bfloat16: TensorFlow rounds to it.
     return numbers.astype("float32" if each.dtype == "bfloat16" else each.dtype, copy=False)
+
+
+def _not_text(column: pa.Array, name: str, columns: Columns, ids: pa.Array | None) -> FeaturesError:
+    """Returns an error that shows the first text that is not UTF-8, and names its id if that is known."""
+    problem = f"{name} cannot be read as text"
+    for row, value in enumerate(column.cast(pa.binary()).to_pylist()):
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            problem = f"{name} is {shown(value)}, which is not UTF-8; make the column BYTES, or encode it"
+            if ids is not None:
+                return _bad(columns, ids, row, problem)
+            break
+    return FeaturesError(f"the features of tower {columns.tower!r}: {problem}")
 
 
 def _bad(columns: Columns, ids: pa.Array, row: int, problem: str) -> FeaturesError:

@@ -114,10 +114,12 @@ class LoadedModel:
             self._parts[layer] = replace(self._callable(found), model=self._model)
             return self._parts[layer]
         except _UnfitError as error:
+            parts = ", ".join(self.parts())
+            choose = f"choose with --tower={tower}=PART, or log" if parts else "log"
             raise TowerMissingError(
-                f"tower {tower!r}: {layer!r} of {self._path} {error}; parts that compute a vector: "
-                f"{', '.join(self.parts()) or 'none'}; choose with --tower={tower}=PART, or log the model with the "
-                "tower as a layer, or a signature, of its own"
+                f"tower {tower!r}: {layer!r} of {self._path} {error}; parts that compute a vector: {parts or 'none'}; "
+                f"{choose} the model with the tower as a layer, or a signature, of its own"
+                + ("" if parts else " (model.export() alone saves one function of both towers together)")
             ) from error
 
     def parts(self) -> list[str]:

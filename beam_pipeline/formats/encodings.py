@@ -354,7 +354,7 @@ def _decode_csv(data: bytes, vocabulary: Vocabulary) -> tuple[np.ndarray, pa.Arr
         )
     except (pa.ArrowException, ValueError) as error:
         # Arrow counts columns from 0, and rows from the first of this part of the file.
-        reason = re.sub(r"CSV column #\d+: Row #?\d+: ", "", str(error).splitlines()[0])
+        reason = re.sub(r"In CSV column #\d+: Row #?\d+: ", "", str(error).splitlines()[0])
         raise BadIdError(f"{vocabulary.path}: not a table of ids and their rows ({reason})") from error
     rows, ids = table[row_column].combine_chunks(), table[id_column].combine_chunks()
     if rows.null_count:
@@ -368,6 +368,7 @@ _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, 
     Encoding.INT32: _integer_cuts(4),
     Encoding.INT64: _integer_cuts(8),
     Encoding.VARINTS: _varint_cuts,
+    Encoding.REFERENCES: _integer_cuts(16),
     Encoding.ROWS: lambda _, span, rows: _row_cuts(span, rows),
 }
 _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {

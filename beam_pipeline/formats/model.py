@@ -40,6 +40,8 @@ class Encoding(Enum):
     """Integers as a packed protobuf field, negative ones in ten bytes."""
     UTF32 = "UTF-32"
     """Strings of one width, as NumPy's type `<U`: four bytes a character, padded with NULs."""
+    REFERENCES = "references"
+    """References to strings elsewhere in an HDF5 file, each of one width."""
     FIXED = "fixed width"
     """Strings of one width, as NumPy's type `S`: padded with NULs."""
     ROWS = "rows"
@@ -205,6 +207,7 @@ class Vocabulary:
         fills: each row from `first_row` on has an id: of ids from outside of the model.
         columns: of a CSV file, the positions of the columns of ids and of rows.
         table: of Parquet files, where the ids are and what stands beside them.
+        heap: of references, the bytes in which they are strings; addresses count from their start.
     """
 
     path: str
@@ -220,6 +223,7 @@ class Vocabulary:
     fills: bool = False
     columns: tuple[int, int] | None = None
     table: Table | None = None
+    heap: Span | None = None
 
 
 class Ending(Enum):
@@ -301,6 +305,19 @@ class Tower:
     def computed_by(self) -> str:
         """The library that computes its vectors, and its version; empty if they are read."""
         return ""
+
+    @property
+    def ids_place(self) -> str:
+        """Where its ids are, for a message."""
+        if self.source == "index":
+            return f"the index {self.layer!r}"
+        return self.vocabulary.path if self.has_ids_beside_it else "the vocabulary"
+
+    @property
+    def has_ids_beside_it(self) -> bool:
+        """Whether its ids are in a file that is no part of a model."""
+        beside = (Encoding.JSON_OBJECT, Encoding.CSV, Encoding.PARQUET)
+        return self.source == "file" or self.vocabulary.fills or self.vocabulary.encoding in beside
 
     @property
     def contiguous(self) -> Matrix:

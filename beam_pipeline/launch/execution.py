@@ -6,15 +6,18 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import (
     GoogleCloudOptions,
     PipelineOptions,
+    PortableOptions,
     SetupOptions,
     StandardOptions,
     WorkerOptions,
@@ -24,6 +27,8 @@ from beam_pipeline import __version__, emulators, errors, metrics, workers
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError
 from beam_pipeline.launch.options import JobConfig
 from beam_pipeline.launch.session import Session
+
+_CONNECT_SECONDS = 10
 
 Build = Callable[[beam.Pipeline], object]
 """Builds a graph into a pipeline."""
@@ -98,6 +103,24 @@ def job_labels(config: JobConfig, run_id: str | None, experiment: str | None) ->
     )
 
 
+def require_job_service(options: PipelineOptions) -> None:
+    """Connects to the job service that the options name, for which Beam would wait five minutes.
+
+    Raises:
+        ConfigError: nothing answers there.
+    """
+    endpoint = options.view_as(PortableOptions).job_endpoint
+    if not endpoint or endpoint == "embed":  # in this process
+        return
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--job_endpoint={endpoint}: no job service answers there ({error}); start one, or correct HOST:PORT"
+        ) from error
+
+
 def submit_nothing(options: PipelineOptions) -> None:
     """Submits an empty job where a template's launcher has to write one, and nothing elsewhere.
 
@@ -156,6 +179,7 @@ def run(
     result: Any = None
     dead: list[str] = []
     try:
+        require_job_service(options)
         pipeline = beam.Pipeline(runner=workers.runner(options), options=options)
         build(pipeline)
         metrics.end_phase("build the job graph")
@@ -191,6 +215,9 @@ def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
     main, before = threading.get_ident(), threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, grpc.RpcError):  # The main thread, which waits at the same place, reports it.
+            logging.getLogger(__name__).info("a connection of the job ended", exc_info=args.exc_value)
+            return
         if not isinstance(args.exc_value, RuntimeError) or "Worker subprocess exited" not in str(args.exc_value):
             before(args)
             return
@@ -230,6 +257,9 @@ def reason(error: Exception, whole: str) -> PipelineError:
     """
     if isinstance(error, PipelineError):
         return error
+    if isinstance(error, grpc.RpcError):  # Only a call that answers has details.
+        details = error.details() if isinstance(error, grpc.Call) else type(error).__name__
+        return PipelineError(f"the job service ended, or cannot be reached any more ({details}); {whole}")
     lines = [line for line in _STEP.sub("", str(error)).splitlines() if line.strip()]
     for line in reversed(lines):
         if named := re.match(r"beam_pipeline\.errors\.(\w+): (.*)", line):

@@ -143,6 +143,11 @@ class Config(JobConfig):
         """Whether a local folder of this machine is the same folder where the job runs."""
         return self.local or self.shared_files
 
+    @property
+    def sharing(self) -> str:
+        """What an error about a local folder adds to its remedies, where the runner can have workers that read it."""
+        return ", --shared_files if the workers can read it" if self.waits else ""
+
 
 _USAGE = "%(prog)s (--run_id ID | --experiment_name NAME | --model_uri URI) [option ...]"
 
@@ -596,6 +601,12 @@ def parse(argv: Sequence[str]) -> Config:
     )
     if config.shared_files and config.runner not in _PORTABLE_RUNNERS:
         ours.error(f"--shared_files is for {', '.join(_PORTABLE_RUNNERS)}; leave it out with {config.runner}")
+    for name, source in config.features.items():
+        if not (config.reads_local_files or is_query(source) or "://" in source):
+            ours.error(
+                f"--features={name}={source!r}: {config.runner} cannot read files of this machine; put them on "
+                f"gs://{config.sharing}, or use --runner=DirectRunner"
+            )
     if config.plan and config.inspect:
         ours.error("--inspect stops before anything that --plan shows; leave out one")
     if config.tag_run and not config.waits:

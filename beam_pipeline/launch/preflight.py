@@ -186,7 +186,8 @@ def _examine_age(
         if expiration and (today - training.run.train_date).days * _DAY_MS >= expiration
     )
     if old and expiration:
-        more = f" and {len(old) - 1:,} more dates" if len(old) > 1 else ""
+        others = len(old) - 1
+        more = f" and {others:,} more date{'s' if others > 1 else ''}" if others else ""
         without = ", or leave the date out with --since" if len(of_runs) > 1 else ""  # --since chooses among many
         findings.stop(
             check,

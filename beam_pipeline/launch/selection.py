@@ -148,10 +148,9 @@ def read_training(
 
 def _require_shared(config: Config, run: Run, folder: str) -> None:
     if not config.reads_local_files and not folder.startswith("gs://"):
-        sharing = ", --shared_files if the workers can read it" if config.waits else ""
         raise ConfigError(
             f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
-            f"artifacts are on gs://{sharing}, or --runner=DirectRunner"
+            f"artifacts are on gs://{config.sharing}, or --runner=DirectRunner"
         )
 
 

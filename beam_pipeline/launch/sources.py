@@ -119,6 +119,6 @@ def _readable(
     if not config.reads_local_files and not folder.startswith("gs://"):
         raise ConfigError(
             f"{config.runner} cannot read {folder} of run {run.run_id} on this machine; use a run whose artifacts are "
-            "on gs://, or --runner=DirectRunner"
+            f"on gs://{config.sharing}, or --runner=DirectRunner"
         )
     return folder + pattern

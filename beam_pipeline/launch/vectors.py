@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from beam_pipeline.computing.tower import ComputedTower
-from beam_pipeline.errors import PipelineError, VectorNotServedError
+from beam_pipeline.errors import BadVectorError, PipelineError, VectorNotServedError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.model import Ending, Tail, Tower, VectorTable
 from beam_pipeline.launch.options import DEFAULT_TOWERS
@@ -38,10 +38,12 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
         _examine_tail(findings, name, layer, tail, where, embedding_rows)
     for tower in publication.trainings[-1].towers.values():
         if isinstance(tower, ComputedTower):
+            features = tower.has_ids_beside_it
             findings.note(
                 f"vectors {tower.name}",
                 f"computed on the workers by {tower.layer} ({tower.signature}), ids from {tower.ids_from}: code of the "
-                f"artifact runs there ({tower.computed_by}), and the vectors have no checksum",
+                f"artifact runs there ({tower.computed_by}), and the vectors have no checksum"
+                + ("; an id that the model does not know gets its vector of unknown ids" if features else ""),
             )
             continue
         _examine_checksum(findings, tower)
@@ -148,6 +150,15 @@ def _mismatch(one: Tower, other: Tower) -> str:
 
 def _add_mismatch(findings: Findings, one: Tower, other: Tower, problem: str, discovered: bool) -> None:
     check, text = "towers", f"{one.name} and {other.name} have {problem}"
+    if one.source == other.source == "file" and one.matrix.dimension != other.matrix.dimension:
+        findings.stop(
+            check,
+            BadVectorError(
+                f"{text}: {one.layer} and {other.layer} cannot be searched against each other; log what the towers "
+                "return, or publish one of them in a launch of its own, if it is meant to be searched alone"
+            ),
+        )
+        return
     # The default layers are as good as named; others were found by what their names say.
     if discovered and {one.layer, other.layer} != {*DEFAULT_TOWERS.values()}:
         findings.stop(

@@ -19,6 +19,7 @@ from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, Un
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats.encodings import cuts, decode, shown, varints, verify
 from beam_pipeline.formats.files.vectors import require_as_many
+from beam_pipeline.formats.keras import heap
 from beam_pipeline.formats.model import Encoding, Tower
 from beam_pipeline.formats.protobuf import Span
 
@@ -155,6 +156,8 @@ def read_ids(file: ByteFile, tower: Tower, count: int, ids: Span, lengths: Span 
         CorruptFileError: the bytes are not that many ids.
     """
     data = file.read(ids.start, ids.end - ids.start)
+    if tower.vocabulary.heap is not None:
+        return heap.read_strings(file, tower.vocabulary.heap, data)
     if lengths is None:
         return decode(tower.vocabulary.encoding, data, count)
     sizes = varints(file.read(lengths.start, lengths.end - lengths.start))
@@ -218,7 +221,7 @@ def are_same(one: Tower, other: Tower, open_file: OpenFile) -> bool:
         ]
         return names[0] == names[1]
     # Sets of millions of ids take too much memory in a launcher; bytes are compared a block at a time.
-    if sizes[0] != sizes[1] or first.encoding != second.encoding:
+    if sizes[0] != sizes[1] or first.encoding != second.encoding or first.heap or second.heap:
         return False
     with open_file(first.path) as ours, open_file(second.path) as theirs:
         blocks = zip(ours.blocks(*first.span, _BLOCK), theirs.blocks(*second.span, _BLOCK), strict=True)

@@ -82,7 +82,8 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
     ordered = sorted(reports, key=lambda report: (report.run_id, report.tower, report.first_row or 0))
     problems = [report.problem for report in ordered if report.problem]
     if problems:
-        more = f" (and {len(problems) - 1:,} more problems)" if len(problems) > 1 else ""
+        others = len(problems) - 1
+        more = f" (and {others:,} more problem{'s' if others > 1 else ''})" if others else ""
         raise type(problems[0])(f"{problems[0]}{more}")
     by_tower: dict[tuple[str, str], list[Report]] = {}
     for report in ordered:
@@ -110,8 +111,9 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
             spans.update((report.offset, report.bytes, report.crc) for report in of_tower if not report.rows)
         count = sum(report.ids for report in of_tower)
         norms = [report.norms for report in of_tower if report.norms]
-        if not count or not norms:
-            empty = "their source is empty" if tower.is_computed else "its vocabulary is empty; train it with one"
+        if not norms:
+            its = "its vocabulary is empty; train it with one"
+            empty = f"{tower.ids_place} is empty" if tower.has_ids_beside_it else its
             raise BadIdError(f"tower {tower.name!r} has no ids: {empty}")
         tallies[run_id, tower.name] = Tally(
             ids=count,

@@ -115,7 +115,7 @@ def test_no_tensorflow_in_a_whole_run(job, store, models, tmp_path):
         "atexit.register(lambda: print('IMPORTED', 'tensorflow' in sys.modules, 'keras' in sys.modules))\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = job.subprocess(run, env={**os.environ, "PYTHONPATH": path})
+    done = job.cold(run, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "IMPORTED False False"
 
@@ -130,7 +130,7 @@ def test_help_imports_neither_tensorflow_nor_beam():
 
 def test_what_a_person_sees(job, store, models):
     run = store.log(models("plain"), "spring", MARCH_1)
-    done = job.subprocess(run)
+    done = job.cold(run)
     table = f"{job.client.project}.{job.dataset}.two_tower"
     out = done.stdout.splitlines()
     assert out[:-4] == [

@@ -125,3 +125,22 @@ def test_integers_are_ids_by_their_digits():
     assert ids_of(table, found).to_pylist() == ["7", "-13"]
     ((_, (values,)),) = arrays(table, found, ids_of(table, found))
     assert values.dtype == np.int64
+
+
+def test_text_that_is_not_utf8_is_named():
+    def text(*values):
+        offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+        return pa.Array.from_buffers(
+            pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+        )
+
+    cities = text(b"Lyon", b"M\xe4tz")
+    with pytest.raises(
+        FeaturesError, match=r"for id 'b', city is 'M\\\\xe4tz', which is not UTF-8; make the column BYTES"
+    ):
+        called([Input("city", "string")], user_id=["a", "b"], city=cities)
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), cities)
+    with pytest.raises(FeaturesError, match=r"the features of tower 'user': city is 'M\\\\xe4tz', which is not UTF-8"):
+        called([Input("city", "string", (None,))], user_id=["a", "b"], city=lists)
+    as_bytes = pa.array([b"Lyon", b"M\xe4tz"])
+    assert called([Input("city", "string")], user_id=["a", "b"], city=as_bytes) == [(None, [[b"Lyon", b"M\xe4tz"]])]

@@ -76,6 +76,14 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--shared_files"], "--shared_files is for PrismRunner, FlinkRunner, PortableRunner; leave it"),
         (["--run_id=1", "--runner=DataflowRunner", "--shared_files"], "leave it out with DataflowRunner"),
         (["--run_id=1", "--runner=PrismRunner", "--warehouse=w"], "--warehouse runs with DirectRunner only"),
+        (
+            ["--run_id=1", "--compute=user", "--features=user=/f/*.parquet", "--runner=DataflowRunner"],
+            "--features=user='/f/*.parquet': DataflowRunner cannot read files of this machine; put them on gs://, or use",
+        ),
+        (
+            ["--run_id=1", "--compute=user", "--features=user=/f/*.parquet", "--runner=PrismRunner"],
+            "put them on gs://, --shared_files if the workers can read it, or use --runner=DirectRunner",
+        ),
         (["--run_id=1", "--tower=user"], "--tower='user': NAME=LAYER"),
         (["--run_id=1", "--tower=User=a"], "--tower='User=a': NAME=LAYER"),
         (["--run_id=1", "--tower=a=b", "--tower=a=c"], "tower 'a' is named twice"),
@@ -154,6 +162,19 @@ def test_runs_are_tagged_where_this_process_waits(runner):
 
 def test_beams_flags_in_any_form(capsys):
     parse(["--run_id", "1", "--no_use_public_ips", "--experiments=a", "--experiments", "b", "--labels", '{"a": "b"}'])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--features=user=/f/*.parquet"],
+        ["--features=user=/f/*.parquet", "--runner=FlinkRunner", "--shared_files"],
+        ["--features=user=gs://b/*.parquet", "--runner=DataflowRunner"],
+        ["--features=user=SELECT 1", "--runner=PrismRunner"],
+    ],
+)
+def test_features_that_the_workers_can_read(flags):
+    assert parse(["--run_id=1", "--compute=user", *flags]).features
 
 
 def test_features_may_be_one_json_object():

@@ -1,5 +1,6 @@
 """What the report says of towers whose vectors cannot be compared with each other."""
 
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -66,3 +67,13 @@ def test_what_cannot_be_told_is_a_note_with_the_reason(tmp_path):
     ((status, text),) = findings(untold)
     assert status == "note"
     assert text.startswith("it is unknown whether user_tower continues after its embedding")
+
+
+def test_vectors_of_files_that_differ_in_length_are_refused(tmp_path):
+    user, item = (replace(tower(tmp_path, name, ["a"], dimension), source="file", tail=Tail(Ending.LOGGED))
+                  for name, dimension in (("user", 4), ("item", 8)))  # fmt: skip
+    stop = next(text for status, text in findings(user, item) if status == "stop")
+    assert stop.startswith(
+        "user and item have vectors of 4 and of 8 values: user_tower and item_tower cannot be searched"
+    )
+    assert not [text for status, text in findings(user, replace(item, source="index")) if status == "stop"]
