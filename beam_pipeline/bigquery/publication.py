@@ -97,8 +97,30 @@ Tallies = Mapping[tuple[str, str], Tally]
 """What was read, by run id and tower."""
 
 
+class JobPlace:
+    """Where a job keeps files on the way, and under which key it creates what it creates.
+
+    Attributes:
+        temp_location: `gs://` folder.
+        kms_key: Cloud KMS key of every table and job; None leaves it to the dataset.
+    """
+
+    temp_location: str
+    kms_key: str | None
+
+    @property
+    def encryption(self) -> bigquery.EncryptionConfiguration | None:
+        """For every table that is created and every result that is kept."""
+        return bigquery.EncryptionConfiguration(self.kms_key) if self.kms_key else None
+
+    @property
+    def bucket(self) -> str:
+        """Name of the temp location's bucket."""
+        return self.temp_location.removeprefix("gs://").split("/")[0]
+
+
 @dataclass(frozen=True)
-class Publication:
+class Publication(JobPlace):
     """What a launch publishes, and where to.
 
     Attributes:
@@ -131,16 +153,6 @@ class Publication:
     def towers(self) -> tuple[str, ...]:
         """Names of the towers, the same in every training."""
         return tuple(self.trainings[0].towers)
-
-    @property
-    def encryption(self) -> bigquery.EncryptionConfiguration | None:
-        """For every table that is created and every result that is kept."""
-        return bigquery.EncryptionConfiguration(self.kms_key) if self.kms_key else None
-
-    @property
-    def bucket(self) -> str:
-        """Name of the temp location's bucket."""
-        return self.temp_location.removeprefix("gs://").split("/")[0]
 
     @property
     def all_load_files(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from google.cloud import bigquery
 
+from beam_pipeline.bigquery.publication import JobPlace
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.comparison.neighbours import Nearest
 from beam_pipeline.comparison.tables import Pair
@@ -29,7 +30,7 @@ FILES, FACTS = "files", "facts"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(JobPlace):
     """What is compared, and where the results go.
 
     Attributes:
@@ -76,16 +77,6 @@ class Comparison:
     def other(self, tower: str) -> str | None:
         """Returns the other tower, if there is one."""
         return next((name for name in self.towers if name != tower), None)
-
-    @property
-    def encryption(self) -> bigquery.EncryptionConfiguration | None:
-        """For every table that is created and every job that keeps a result."""
-        return bigquery.EncryptionConfiguration(self.kms_key) if self.kms_key else None
-
-    @property
-    def bucket(self) -> str:
-        """Name of the temp location's bucket."""
-        return self.temp_location.removeprefix("gs://").split("/")[0]
 
     @property
     def all_files(self) -> str:

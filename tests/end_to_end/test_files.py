@@ -206,7 +206,7 @@ def test_plan_and_inspect(job, store, files, capsys):
     assert "70 rows × 6 float32 of user.npy → " in plan
     assert "90 rows × 6 float32 of item_parts#sku,emb → " in plan
     assert "user.npy has none: its 1,680 bytes are counted, damage would not be noticed" in plan
-    assert "as the trainer logged it" in plan
+    assert "logged by the trainer" in plan
     assert "'file'" in plan
     assert job.tables() == set()
     assert job.run(run, "--vectors=user=user.npy,item=item_parts#sku,emb", "--ids=user=user_ids.txt", "--inspect") == 0
