@@ -701,6 +701,7 @@ def test_what_is_said_of_failures(caplog):
         f"{subject} was taken by another run while this job ran; run 0123abcd was not published: choose with "
         "--if_partition_taken=replace or keep"
     )
+    caplog.clear()  # A job in this process may have turned on what was logged before.
     with serve(ABORTED, DONE) as (_, client), caplog.at_level("INFO", "beam_pipeline.bigquery.publication"):
         publish(client)
     assert caplog.messages == [f"publication attempt 1 was cancelled, trying again: {ABORTED['message']}"]
