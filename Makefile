@@ -84,14 +84,18 @@ unit: $(VENV)
 test: $(VENV)
 	$(PYTEST)
 
-# Mutants that unit tests do not notice are listed at the end; docs/verification.md says which are known. One module:
+# Lists the changes ("mutants") that no unit test noticed; docs/verification.md says which are known. One module:
 # make mutants MODULE=reading.tally
 mutants: $(VENV)
-	$(BIN)/python -m pip install -qq -cconstraints.txt -e '.[mutants]'
-	mkdir -p mutants .cache
-	ln -sfn ../.cache mutants/.cache
-	$(BIN)/mutmut run --max-children 2 $(if $(MODULE),'beam_pipeline.$(MODULE).*')
-	$(BIN)/mutmut results
+	@$(BIN)/python -m pip install -qq -cconstraints.txt -e '.[mutants]'
+	@mkdir -p mutants .cache
+	@ln -sfn ../.cache mutants/.cache
+	@echo 'A change takes a second or two; how far it is: tail -f mutants/log'
+	@$(BIN)/mutmut run --max-children 2 $(if $(MODULE),'beam_pipeline.$(MODULE).*') >mutants/log 2>&1 || { tail -n 40 mutants/log; exit 1; }
+	@$(BIN)/mutmut results --all 1 | grep '^ *beam_pipeline\.$(MODULE)' >mutants/results
+	@grep -v ': killed$$' mutants/results || true
+	@sed 's/.*: //' mutants/results | sort | uniq -c
+	@echo 'See one: $(BIN)/mutmut show NAME'
 
 NUMBER ?= 20000
 SEED ?= 1

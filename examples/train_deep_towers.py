@@ -1,4 +1,4 @@
-"""Trains towers that go on after their embedding, and logs them in one of the forms that can be published.
+"""Trains towers that continue after their embedding, and logs them in one of the forms that can be published.
 
 * `--form=packed` logs the towers' outputs in place of the towers, each a lookup and an embedding: publish it without
   flags.

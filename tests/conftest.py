@@ -1,9 +1,11 @@
 """What many tests need: real models, copies of them to damage, emulators and a real MLflow store."""
 
+import gc
 import os
 import re
 import shutil
 import signal
+import sys
 
 import pytest
 from hypothesis import settings
@@ -60,6 +62,21 @@ def _clean_environment():
         os.environ.pop(name, None)
 
 
+def pytest_collection_finish():
+    """What was imported stays: collecting garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _beam_caches():
+    """Tests that were collected have imported Beam, or none of them needs it."""
+    if "apache_beam" in sys.modules:
+        import beam_caches
+
+        beam_caches.install()
+
+
 @pytest.fixture(scope="session")
 def warehouse(tmp_path_factory):
     """Emulators for the session; this process and its children talk to them."""
@@ -76,8 +93,17 @@ def store(tmp_path_factory, warehouse):
     return Store(tmp_path_factory.mktemp("mlflow"), warehouse)
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """Starts commands in processes of their own."""
+    from commands import Commands
+
+    with Commands() as running:
+        yield running
+
+
 @pytest.fixture
-def job(warehouse, store, request):
+def job(warehouse, store, commands, request):
     """Runs the job, into a dataset that is made for this test."""
     from google.cloud import bigquery
     from job import Job
@@ -85,12 +111,12 @@ def job(warehouse, store, request):
     client = bigquery.Client(project=warehouse.project)
     dataset = re.sub(r"\W", "_", request.node.name)[:80] + f"_{os.getpid()}"
     client.create_dataset(dataset)
-    yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}")
+    yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}", commands)
     client.delete_dataset(dataset, delete_contents=True)
 
 
 @pytest.fixture
-def history(warehouse, request):
+def history(warehouse, commands, request):
     """Tables of a dataset that is created for this test."""
     from google.cloud import bigquery
     from history import History
@@ -98,5 +124,5 @@ def history(warehouse, request):
     client = bigquery.Client(project=warehouse.project)
     dataset = re.sub(r"\W", "_", request.node.name)[:80] + f"_{os.getpid()}"
     client.create_dataset(dataset)
-    yield History(client, dataset, f"{warehouse.temp_location}/{dataset}")
+    yield History(client, dataset, f"{warehouse.temp_location}/{dataset}", commands)
     client.delete_dataset(dataset, delete_contents=True)

@@ -174,7 +174,7 @@ def tensorflow() -> Any:
             "--compute needs TensorFlow, which is not installed here: pip install 'beam-pipeline[compute]', or the "
             "image of the target `compute`, for the workers too"
         )
-    # What it says of processors and GPUs is nobody's business on stderr, where an error is one line.
+    # What it reports about processors and GPUs does not belong on stderr, where an error is one line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Of Keras 3's backends, the one whose operations the workers have.
     os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -244,7 +244,7 @@ def _load_keras(path: str) -> Any:
 
 @contextmanager
 def _local(path: str) -> Iterator[str]:
-    """Gives a local path of a model, copied if it has to be."""
+    """Yields a local path of a model, copied if it has to be."""
     if "://" not in path:
         yield path
         return
@@ -309,7 +309,7 @@ def _saved_part(found: Any) -> Part:
             return _only(function(*filled_args, **filled_kwargs))
 
         return Part(Signature(inputs, dimension, dtype, f"tensorflow {tf.__version__}"), call)
-    raise reasons[0] if reasons else _UnfitError("is there for training only")
+    raise reasons[0] if reasons else _UnfitError("is for training only")
 
 
 def _keras_part(found: Any) -> Part:

@@ -22,7 +22,7 @@ from beam_pipeline.formats.protobuf import Span
 class ComputedTower(Tower):
     """A tower whose vectors are what a part of the model returns.
 
-    Its matrix lies in no file: it has a dimension, and rows that are at most those of a lookup, or 0 for features.
+    Its matrix is in no file: it has a dimension, and rows that are at most those of a lookup, or 0 for features.
 
     Attributes:
         model_path: the SavedModel's folder, or the `.keras` file.

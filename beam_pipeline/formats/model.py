@@ -20,7 +20,7 @@ _LONGEST_TOKEN = 300
 
 
 class Encoding(Enum):
-    """How ids lie in a file, one after the other."""
+    """How ids are laid out in a file, one after the other."""
 
     LINES = "lines"
     """One id per line, as TensorFlow's vocabulary files have them."""
@@ -195,7 +195,7 @@ class Vocabulary:
     Attributes:
         path: the file that holds the ids.
         span: where in it.
-        encoding: how they lie there.
+        encoding: how they are laid out there.
         first_row: the lowest row of an id; the rows before it stand for out-of-vocabulary ids or the mask.
         count: number of ids, if the artifact says it without reading them.
         row_numbers: where the artifact itself lists the row of each id (int64, little-endian), if it does.
@@ -227,12 +227,12 @@ class Vocabulary:
 
 
 class Ending(Enum):
-    """How a tower goes on after its embedding."""
+    """How a tower continues after its embedding."""
 
     EMBEDDING = "ends at the embedding"
     SCALED = "scales only"
-    GOES_ON = "goes on"
-    UNKNOWN = "cannot be told"
+    GOES_ON = "continues"
+    UNKNOWN = "unknown"
     COMPUTED = "is computed to its end"
     LOGGED = "is what the trainer logged"
 
@@ -246,7 +246,7 @@ class Tail:
         operations: what is done, each as (layer, operation); empty where the tower ends at the embedding.
         meeting: the operation in which the towers meet, where that is neither a dot product nor a cosine.
         is_biased: whether the model adds something of each id to the dot product.
-        reason: why it cannot be told, or what else is to be known.
+        reason: why the ending is unknown, or what else a person should know.
     """
 
     ending: Ending
@@ -284,7 +284,7 @@ class Tower:
         tail: what the model does with the rows.
         source: "embedding", "index" if the rows are those of a search index, "file" if the trainer logged them, or
             "computed".
-        model_uri: where its model lies, if the towers of a training are of several.
+        model_uri: where its model is, if the towers of a training are of several.
     """
 
     name: str
@@ -298,7 +298,7 @@ class Tower:
 
     @property
     def is_computed(self) -> bool:
-        """Whether its vectors lie in no file, and how many there are is known only once its ids were read."""
+        """Whether its vectors are in no file; how many there are is then known only once its ids were read."""
         return False
 
     @property
@@ -321,14 +321,14 @@ class Tower:
 
     @property
     def contiguous(self) -> Matrix:
-        """The matrix, of a tower whose vectors lie one after the other."""
+        """The matrix, of a tower whose vectors are stored one after the other."""
         if not isinstance(self.matrix, Matrix):
             raise TypeError(f"the vectors of tower {self.name!r} are in Parquet files")
         return self.matrix
 
     @property
     def vector_source(self) -> str:
-        """What the published vectors are: what the model serves, or rows after which its tower goes on."""
+        """What the published vectors are: what the model serves, or rows after which its tower continues."""
         return "embedding_rows" if self.tail.ending == Ending.GOES_ON else self.source
 
 
@@ -360,7 +360,7 @@ class Artifact(Protocol):
         ...
 
     def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
-        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+        """Returns how towers continue after their embeddings, until they meet each other or are returned.
 
         Args:
             layers: of all towers that are published together: name → layer.
@@ -406,9 +406,9 @@ def special_names(where: str, mask: Any, oov: Any, buckets: Any) -> list[str]:
             sensible = False
         if not sensible:
             raise CorruptFileError(
-                f"{where} has a mask or out-of-vocabulary token that is no text of up to {_LONGEST_TOKEN} bytes; "
+                f"{where} has a mask or out-of-vocabulary token that is not text of up to {_LONGEST_TOKEN} bytes; "
                 "log the model again"
             )
-    # Rows are told apart: ids are unique. An empty mask token is Keras's old default, and no id.
+    # Each row has a name of its own, as ids are unique. An empty mask token is Keras's old default, and not an id.
     names = [] if mask is None else [str(mask) or "[MASK]"]
     return names + [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]

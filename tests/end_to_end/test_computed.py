@@ -126,8 +126,8 @@ def test_plan_and_inspect_name_inputs(job, store, deep, capsys):
             "user-059', time is NULL, and the tower has nothing to take instead; l",
         ),
         ("time", lambda times: [*times[:-1], float("nan")], "the vector of id 'user-059' holds NaN"),
-        ("last", lambda lists: [*lists[:-1], ["a"]], "of id 'user-059', last has 1 values, and the tower takes 3"),
-        ("age", lambda ages: [*ages[:-1], 1 << 40], "of id 'user-059', age is 1,099,511,627,776, and the tower takes"),
+        ("last", lambda lists: [*lists[:-1], ["a"]], "for id 'user-059', last has 1 values, and the tower takes 3"),
+        ("age", lambda ages: [*ages[:-1], 1 << 40], "for id 'user-059', age is 1,099,511,627,776, and the tower takes"),
     ],
 )
 def test_bad_features_publish_nothing(job, store, deep, capsys, tmp_path, column, change, message):

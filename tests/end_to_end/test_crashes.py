@@ -23,8 +23,8 @@ def test_a_reader_never_sees_one_tower_without_the_other(job, store, models):
     first = store.log(models("longer"), "first", MARCH_1)
     assert job.run(first) == 0
     second = store.log(models("plain"), "second", MARCH_2)
-    command = job.command(second, "--allow_dimension_change")
-    seen = watch(job, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    seen = watch(job, job.start(second, "--allow_dimension_change", **quiet))
     seen.update(job.query("SELECT (SELECT COUNT(*) FROM {user}), (SELECT COUNT(*) FROM {item})"))
     assert seen == {(50, 50), (50 + 3015, 50 + 2014)}
 

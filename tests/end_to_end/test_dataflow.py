@@ -122,11 +122,11 @@ def _layers(data):
 
 
 @pytest.fixture(scope="module")
-def job(warehouse, store):
+def job(warehouse, store, commands):
     client = bigquery.Client(project=warehouse.project)
     dataset = f"dataflow_{os.getpid()}"
     client.create_dataset(dataset)
-    yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}")
+    yield Job(client, dataset, store, f"{warehouse.temp_location}/{dataset}", commands)
     client.delete_dataset(dataset, delete_contents=True)
 
 

@@ -94,7 +94,7 @@ def test_serving_a_folder_that_is_not_there(tmp_path):
     command = [sys.executable, "-m", "beam_pipeline.emulators", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: no warehouse at \S+; a job with --warehouse=\S+ makes one\n", done.stderr)
+    assert re.fullmatch(r"error: no warehouse at \S+; a job with --warehouse=\S+ creates one\n", done.stderr)
 
 
 def test_emulators_that_do_not_start(tmp_path, monkeypatch):
@@ -214,8 +214,7 @@ def below(pid):
 def test_a_worker_process_dies(job, store, models):
     """Beam itself waits for its answer for ever."""
     run = store.log(models("plain"), "plain", MARCH_1)
-    command = job.command(run, "--direct_running_mode=multi_processing", "--direct_num_workers=2")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = job.start(run, "--direct_running_mode=multi_processing", "--direct_num_workers=2")
     while process.poll() is None and not any("_staging_" in table for table in job.tables()):
         time.sleep(0.1)
     workers = [
@@ -254,7 +253,7 @@ def test_a_worker_process_dies_before_it_has_connected(job, store, models, tmp_p
     assert job.tables() == set()
 
 
-def test_the_job_in_a_folder_of_its_own(tmp_path, store, models):
+def test_the_job_in_a_folder_of_its_own(tmp_path, store, models, commands):
     """The main command as the README has it: no cloud, no credentials, a dataset that is made."""
     from datetime import UTC, datetime
 
@@ -277,7 +276,7 @@ def test_the_job_in_a_folder_of_its_own(tmp_path, store, models):
         # What a killed job left: the emulator knows no expiration, the next job clears it.
         client.query_and_wait("CREATE TABLE raw_dev.two_tower_user_embedding_staging_dead AS SELECT 1 AS x")
         client.query_and_wait("CREATE TABLE raw_dev.beam_bq_job_LOAD_historizedead AS SELECT 1 AS x")
-    done = subprocess.run([*command, f"--warehouse={folder}"], capture_output=True, text=True, env=environment)
+    done = commands.run([*command, f"--warehouse={folder}"], env=environment)
     assert done.returncode == 0, done.stderr
     with emulators.Warehouse(str(folder)) as warehouse:
         tables = {table.table_id for table in client_of(warehouse.bigquery_url).list_tables("raw_dev")}

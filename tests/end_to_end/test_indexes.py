@@ -26,7 +26,7 @@ def test_every_row_of_an_index_is_what_it_answers(job, store, indexes):
         ("mismatched", "the ids of index 'vectors' are 21, and its vectors 20"),
         ("diverged", "the vector of id 'ítem 3 ü' (row 3) holds NaN or infinity"),
         ("scann_quantised", "holds its vectors quantised only"),
-        ("beside_dense", "tower 'user': the model goes on after the embedding of 'encoder': dense"),
+        ("beside_dense", "tower 'user': the model continues after the embedding of 'encoder': dense"),
     ],
 )
 def test_nothing_is_published_of_an_index_that_cannot_be_served(job, store, indexes, capsys, name, problem):

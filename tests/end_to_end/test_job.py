@@ -115,7 +115,7 @@ def test_no_tensorflow_in_a_whole_run(job, store, models, tmp_path):
         "atexit.register(lambda: print('IMPORTED', 'tensorflow' in sys.modules, 'keras' in sys.modules))\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = job.subprocess(run, env={**os.environ, "PYTHONPATH": path})
+    done = job.cold(run, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "IMPORTED False False"
 
@@ -130,7 +130,7 @@ def test_help_imports_neither_tensorflow_nor_beam():
 
 def test_what_a_person_sees(job, store, models):
     run = store.log(models("plain"), "spring", MARCH_1)
-    done = job.subprocess(run)
+    done = job.cold(run)
     table = f"{job.client.project}.{job.dataset}.two_tower"
     out = done.stdout.splitlines()
     assert out[:-4] == [
@@ -143,7 +143,7 @@ def test_what_a_person_sees(job, store, models):
         f"ok    table user   {table}_user_embedding will be created, partitions kept forever",
         f"ok    table item   {table}_item_embedding will be created, partitions kept forever",
         "ok    bucket       gs://warehouse in US",
-        "note  permissions  not asked: emulators have none",
+        "note  permissions  not checked: emulators have none",
         "ok    size         at most 5,031 rows, 161 kB of vectors to read, 719 kB in BigQuery",
         "ok    cost         publishing reads 452 kB: about $0.00 at $6.25/TiB; loading is free",
     ]

@@ -91,7 +91,7 @@ def test_as_a_process_of_its_own_without_keras(job, store, keras_files, tmp_path
         "atexit.register(lambda: print('IMPORTED', *({'tensorflow', 'keras', 'h5py'} & {*sys.modules})))\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = job.subprocess(run, *BY_NAME, env={**os.environ, "PYTHONPATH": path})
+    done = job.cold(run, *BY_NAME, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "IMPORTED"
     check(job, run, keras_files("functional"))

@@ -111,8 +111,7 @@ def test_readers_see_history_and_latest_of_both_towers_change_together(job, stor
     first = store.log(models("longer"), "first", MARCH_1)
     second = store.log(models("plain"), "second", MARCH_2)
     assert job.run(first, *FLAGS) == 0
-    command = job.command(second, *FLAGS)
-    seen = watch(job, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    seen = watch(job, job.start(second, *FLAGS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     assert seen == {(50, 50, 50, 50), (3065, 2064, 3015, 2014)}
 
 
@@ -147,8 +146,7 @@ def test_two_launches_at_once_end_with_the_newer_one(job, store, models):
     first = store.log(models("longer"), "first", MARCH_1)
     second = store.log(models("plain"), "second", MARCH_2)
     processes = [
-        subprocess.Popen(job.command(run, *FLAGS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for run in (second, first)
+        job.start(run, *FLAGS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for run in (second, first)
     ]
     deadline = time.monotonic() + 100
     for process in processes:

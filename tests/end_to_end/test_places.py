@@ -423,13 +423,11 @@ def test_copies_of_dead_launches_are_swept(job, server, served, store, monkeypat
     assert store.load_files(job.dataset) == []
 
 
-def test_on_a_laptop(server, served, tmp_path):
+def test_on_a_laptop(commands, server, served, tmp_path):
     """With a warehouse of its own, which forgets what launches before it have left."""
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_EMULATOR_HOST")}
     command = [sys.executable, "-m", "beam_pipeline", f"--run_id={served.run}", f"--tracking_uri={server.url}"]
-    done = subprocess.run(
-        [*command, f"--warehouse={tmp_path}"], env=environment, capture_output=True, text=True, check=False
-    )
+    done = commands.run([*command, f"--warehouse={tmp_path}"], env=environment)
     assert done.returncode == 0, done.stderr
     assert "published   local.raw_dev.two_tower_user_embedding, partition 2026-03-01: 50 rows" in done.stdout
     assert not [*(tmp_path / "storage" / ".cloudstorage").glob("**/embedding_artifacts/**/*.*")]

@@ -52,11 +52,11 @@ def recorded(warehouse, monkeypatch, alias):
 
 
 @pytest.fixture
-def job(warehouse, store):
+def job(warehouse, store, commands):
     """A job whose dataset is in a project of its own."""
     client = bigquery.Client(project=TABLES)
     client.create_dataset("history")
-    yield Job(client, f"{TABLES}.history", store, f"{warehouse.temp_location}/projects")
+    yield Job(client, f"{TABLES}.history", store, f"{warehouse.temp_location}/projects", commands)
     client.delete_dataset("history", delete_contents=True)
 
 

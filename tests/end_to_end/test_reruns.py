@@ -52,15 +52,20 @@ def test_a_partition_taken_while_the_job_runs(job, store, models, tmp_path):
     first = store.log(models("plain"), "first", MARCH_1)
     second = store.log(models("retrained"), "second", MARCH_1)
     hook = f"""
-import subprocess
+import os, time
 from beam_pipeline.bigquery import publication
 original = publication.shape
 def shape(*args):
     original(*args)
-    subprocess.run({job.command(first)!r}, check=True, capture_output=True)
+    print("HERE", flush=True)
+    while not os.path.exists({str(tmp_path / "taken")!r}):
+        time.sleep(0.05)
 publication.shape = shape
 """
     process = job.hooked(tmp_path, hook, second)
+    assert any(line == "HERE\n" for line in process.stdout)
+    assert job.run(first) == 0
+    (tmp_path / "taken").touch()
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "was taken by another run while this job ran" in err.splitlines()[-1]
@@ -70,8 +75,7 @@ publication.shape = shape
 
 def test_several_runs_at_once(job, store, models):
     runs = [store.log(models("plain"), "a", MARCH_1), store.log(models("retrained"), "b", MARCH_1)]
-    commands = [job.command(run, "--if_partition_taken=replace") for run in [*runs, runs[0]]]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
+    started = [job.start(run, "--if_partition_taken=replace", stderr=subprocess.STDOUT) for run in [*runs, runs[0]]]
     outputs = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], outputs
     ((key, counts),) = job.published().items()

@@ -1,7 +1,6 @@
 """The launch on Dataflow, up to the job's id, against a small Dataflow; what runs there is test_job.py's."""
 
 import os
-import subprocess
 import sys
 import uuid
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ def dataflow(monkeypatch):
 
 
 @pytest.fixture
-def submit(warehouse, store, models, dataflow):
+def submit(warehouse, store, models, commands, dataflow):
     """A function from flags to the ended launcher; always of the same run, `submit.run`."""
     client = bigquery.Client(project=warehouse.project)
     dataset = f"submit_{uuid.uuid4().hex}"
@@ -34,7 +33,7 @@ def submit(warehouse, store, models, dataflow):
             *("--runner=DataflowRunner", "--region=europe-west1", f"--dataflow_endpoint={dataflow.url}", "--no_auth"),
             *("--sdk_container_image=europe-docker.pkg.dev/local/images/beam_pipeline:1", *flags),
         ]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return commands.run(command)
 
     start.run = run
     start.staged = lambda: [blob.name for blob in storage.Client().list_blobs(warehouse.bucket, prefix=f"{dataset}/")]

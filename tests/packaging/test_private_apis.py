@@ -62,6 +62,39 @@ def beam_file_systems_options():
     assert "cls._pipeline_options = pipeline_options" in inspect.getsource(FileSystems.set_options)
 
 
+def beam_option_parsing():
+    """tests/support/beam_caches.py: what options are is decided by their class and the flags."""
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    assert [*inspect.signature(PipelineOptions.__init__).parameters] == ["self", "flags", "kwargs"]
+    parsed = [StandardOptions(["--streaming"]) for _ in range(2)]
+    assert vars(parsed[0]).keys() == {"_flags", "_visible_options", "_all_options"}
+    parsed[0].streaming = False
+    assert parsed[1].streaming
+
+
+def beam_method_arguments():
+    """tests/support/beam_caches.py: arguments of methods are asked for where they can be replaced."""
+    from apache_beam.transforms import core
+
+    assert "return get_function_args_defaults(f)" in inspect.getsource(core.get_function_arguments)
+    assert core.get_function_args_defaults(_Adding().add) == (["number"], [1])
+    assert core.get_function_args_defaults(_Adding.add) == (["self", "number"], [1])
+
+
+class _Adding:
+    def add(self, number=1):
+        return number
+
+
+def beam_disassembly():
+    """tests/support/beam_caches.py: types are inferred from what `dis` says of the code."""
+    from apache_beam.typehints import trivial_inference
+
+    assert "dis.get_instructions(f" in inspect.getsource(trivial_inference.infer_return_type_func)
+    assert trivial_inference.infer_return_type(lambda number: str(number), [int]) is str
+
+
 def google_auth_default():
     import google.auth
 
@@ -143,11 +176,18 @@ USED = [
     ("gcp-storage-emulator", "_api", "emulators/__init__.py", gcp_storage_emulator_port),
     ("gcp-storage-emulator", "_httpd", "emulators/__init__.py", gcp_storage_emulator_port),
 ]
+USED_BY_TESTS = [
+    ("apache-beam", "PipelineOptions.__init__", beam_option_parsing),
+    ("apache-beam", "get_function_args_defaults", beam_method_arguments),
+    ("python", "dis.get_instructions", beam_disassembly),
+]
+"""What tests/support/beam_caches.py replaces."""
+
 PUBLIC = {"_exit"}
 """Documented in spite of its name: os._exit."""
 
 
-@pytest.mark.parametrize("holds", [pytest.param(holds, id=f"{library}:{name}") for library, name, _, holds in USED])
+@pytest.mark.parametrize("holds", [pytest.param(row[-1], id=f"{row[0]}:{row[1]}") for row in (*USED, *USED_BY_TESTS)])
 def test_it_is_where_it_was(holds):
     holds()
 

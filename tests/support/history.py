@@ -2,7 +2,6 @@
 
 import io
 import re
-import subprocess
 import sys
 from datetime import date
 
@@ -28,11 +27,12 @@ class History:
         destination: the tables.
     """
 
-    def __init__(self, client, dataset, temp_location):
+    def __init__(self, client, dataset, temp_location, commands):
         self.client = client
         self.dataset = dataset
         self.destination = Destination(client.project, dataset, "US", "two_tower")
         self._temp_location = temp_location
+        self._commands = commands
         self._flags = [f"--dataset={dataset}", f"--temp_location={temp_location}", f"--project={client.project}"]
 
     def publish(self, day, run_id, model, *, ids=None, logged=True, name=None):
@@ -87,8 +87,13 @@ class History:
     def command(self, *flags, module="beam_pipeline.compare"):
         return [sys.executable, "-m", module, *self._flags, *flags]
 
+    def start(self, *flags, **options):
+        """Starts it in a process of its own, which has its imports done; returns the process."""
+        return self._commands.start(self.command(*flags), **options)
+
     def subprocess(self, *flags, **options):
-        return subprocess.run(self.command(*flags), capture_output=True, text=True, check=False, **options)
+        """Runs in such a process; returns what `subprocess.run` does."""
+        return self._commands.run(self.command(*flags), **options)
 
     def hooked(self, tmp_path, hook, *flags):
         """Starts the command in a process of its own whose code a test changes first."""
@@ -96,8 +101,7 @@ class History:
         script.write_text(
             f"{hook}\nimport sys\nfrom beam_pipeline.comparison.command import main\nsys.exit(main(sys.argv[1:]))\n"
         )
-        command_line = [sys.executable, str(script), *self._flags, *flags]
-        return subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return self._commands.start([sys.executable, str(script), *self._flags, *flags])
 
     def query(self, sql):
         return [row.values() for row in self.client.query_and_wait(sql.format(d=self.dataset))]

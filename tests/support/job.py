@@ -23,7 +23,7 @@ class Job:
         dataset: made for this test.
     """
 
-    def __init__(self, client, dataset, store, temp_location):
+    def __init__(self, client, dataset, store, temp_location, commands):
         self.client = client
         self.dataset = dataset
         self.destination = Destination(client.project, dataset, "US", "two_tower")
@@ -32,6 +32,7 @@ class Job:
             f"--dataset={dataset}",
             f"--temp_location={temp_location}",
         ]
+        self._commands = commands
 
     def run(self, run_id, *flags):
         """Runs in this process; returns the exit code."""
@@ -44,7 +45,16 @@ class Job:
         which = [f"--run_id={run_id}"] if run_id else []
         return [sys.executable, "-m", "beam_pipeline", *self._flags, *which, *flags]
 
+    def start(self, run_id, *flags, **options):
+        """Starts it in a process of its own, which has its imports done; returns the process."""
+        return self._commands.start(self.command(run_id, *flags), **options)
+
     def subprocess(self, run_id, *flags, **options):
+        """Runs in such a process; returns what `subprocess.run` does."""
+        return self._commands.run(self.command(run_id, *flags), **options)
+
+    def cold(self, run_id, *flags, **options):
+        """Runs as a user does, imports and all."""
         return subprocess.run(self.command(run_id, *flags), capture_output=True, text=True, check=False, **options)
 
     def hooked(self, tmp_path, hook, run_id, *flags):
@@ -56,8 +66,7 @@ class Job:
             "from beam_pipeline.launch.options import parse\n"
             "sys.exit(launch(parse(sys.argv[1:])))\n"
         )
-        command = [sys.executable, str(script), *self.command(run_id, *flags)[3:]]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return self._commands.start([sys.executable, str(script), *self.command(run_id, *flags)[3:]])
 
     def query(self, sql):
         sql = sql.format(

@@ -17,7 +17,7 @@ PLANTED = "item-jazz-007"
 
 
 @pytest.fixture(scope="module")
-def demo(warehouse, tmp_path_factory):
+def demo(warehouse, commands, tmp_path_factory):
     """Three trainings of the demo, published: between the first two nothing is planted, before the third an item is."""
     from google.cloud import bigquery
 
@@ -25,7 +25,7 @@ def demo(warehouse, tmp_path_factory):
     client = bigquery.Client(project=warehouse.project)
     dataset = f"demo_{os.getpid()}"
     client.create_dataset(dataset)
-    history = History(client, dataset, f"{warehouse.temp_location}/{dataset}")
+    history = History(client, dataset, f"{warehouse.temp_location}/{dataset}", commands)
     history.tracking_uri = f"sqlite:///{folder}/mlflow.db"
     train = [sys.executable, str(ROOT / "examples/train_two_tower.py"), f"--tracking_uri={history.tracking_uri}"]
     history.runs = []

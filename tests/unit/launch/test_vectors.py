@@ -30,7 +30,7 @@ def findings(*towers, discovered=False):
         trainings=(Training(run, "model", by_name(towers)),),
         temp_location="gs://b/t",
         if_partition_taken="fail",
-        token="t",
+        launch_prefix="t",
         job_name="job",
     )
     report = Findings()
@@ -66,7 +66,7 @@ def test_what_cannot_be_told_is_a_note_with_the_reason(tmp_path):
     untold = tower(tmp_path, "user", ["a"], tail=Ending.UNKNOWN)
     ((status, text),) = findings(untold)
     assert status == "note"
-    assert text.startswith("whether user_tower goes on after its embedding cannot be told")
+    assert text.startswith("it is unknown whether user_tower continues after its embedding")
 
 
 def test_vectors_of_files_that_differ_in_length_are_refused(tmp_path):
