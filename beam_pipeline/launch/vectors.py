@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from beam_pipeline.computing.tower import ComputedTower
 from beam_pipeline.errors import BadVectorError, PipelineError, VectorNotServedError
 from beam_pipeline.files import open_file
-from beam_pipeline.formats.model import Ending, Tail, Tower, VectorTable
+from beam_pipeline.formats.model import Encoding, Ending, Tail, Tower, VectorTable
 from beam_pipeline.launch.options import DEFAULT_TOWERS
 from beam_pipeline.reading import pieces
 from beam_pipeline.training import Training
@@ -47,6 +47,10 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
             )
             continue
         _examine_checksum(findings, tower)
+        if tower.has_ids_beside_it and not isinstance(tower.matrix, VectorTable):
+            is_number = tower.vocabulary.encoding is Encoding.ROWS
+            place = "the numbers of the rows" if is_number else f"{tower.vocabulary.path}, beside the vectors"
+            findings.ok(f"ids {tower.name}", f"{place}: that they belong together is the trainer's word")
     for training in publication.trainings:
         for one, other in combinations(training.towers.values(), 2):
             if problem := _mismatch(one, other):

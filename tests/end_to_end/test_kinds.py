@@ -61,7 +61,7 @@ def test_every_row_is_what_the_library_answers(job, store, kinds, capsys, name, 
     ("name", "flags", "problem"),
     [
         ("hashed", [], "layer 'user_layer' holds 2 embeddings"),
-        ("session", [], "tower 'user': the model goes on after the embedding of 'query_model': TensorArrayUnstack"),
+        ("session", [], "tower 'user': the model continues after the embedding of 'query_model': TensorArrayUnstack"),
         ("words", ["--tower=user=user_tower,item=item_tower"], "looks up the words of a text: they are not ids"),
         ("several", [], "tower 'user': layer 'user_layer' holds 2 embeddings"),
         ("several", [BOTH], "tower 'user' takes time (float32), user_id (string), not an id alone"),

@@ -47,33 +47,44 @@ class Index:
 
 def find(layers: Layers) -> list[Index]:
     """Returns the layers of a model that are, or may be, search indexes."""
-    named = dict(_paths(layers.root, ())) if layers.root.is_graph else {}
+    described = {layer.path: layer for layer in _below(layers.root)}
     found = []
     for path in layers.weights.groups:
         variables = layers.weights.variables(path)
         matrices = [each for each in variables if len(each.shape) == 2 and each.dtype not in (*_INTEGERS, STRINGS)]
         lists = [each for each in variables if len(each.shape) == 1 and each.dtype in (*_INTEGERS, STRINGS)]
-        kind = _kind(layers, path, named)
+        kind = _kind(layers, path, described.get(path))
         if kind or (len(variables) == 2 and len(matrices) == len(lists) == 1):
-            name = (named[path][0] if path in named else path) or path or _AT_ROOT
+            name = _name(described[path]) if path in described else path
             vectors, ids = (each[0] if len(each) == 1 else None for each in (matrices, lists))
-            found.append(Index(name, path, kind, vectors, ids))
+            found.append(Index(name or path or _AT_ROOT, path, kind, vectors, ids))
     return found
 
 
-def _paths(parent: Layer, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yields (path, (name, class)) of all layers inside of a Functional or Sequential model."""
-    for child in parent.children:
-        own = (*names, child.name)
-        yield child.path, (".".join(own), child.kind)
-        yield from _paths(child, own)
+def _below(root: Layer) -> Iterator[Layer]:
+    """Yields all layers inside of a Functional or Sequential model."""
+    queue = [root]
+    while queue:
+        layer = queue.pop()
+        yield from layer.children
+        queue += layer.children
 
 
-def _kind(layers: Layers, path: str, named: dict[str, tuple[str, str]]) -> str:
+def _name(layer: Layer) -> str:
+    """Returns the names of a layer and of those that it is inside of, joined by dots, without that of the model."""
+    names = list[str]()
+    while layer.parent is not None:
+        names.append(layer.name)
+        layer = layer.parent
+    return ".".join(reversed(names))
+
+
+def _kind(layers: Layers, path: str, described: Layer | None) -> str:
     """Returns the class of an index by the config, or by the names that Keras gave to its layer and its place."""
-    if not path or path in named:
-        kind = named[path][1] if path in named else layers.root.kind
-        return kind if kind in (*INDEXES, _WITHOUT_VECTORS) else ""
+    kinds = (*INDEXES, _WITHOUT_VECTORS)
+    if not path or described:
+        kind = (described or layers.root).kind
+        return kind if kind in kinds else ""
     names = (path.rsplit("/", 1)[-1], layers.weights.groups[path])
     bases = [re.sub(r"_\d+$", "", name) for name in names]
-    return next((kind for kind in (*INDEXES, _WITHOUT_VECTORS) if snake_case(kind) in bases), "")
+    return next((kind for kind in kinds if snake_case(kind) in bases), "")
