@@ -105,6 +105,7 @@ def watched(traffic):
 
 def assert_whole(job, asked, reader):
     assert_rows(job, asked)
+    assert job.rows("user").keys() == job.rows("item").keys() == {(asked.day, asked.run_id)}
     assert_never_half(asked, reader)
     assert_nothing_stays(job)
 
