@@ -247,6 +247,9 @@ def _cancel(result: Any) -> None:
 _STEP = re.compile(r"(?: \[while running '[^']*'\])+$", re.MULTILINE)
 """What Beam appends to the message of an exception, once for each step that it passes."""
 
+_RPC = re.compile(r'<_\w+ of RPC that terminated with: status = StatusCode\.(\w+) details = "(.*?)" debug_error_.*>')
+"""gRPC's own text of an error, which says everything twice."""
+
 
 def reason(error: Exception, whole: str) -> PipelineError:
     """Returns the error that stopped a job, which Beam hands over as the text of a traceback.
@@ -277,4 +280,4 @@ def _last_exception(lines: list[str]) -> str:
     message = lines[frames[-1] + 1 :] if frames else lines
     while frames and message and message[0][0].isspace():  # the frame's code
         message = message[1:]
-    return " ".join(line.strip() for line in message)
+    return _RPC.sub(r"\1: \2", " ".join(line.strip() for line in message))

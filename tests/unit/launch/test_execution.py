@@ -120,6 +120,13 @@ def test_a_job_service_that_ended_is_one_line(broken):
     assert "\n" not in line
 
 
+def test_an_rpc_that_failed_elsewhere_is_reported_once(broken):
+    line = str(reason(f"{FRAMES}grpc._channel._InactiveRpcError: {broken}\n"))
+    assert line.startswith("the job failed: grpc._channel._InactiveRpcError: UNAVAILABLE: failed to connect to all")
+    assert line.endswith(f"; {launcher.WHOLE}")
+    assert "debug_error_string" not in line
+
+
 def test_its_other_connections_end_without_a_traceback(broken, monkeypatch):
     reported = []
     monkeypatch.setattr(threading, "excepthook", lambda args: reported.append(args.exc_value))
