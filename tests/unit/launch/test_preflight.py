@@ -705,7 +705,7 @@ def test_the_length_of_the_last_training_is_compared(cloud, clock):
     assert len(lines_of(report(cloud, WHAT, "--allow_dimension_change"), "vectors user")) == 1
 
 
-FEW = [(date(2026, 3, 1), "other", 1000), (date(2026, 3, 1), "more", 2000), (date(2026, 3, 8), "other", 3)]
+FEW = [(date(2026, 3, 1), "few", 1000), (date(2026, 3, 1), "more", 2000), (date(2026, 3, 8), "other", 3)]
 PARTITIONS = ("table user", "partition 2026-03-01 user", "partition 2026-03-08 user")
 
 
@@ -732,7 +732,7 @@ def test_partitions_of_a_table_that_is_not_there(cloud):
     assert preflight.partitions(cloud.client, USER, date(2026, 3, 1), date(2026, 3, 8)) == {}
     cloud.held = {USER: FEW}
     assert preflight.partitions(cloud.client, USER, date(2026, 3, 1), date(2026, 3, 8)) == {
-        date(2026, 3, 1): {"other": 1000, "more": 2000},
+        date(2026, 3, 1): {"few": 1000, "more": 2000},
         date(2026, 3, 8): {"other": 3},
     }
 
