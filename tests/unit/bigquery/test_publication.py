@@ -275,7 +275,9 @@ def test_what_cannot_be_deleted_is_left_logged_and_counted(bucket, caplog):
         assert count == 2 + 2 + 1 + 2 + 1
         assert "table my-project.raw_prod.two_tower_user_embedding_staging_launch1: not all is deleted" in log
         assert "folder gs://bucket/tmp/embedding_loads/token/bq_load/1: not all is deleted: gs://bucket/tmp/" in log
-        assert "files of earlier jobs in gs://bucket/tmp/embedding_artifacts: not all is deleted: gs://bucket/tmp/" in log
+        assert (
+            "files of earlier jobs in gs://bucket/tmp/embedding_artifacts: not all is deleted: gs://bucket/tmp/" in log
+        )
 
 
 def test_a_comparison_leaves_what_it_cannot_delete_too(bucket, caplog):
