@@ -93,9 +93,8 @@ mutants: $(VENV)
 	@echo 'A change takes a second or two; how far it is: tail -f mutants/log'
 	@$(BIN)/mutmut run --max-children 2 $(if $(MODULE),'beam_pipeline.$(MODULE).*') >mutants/log 2>&1 || { tail -n 40 mutants/log; exit 1; }
 	@$(BIN)/mutmut results --all 1 | grep '^ *beam_pipeline\.$(MODULE)' >mutants/results
-	@grep -v ': killed$$' mutants/results || true
 	@sed 's/.*: //' mutants/results | sort | uniq -c
-	@echo 'See one: $(BIN)/mutmut show NAME'
+	@if grep -v ': killed$$' mutants/results; then echo 'See one: $(BIN)/mutmut show NAME'; fi
 
 NUMBER ?= 20000
 SEED ?= 1

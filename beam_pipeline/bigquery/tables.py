@@ -205,10 +205,8 @@ def differences(table: bigquery.Table, tower: str, *, partitioned: bool = True) 
         if partitioning is not None:
             found.append("it is partitioned, and holds one training alone")
     elif partitioning is None:
-        by_range = getattr(table, "range_partitioning", None)
-        found.append(
-            f"it is {'partitioned by range' if by_range else 'not partitioned'}, not by DAY({PARTITION_COLUMN})"
-        )
+        kind = "partitioned by range" if table.range_partitioning else "not partitioned"
+        found.append(f"it is {kind}, not by DAY({PARTITION_COLUMN})")
     elif partitioning.type_ != "DAY" or partitioning.field != PARTITION_COLUMN:
         field = partitioning.field or "_PARTITIONTIME"
         found.append(f"it is partitioned by {partitioning.type_}({field}), not by DAY({PARTITION_COLUMN})")
@@ -221,7 +219,7 @@ def differences(table: bigquery.Table, tower: str, *, partitioned: bool = True) 
         if _type(other) != _type(column):
             found.append(f"column {column.name} is {other.field_type}, not {column.field_type}")
         if (other.mode == "REPEATED") != (column.mode == "REPEATED"):
-            found.append(f"column {column.name} is {other.mode or 'NULLABLE'}, not {column.mode}")
+            found.append(f"column {column.name} is {other.mode}, not {column.mode}")
     for other in existing.values():
         if other.mode == "REQUIRED" and not other.default_value_expression:  # An INSERT without it would fail.
             found.append(f"column {other.name} is REQUIRED, and this job does not write it")

@@ -5,6 +5,7 @@ Cutting scans the bytes in blocks and keeps none of them; decoding returns an Ar
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -221,13 +222,10 @@ def _varint_cuts(file: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, i
         yield count, span.end
 
 
-def _integer_cuts(size: int) -> Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]:
-    def cuts_of_size(_: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
-        for start in range(span.start, span.end, size * rows):
-            end = min(start + size * rows, span.end)
-            yield (end - start) // size, end
-
-    return cuts_of_size
+def _integer_cuts(size: int, _: ByteFile, span: Span, rows: int) -> Iterator[tuple[int, int]]:
+    for start in range(span.start, span.end, size * rows):
+        end = min(start + size * rows, span.end)
+        yield (end - start) // size, end
 
 
 def _fixed_cuts(span: Span, count: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -317,12 +315,12 @@ def _decode_fixed(data: bytes, count: int, *, is_utf32: bool) -> pa.Array:
     if not width or len(data) != width * count or (is_utf32 and width % 4):
         raise CorruptFileError(f"{len(data):,} bytes are not {count:,} strings of one width")
     if not is_utf32:
-        return pa.array(np.frombuffer(data, f"S{width}").tolist(), pa.binary())
+        return pa.array(np.frombuffer(data, f"S{width}").tolist())
     try:
         texts = [data[at : at + width].decode("utf-32-le", "surrogatepass") for at in range(0, len(data), width)]
     except UnicodeDecodeError as error:
         raise CorruptFileError(f"a string that is not UTF-32 ({error.reason})") from error
-    return pa.array([text.rstrip("\0").encode("utf-8", "surrogatepass") for text in texts], pa.binary())
+    return pa.array([text.rstrip("\0").encode("utf-8", "surrogatepass") for text in texts])
 
 
 def _decode_json_object(data: bytes, path: str) -> tuple[np.ndarray, pa.Array]:
@@ -365,8 +363,8 @@ def _decode_csv(data: bytes, vocabulary: Vocabulary) -> tuple[np.ndarray, pa.Arr
 
 _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, int]]]] = {
     Encoding.PROTOBUF: _string_cuts,
-    Encoding.INT32: _integer_cuts(4),
-    Encoding.INT64: _integer_cuts(8),
+    Encoding.INT32: functools.partial(_integer_cuts, 4),
+    Encoding.INT64: functools.partial(_integer_cuts, 8),
     Encoding.VARINTS: _varint_cuts,
     Encoding.REFERENCES: _integer_cuts(16),
     Encoding.ROWS: lambda _, span, rows: _row_cuts(span, rows),

@@ -838,11 +838,18 @@ def test_what_a_failed_launch_has_left_is_removed(left):
 
 
 def test_staging_tables_are_removed_where_they_are(left):
-    destination = dataclasses.replace(left.destination, staging_dataset="scratch-project.scratch")
+    what = dataclasses.replace(
+        left,
+        destination=dataclasses.replace(left.destination, staging_dataset="scratch-project.scratch"),
+        trainings=(dataclasses.replace(left.trainings[0], towers=by_name(TOWERS[:1])),),
+    )
     with serve() as (service, client):
         service.dataset, service.tables = "scratch-project.scratch", {*STAGED}
-        publication.discard(client, dataclasses.replace(left, destination=destination), "nightly-job")
-        assert len(service.tables) == 3
+        publication.discard(client, what, "nightly-job")
+        assert service.tables == STAGED - {
+            "two_tower_user_embedding_staging_token_1",
+            "beam_bq_job_LOAD_nightlyjob_1",
+        }
 
 
 def test_a_table_that_disappears_while_it_is_discarded(left):

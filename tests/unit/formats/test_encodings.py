@@ -92,6 +92,21 @@ def test_the_last_string_ends_with_the_span():
     )
 
 
+def test_the_message_of_strings():
+    """It is created once, when the module is imported; here once more."""
+    message = encodings._strings_message()
+    assert list(message.FromString(field(8, b"a") + field(8, b"\xff")).string_val) == [b"a", b"\xff"]
+    assert message.DESCRIPTOR.full_name == "beam_pipeline.Strings"
+    assert message.DESCRIPTOR.file.name == "beam_pipeline/strings.proto"
+
+
+@pytest.mark.parametrize(("encoding", "size"), [(Encoding.INT32, 4), (Encoding.INT64, 8)])
+def test_where_integers_of_one_size_are_cut(encoding, size):
+    span = Span(3, 3 + 5 * size)
+    found = list(encodings.cuts(None, Vocabulary("ids", span, encoding, 1), 2))
+    assert found == [(2, 3 + 2 * size), (2, 3 + 4 * size), (1, 3 + 5 * size)]
+
+
 def test_strings_that_are_no_protobuf():
     message = refusal(CorruptFileError, encodings.decode, Encoding.PROTOBUF, b"\x42\x05ab", 1)
     assert message.startswith("not a list of ids in protobuf (")
@@ -166,6 +181,8 @@ def test_where_strings_of_one_width_are_cut(encoding):
 
     assert cut(Span(7, 47), 5, 2) == [(2, 23), (2, 39), (1, 47)]
     assert cut(Span(7, 47), 5, 5) == [(5, 47)]
+    assert cut(Span(0, 11), 2, 1) == [(1, 5), (1, 10)]  # Decoding refuses what is no number of whole strings.
+    assert all(type(end) is int for _, end in cut(Span(7, 47), 5, 2))
     assert cut(Span(0, 8), 1, 9) == [(1, 8)]
     assert cut(Span(7, 7), 0, 2) == cut(Span(7, 7), None, 2) == []
 
@@ -182,7 +199,7 @@ def test_where_objects_and_tables_are_cut():
 def test_strings_of_one_width():
     """NumPy fills them with NULs, which are no part of them at their end."""
     assert encodings.decode(Encoding.FIXED, b"ab\0c\0\0\0d\xff", 3).to_pylist() == [b"ab", b"c", b"\0d\xff"]
-    texts = ["é", "", "a\0b", "\N{GRINNING FACE}"]
+    texts = ["éX", "", "a\0b", "\N{GRINNING FACE}"]
     data = b"".join(text.ljust(3, "\0").encode("utf-32-le") for text in texts)
     found = encodings.decode(Encoding.UTF32, data, 4)
     assert found.type == pa.binary()
@@ -268,6 +285,10 @@ def test_what_is_no_json_object(data):
 )
 def test_ids_that_a_table_maps_to_rows(columns, data):
     assert pairs(with_rows(data, 3, Encoding.CSV, columns=columns)) == [(b"a", 3), (b'b,"c', -1), (b"", 0)]
+
+
+def test_a_table_of_one_row():
+    assert pairs(with_rows(b"a,3", 1, Encoding.CSV)) == pairs(with_rows(b"a,3\n", 1, Encoding.CSV)) == [(b"a", 3)]
 
 
 def test_an_id_in_a_table_may_be_long():

@@ -21,6 +21,7 @@ from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.errors import ConfigError, DimensionChangedError, IncompatibleTableError, PartitionTakenError
 from beam_pipeline.formats.model import Ending, Tail
+from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.launch import bucket, permissions, preflight
 from beam_pipeline.launch.bucket import location_fits
 from beam_pipeline.launch.findings import Findings
@@ -281,7 +282,7 @@ def test_each_project_is_asked_for_its_own(cloud):
 def test_where_jobs_are_billed_is_reported(cloud, billing, lines):
     findings = Findings()
     preflight.examine_projects(findings, dataclasses.replace(WHAT.destination, billing_project=billing))
-    assert [(line.status, line.text) for line in findings.lines] == lines
+    assert [(line.check, line.status, line.text) for line in findings.lines] == [("project", *line) for line in lines]
 
 
 def test_tables_that_are_made_later_are_not_asked(cloud):
@@ -447,9 +448,14 @@ def test_one_key_cannot_serve_a_multi_region_and_a_region():
     )
     ((status, text),) = keys("EU", "europe", "europe-west1", "europe-west4")
     assert status == "stop"
-    assert text.startswith(
-        "--dataflow_kms_key is in europe-west4, and Dataflow in europe-west1 takes keys of that region"
+    assert text == (
+        "--dataflow_kms_key is in europe-west4, and Dataflow in europe-west1 takes keys of that region alone: name one "
+        "with --dataflow_kms_key"
     )
+
+
+def test_the_location_of_a_key_in_a_ring_of_that_name():
+    assert preflight._key_location("projects/p/locations/eu/keyRings/locations/cryptoKeys/k") == "eu"
 
 
 def test_a_key_that_is_not_where_the_dataset_is():
@@ -738,7 +744,7 @@ def test_the_length_of_the_last_training_is_compared(cloud, clock):
     assert len(lines_of(report(cloud, WHAT, "--allow_dimension_change"), "vectors user")) == 1
 
 
-FEW = [(date(2026, 3, 1), "other", 1000), (date(2026, 3, 1), "more", 2000), (date(2026, 3, 8), "other", 3)]
+FEW = [(date(2026, 3, 1), "few", 1000), (date(2026, 3, 1), "more", 2000), (date(2026, 3, 8), "other", 3)]
 PARTITIONS = ("table user", "partition 2026-03-01 user", "partition 2026-03-08 user")
 
 
@@ -765,7 +771,7 @@ def test_partitions_of_a_table_that_is_not_there(cloud):
     assert preflight.partitions(cloud.client, USER, date(2026, 3, 1), date(2026, 3, 8)) == {}
     cloud.held = {USER: FEW}
     assert preflight.partitions(cloud.client, USER, date(2026, 3, 1), date(2026, 3, 8)) == {
-        date(2026, 3, 1): {"other": 1000, "more": 2000},
+        date(2026, 3, 1): {"few": 1000, "more": 2000},
         date(2026, 3, 8): {"other": 3},
     }
 
@@ -847,17 +853,17 @@ def estimate(what):
 
 
 def test_the_estimate_of_several_trainings():
-    """A row of the history: DATE 8, four strings of 2 bytes each and 1, 9, 8 and 6, an id of 2 and 10, 64 doubles."""
-    small = described("user", rows=1000, dimension=64, ids_bytes=10_000)
-    one = dataclasses.replace(WHAT.trainings[0], towers=by_name((small,)))
-    accented = dataclasses.replace(one, run=dataclasses.replace(RUN, run_name="été"))  # 5 bytes instead of 6
-    row = 8 + 24 + 8 + 12 + 512
-    assert estimate(dataclasses.replace(WHAT, trainings=(one, accented))) == [
-        (
-            "size",
-            "ok",
-            f"at most 2,000 rows, 512 kB of vectors to read, {(1000 * row + 1000 * (row - 1)) / 1e6:.1f} MB in BigQuery",
-        ),
+    """A row of the history: DATE 8, four strings of 2 bytes each and 1, 9, 8 and 998, an id of 2 and 10, 64 doubles."""
+    small = described("user", rows=1000, dimension=64)
+    ids = dataclasses.replace(small.vocabulary, span=Span(5_000_000, 5_010_000))
+    towers = by_name((dataclasses.replace(small, vocabulary=ids),))
+    trainings = tuple(
+        dataclasses.replace(WHAT.trainings[0], run=dataclasses.replace(RUN, run_name=name), towers=towers)
+        for name in ("x" * 998, "é" * 499)
+    )
+    row = 8 + 3 + 11 + 10 + 1000 + 2 + 10 + 512
+    assert estimate(dataclasses.replace(WHAT, trainings=trainings)) == [
+        ("size", "ok", f"at most 2,000 rows, 512 kB of vectors to read, {2000 * row / 1e6:.1f} MB in BigQuery"),
         ("cost", "ok", "publishing reads 1.1 MB: about $0.00 at $6.25/TiB; loading is free"),
     ]
 
