@@ -366,7 +366,7 @@ _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, 
     Encoding.INT32: functools.partial(_integer_cuts, 4),
     Encoding.INT64: functools.partial(_integer_cuts, 8),
     Encoding.VARINTS: _varint_cuts,
-    Encoding.REFERENCES: _integer_cuts(16),
+    Encoding.REFERENCES: functools.partial(_integer_cuts, 16),
     Encoding.ROWS: lambda _, span, rows: _row_cuts(span, rows),
 }
 _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {
