@@ -110,7 +110,7 @@ class Vocabulary:
         yield from _chunks(pa.RecordBatch.from_arrays([names], [columns.id_column]))
 
     def __str__(self) -> str:
-        return f"the ids of its lookup in {self.tower.vocabulary.path}"
+        return f"its lookup in {self.tower.vocabulary.path}"
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def computed_tower(
     features: str | None,
     client: bigquery.Client | None = None,
     project: str = "",
+    *,
+    ids_layer: str | None = None,
 ) -> ComputedTower:
     """Returns a tower to be computed, its features checked against what the model takes.
 
@@ -84,6 +86,7 @@ def computed_tower(
         features: --features of this tower: a query or a pattern; None for the ids of its lookup.
         client: runs a query's dry run; None if there is no session, and then the features are not looked at.
         project: reads its result, and is billed.
+        ids_layer: the layer whose lookup holds the ids, if it is not `layer`.
 
     Raises:
         TowerMissingError: there is no such part, or it returns no vector.
@@ -94,7 +97,7 @@ def computed_tower(
     if features is None:
         columns = of_ids(name, signature)
         try:
-            source = Vocabulary(artifact.tower(name, layer))
+            source = Vocabulary(artifact.tower(name, ids_layer or layer))
         except (TowerMissingError, UnsupportedModelError) as error:
             raise FeaturesError(
                 f"{error}; to compute tower {name!r}, give its ids: --features {name}=SOURCE, a "

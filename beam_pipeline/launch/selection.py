@@ -125,7 +125,7 @@ def read_training(
                 chosen = _layers(config, artifact)
             read = {name: layer for name, layer in chosen.items() if name not in config.compute}
             computed = [
-                _computed(config, session, artifact, folder, name, layer)
+                _computed(config, session, artifact, folder, name, layer, is_own_model=len(together) > 1)
                 for name, layer in chosen.items()
                 if name in config.compute
             ]
@@ -269,9 +269,22 @@ def computed_parts(config: Config, folder: str, towers: Mapping[str, str]) -> It
 
 
 def _computed(
-    config: Config, session: Session | None, artifact: Artifact, folder: str, name: str, layer: str
+    config: Config,
+    session: Session | None,
+    artifact: Artifact,
+    folder: str,
+    name: str,
+    layer: str,
+    *,
+    is_own_model: bool = False,
 ) -> ComputedTower:
     """Returns a tower that the workers compute."""
+    ids_layer = layer
+    if is_own_model:
+        # What computes it may be a signature, or the model itself: the ids are those of the only lookup that there is.
+        layers = artifact.tower_layers()
+        if len(layers) == 1 and not artifact.index_layers():
+            (ids_layer,) = layers
     return computed_tower(
         name,
         layer,
@@ -280,6 +293,7 @@ def _computed(
         config.features.get(name),
         session.client if session else None,
         session.destination.job_project if session else "",
+        ids_layer=ids_layer,
     )
 
 

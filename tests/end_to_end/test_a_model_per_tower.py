@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from job import MARCH_1, MARCH_2, refused
 from models import made_by
@@ -56,6 +57,19 @@ def test_plan_and_inspection_of_two_models(job, store, pair, capsys):
     assert "candidate_model" in shown
     assert shown.count("layer       sequential") == 2
     assert shown.count("then      ends at the embedding") == 2
+
+
+def test_a_tower_of_its_own_model_is_computed_by_its_signature(job, store, indexes, pair, capsys):
+    run = store.log({**pair, "candidate_model": indexes("alone_dense")}, "deep", MARCH_1)
+    towers = "--tower=user=query_model:,item=candidate_model:serving_default"
+    assert job.run(run, towers, "--compute=item") == 0, capsys.readouterr().err
+    assert job.rows("user")["2026-03-01", run] == indexes("alone_users").rows("item")
+    found, expected = job.rows("item")["2026-03-01", run], indexes("alone_dense").rows("item")
+    assert found.keys() == expected.keys()
+    for name, vector in expected.items():
+        np.testing.assert_allclose(found[name], vector, rtol=0, atol=1e-6)
+    sources = "SELECT tower, vector_source FROM {log} ORDER BY tower"
+    assert job.query(sources) == [("item", "computed"), ("user", "embedding")]
 
 
 def test_nothing_is_published_where_the_models_do_not_say_which_is_which(job, store, indexes, pair, capsys):
