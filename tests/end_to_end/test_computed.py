@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 from models import made_by
+from store import example_runs
 
 
 @pytest.fixture(scope="module")
@@ -176,24 +174,12 @@ transforms.compute = stopped
     assert_computed(job, run, deep("deep"), "user")
 
 
-def test_the_examples_forms_give_the_same_tables(job, store, tmp_path):
+def test_the_examples_forms_give_the_same_tables(job, tmp_path):
     found = []
-    for form, start, flags in (
-        ("packed", "2026-03-01T10:00", []),
-        ("model", "2026-03-02T10:00", ["--compute=user,item"]),
-    ):
-        script = Path(__file__).parents[2] / "examples/train_deep_towers.py"
-        where = [f"--tracking_uri={store.uri}", f"--artifact_root=file://{tmp_path}"]
-        done = subprocess.run(
-            [sys.executable, script, *where, f"--start={start}", f"--form={form}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        run = done.stdout.strip()
-        assert job.run(run, *flags) == 0
-        found.append([job.rows(tower)[(start[:10], run)] for tower in ("user", "item")])
+    uri, runs = example_runs("deep", tmp_path / "store")
+    for run, day, flags in zip(runs, ("2026-03-01", "2026-03-02"), ([], ["--compute=user,item"]), strict=True):
+        assert job.run(run, f"--tracking_uri={uri}", *flags) == 0
+        found.append([job.rows(tower)[(day, run)] for tower in ("user", "item")])
     for packed, computed in zip(*found, strict=True):
         assert packed.keys() == computed.keys()
         for name, vector in packed.items():
