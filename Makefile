@@ -37,7 +37,7 @@ help:
 	@echo 'make check     lint, types and unit tests, while you work: a minute and a half'
 	@echo 'make test      run all tests, two at a time'
 	@echo 'make mutants [MODULE=reading.tally]   change the modules that guard the promise and see which unit tests notice (an hour)'
-	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models that often and read them, for each format'
+	@echo 'make fuzz [NUMBER=20000] [SEED=1]   damage real models, and files of vectors, ids and features, that often and read them'
 	@echo 'make test-airflow   run the DAG of examples/airflow in real Airflow (another environment, .venv-airflow)'
 	@echo 'make test-engines   run the job on Prism and other engines, workers in other processes, and kill workers (needs Go)'
 	@echo 'make lint      check style, format, types and the Dockerfile'
@@ -84,19 +84,24 @@ unit: $(VENV)
 test: $(VENV)
 	$(PYTEST)
 
-# Mutants that unit tests do not notice are listed at the end; docs/verification.md says which are known. One module:
+# Lists the changes ("mutants") that no unit test noticed; docs/verification.md says which are known. One module:
 # make mutants MODULE=reading.tally
 mutants: $(VENV)
-	$(BIN)/python -m pip install -qq -cconstraints.txt -e '.[mutants]'
-	mkdir -p mutants .cache
-	ln -sfn ../.cache mutants/.cache
-	$(BIN)/mutmut run --max-children 2 $(if $(MODULE),'beam_pipeline.$(MODULE).*')
-	$(BIN)/mutmut results
+	@$(BIN)/python -m pip install -qq -cconstraints.txt -e '.[mutants]'
+	@mkdir -p mutants .cache
+	@ln -sfn ../.cache mutants/.cache
+	@echo 'A change takes a second or two; how far it is: tail -f mutants/log'
+	@$(BIN)/mutmut run --max-children 2 $(if $(MODULE),'beam_pipeline.$(MODULE).*') >mutants/log 2>&1 || { tail -n 40 mutants/log; exit 1; }
+	@$(BIN)/mutmut results --all 1 | grep '^ *beam_pipeline\.$(MODULE)' >mutants/results
+	@grep -v ': killed$$' mutants/results || true
+	@sed 's/.*: //' mutants/results | sort | uniq -c
+	@echo 'See one: $(BIN)/mutmut show NAME'
 
 NUMBER ?= 20000
 SEED ?= 1
 fuzz: $(VENV)
 	$(BIN)/python tests/support/fuzz.py --number=$(NUMBER) --seed=$(SEED)
+	$(BIN)/python tests/support/fuzz_files.py --number=$(NUMBER) --seed=$(SEED)
 
 $(AIRFLOW_VENV): tests/airflow/constraints.txt
 	@echo 'Setting up .venv-airflow: two minutes, once.'

@@ -21,7 +21,7 @@ setup(
     package_data={"beam_pipeline": ["py.typed"], "beam_pipeline.comparison": ["page.html.jinja"]},
     license="Apache-2.0",
     # Beside `python -m beam_pipeline`, which needs no script on the path.
-    entry_points={"console_scripts": ["beam-pipeline = beam_pipeline.__main__:main"]},
+    entry_points={"console_scripts": ["beam-pipeline = beam_pipeline.__main__:console_script"]},
     python_requires=">=3.11",
     install_requires=[
         # The pipeline itself; `gcp` brings the Dataflow runner, gs:// files and WriteToBigQuery. One minor version:

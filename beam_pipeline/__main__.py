@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+from beam_pipeline.command import run_process
 
 _COMMANDS = {
     "compare": "beam_pipeline.compare",
@@ -31,5 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return launch(config)
 
 
+def console_script() -> NoReturn:
+    """Runs the command line as a process of its own."""
+    run_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console_script()

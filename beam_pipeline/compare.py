@@ -1,8 +1,7 @@
 """`python -m beam_pipeline.compare`: compares two trainings."""
 
-import sys
-
+from beam_pipeline.command import run_process
 from beam_pipeline.comparison.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

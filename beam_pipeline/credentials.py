@@ -1,4 +1,4 @@
-"""As whom this process talks to Google Cloud: for every client what Beam's own clients use."""
+"""The account with which this process calls Google Cloud: every client gets the credentials of Beam's own clients."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from beam_pipeline.errors import ConfigError
 
 
 def follow(options: PipelineOptions) -> None:
-    """Makes Beam's clients of this process follow the options, --impersonate_service_account among them.
+    """Makes Beam's clients in this process follow the options, --impersonate_service_account among them.
 
     To be called before the first of them is created: Beam keeps the first credentials of a process. If a model was read
     first, the job would be submitted as somebody else.
 
     Raises:
-        ConfigError: this process gets no token for the account that is to be impersonated.
+        ConfigError: this process is given no token for the account that is to be impersonated.
     """
     cloud = options.view_as(GoogleCloudOptions)
-    if emulators.emulated():  # They know no accounts, and Beam would ask Google for a token all the same.
+    if emulators.emulated():  # They have no accounts, and Beam would ask Google for a token all the same.
         cloud.impersonate_service_account = None
     FileSystems.set_options(options)
     try:
@@ -44,7 +44,7 @@ def follow(options: PipelineOptions) -> None:
 def credentials() -> Any:
     """Returns the credentials of Beam's clients in this process; None with emulators, which have none.
 
-    Dataflow's workers are not told whom the launcher impersonates; there, these are the worker account's.
+    Dataflow's workers do not know whom the launcher impersonates; there, these are the worker account's.
 
     Raises:
         DefaultCredentialsError: there are none.
@@ -52,12 +52,12 @@ def credentials() -> Any:
     """
     if emulators.emulated():
         return None
-    google.auth.default()  # Raises at once; Beam tries for half a minute, and goes on as nobody.
+    google.auth.default()  # Raises at once; Beam tries for half a minute, and continues anonymously.
     adapter = auth.get_service_credentials(_options())
     found = adapter and adapter.get_google_auth_credentials()
-    # Beam goes on as nobody where it fails, and as before in a process that began as another account.
+    # Beam continues anonymously where it fails, and as before in a process that began as another account.
     if (account := _account()) and getattr(found, "signer_email", None) != account:
-        raise ConfigError(f"this process acts as another account than {account} already; start a new one")
+        raise ConfigError(f"this process already acts as an account other than {account}; start a new one")
     return found
 
 

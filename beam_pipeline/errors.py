@@ -7,13 +7,13 @@ _LONGEST_MESSAGE = 2000
 
 
 class PipelineError(Exception):
-    """The job cannot go on; nothing was published.
+    """The job cannot continue; nothing was published.
 
     Names in a message may come from an artifact: whatever they hold, it is one line, of bounded length, without
     anything that a terminal would take for a command.
 
     Attributes:
-        exit_code: of a command that it stops.
+        exit_code: of the command that it stops.
     """
 
     exit_code = 1
@@ -51,6 +51,10 @@ class JobActiveError(UsageError):
 
 class LabelsError(UsageError):
     """A query for labels fails, or gives an id twice."""
+
+
+class FeaturesError(UsageError):
+    """A table of features is not what a tower takes: a column is missing, unexpected, of another type, or NULL."""
 
 
 class TrackingError(PipelineError):
@@ -109,10 +113,6 @@ class VectorNotServedError(ArtifactError):
     """The rows of a tower's embedding are not the vectors that the model serves."""
 
 
-class FeaturesError(UsageError):
-    """A table of features is not what a tower takes: a column is missing or too many, or of another type, or NULL."""
-
-
 class ModelCallError(ArtifactError):
     """A part of a model that computes a tower failed on the ids that it was called with."""
 
@@ -154,7 +154,7 @@ class AuditError(DestinationError):
 
 
 class PublishError(DestinationError):
-    """BigQuery refused the publication for a reason that a retry does not mend."""
+    """BigQuery refused the publication for a reason that a retry does not fix."""
 
 
 class TrainingMissingError(DestinationError):
@@ -174,6 +174,6 @@ class SearchError(DestinationError):
 
 
 class UnusualError(PipelineError):
-    """A comparison is unusual beside earlier ones, and was asked to fail then; its results are published."""
+    """A comparison is unusual beside earlier ones, and --fail_if_unusual was given; its results are published."""
 
     exit_code = 3

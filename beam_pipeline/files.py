@@ -30,10 +30,10 @@ class ByteFile:
     """One file, read by byte range.
 
     Small reads that follow one another, as those of a graph, share requests: from the second one on, pages are fetched
-    and kept, twice as many ahead while the reads go on. Any other read fetches exactly what is asked for.
+    and kept, twice as many ahead as long as the reads continue. Any other read fetches exactly what is asked for.
 
     Attributes:
-        path: where the file lies, as given.
+        path: of the file, as given.
         size: bytes in the file.
     """
 
@@ -180,7 +180,7 @@ class _Object(_Positioned):
         super().__init__(found.size)
         self._path = path
         self._generation = found.generation
-        # Not `found`: its link names the generation, and a bucket that keeps old ones would go on serving it.
+        # Not `found`: its link names the generation, and a bucket that keeps old ones would still serve it.
         self._blob = found.bucket.blob(name)
 
     @property
@@ -213,7 +213,10 @@ _lock = threading.Lock()
 
 
 def _client() -> storage.Client:
-    """Returns the Cloud Storage client of this process, which is kept for its life."""
+    """Returns the Cloud Storage client of this process, which is kept for its life.
+
+    A client of one's own for each file would look for credentials and open a connection each time.
+    """
     emulator = emulators.storage_url()
     key = os.getpid(), emulator  # Connections do not outlive a fork.
     with _lock:

@@ -1,6 +1,6 @@
 """Counters of the job: Beam's metrics, and the same numbers for a launcher that runs the job in its own process.
 
-Also the phases of a launch, as far as they happen in this process.
+Also the phases of a launch that happen in this process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Phase(NamedTuple):
     Attributes:
         name: what was done.
         ended: on the clock of `time.monotonic`.
-        peak: bytes resident at most until then.
+        peak: resident memory at most until then, in bytes.
     """
 
     name: str
@@ -61,12 +61,12 @@ def in_this_process(name: str) -> int:
 def committed(result: PipelineResult, name: str) -> int:
     """Returns a counter of a job that is done, each row counted once whatever was retried."""
     counters = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE).with_name(name))["counters"]
-    # A runner that does not tell what was committed tells what was attempted.
+    # A runner that does not report what was committed reports what was attempted.
     return sum(counter.result or 0 for counter in counters)
 
 
 def end_phase(name: str) -> None:
-    """Notes that a part of the launch has ended, which began when the one before had."""
+    """Records the end of a phase, which began when the one before had ended."""
     # Linux counts kilobytes, macOS bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     with _lock:

@@ -54,7 +54,7 @@ def open_model(path: str | os.PathLike[str], layers: tuple[str, ...] = ()) -> Mo
         CorruptFileError: a file contradicts its format.
     """
     folder = os.fspath(path).rstrip("/")
-    emulators.connect_if_emulated()
+    emulators.connect_if_emulated()  # Before a client is created: it looks for credentials then.
     return Model(folder, open_artifact(folder, open_file, layers))
 
 
@@ -62,7 +62,7 @@ class Model:
     """An open model; a context manager.
 
     Attributes:
-        path: where it lies.
+        path: where it is stored.
     """
 
     def __init__(self, path: str, artifact: Artifact) -> None:
@@ -124,7 +124,7 @@ class ModelTower:
     It is a description: it can be pickled, and read wherever the model's files can be.
 
     Attributes:
-        model_path: where the model lies.
+        model_path: where the model is stored.
         description: where in its files the ids and the vectors are.
     """
 
@@ -150,8 +150,8 @@ class ModelTower:
     def is_served(self) -> bool:
         """Whether its vectors are what the model serves, or point where that does.
 
-        False where the tower goes on after its embedding, and where that is not known: of a tower that was opened by
-        `Model.tower`, alone, it is not.
+        False where the tower continues after its embedding, and where that is unknown, as it is for a tower that was
+        opened alone, by `Model.tower`.
         """
         return self.description.tail.is_row
 

@@ -14,7 +14,7 @@ from apache_beam.pvalue import PCollection
 from apache_beam.typehints.decorators import no_annotations
 
 from beam_pipeline import emulators, metrics
-from beam_pipeline.bigquery import publication
+from beam_pipeline.bigquery import publication as steps
 from beam_pipeline.bigquery.publication import Publication, Tallies
 from beam_pipeline.bigquery.staging import COPIES, FILES, LOADS, WriteStaging
 from beam_pipeline.computing.sources import Query
@@ -46,19 +46,19 @@ class _StepFn(beam.DoFn):
         self._publication = job.publication
 
     def display_data(self) -> dict[str, Any]:
-        what = self._publication
-        latest = what.trainings[-1].run
+        publication = self._publication
+        latest = publication.trainings[-1].run
         return {
-            "tables": ", ".join(what.destination.table(tower) for tower in what.towers),
-            "runs": len(what.trainings),
+            "tables": ", ".join(publication.destination.table(tower) for tower in publication.towers),
+            "runs": len(publication.trainings),
             "run_id": latest.run_id,
             "train_date": str(latest.train_date),
-            "if_partition_taken": what.if_partition_taken,
+            "if_partition_taken": publication.if_partition_taken,
         }
 
     def setup(self) -> None:
         emulators.connect_if_emulated()
-        self._client = publication.make_client(self._publication.destination)
+        self._client = steps.make_client(self._publication.destination)
 
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
     def process(self, launch: str, *inputs: Any) -> Iterator[str]:
@@ -75,13 +75,13 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
     """
     launch = (
         pipeline
-        | "Launch" >> beam.Create([job.publication.token])
-        | "Id" >> beam.Map(_new_launch)
+        | "LaunchPrefix" >> beam.Create([job.publication.launch_prefix])
+        | "CreateLaunchId" >> beam.Map(_new_launch)
         # Materialised: whatever is retried later sees the same id.
-        | "Keep" >> beam.Reshuffle()
+        | "KeepLaunchId" >> beam.Reshuffle()
     )
     # Every step ends in a Reshuffle: what it did is not done again because a later one is retried.
-    prepared = launch | "Prepare" >> beam.ParDo(_StepFn(publication.prepare, job)) | "Prepared" >> beam.Reshuffle()
+    prepared = launch | "Prepare" >> beam.ParDo(_StepFn(steps.prepare, job)) | "Prepared" >> beam.Reshuffle()
     waits, load_files, reports = [], [], []
     trainings = job.publication.trainings
     for tower in job.publication.towers:
@@ -92,20 +92,22 @@ def build(pipeline: beam.Pipeline, job: Job) -> PCollection[str]:
         reports += [seen, written[REPORTS]]
         waits += [written[LOADS], written[COPIES]]
         load_files.append(written[FILES])
+    # As a side input the check waits for every report, and whatever takes it waits for the check.
     tallies = beam.pvalue.AsSingleton(
         pipeline
-        | "All" >> beam.Create([None])
+        | "Once" >> beam.Create([None])
         | "Check" >> beam.Map(_check, trainings, beam.pvalue.AsIter(reports | "Reports" >> beam.Flatten()))
     )
     published: PCollection[str] = (
         prepared
         | "Audit" >> beam.ParDo(_StepFn(_audit, job), tallies, *(beam.pvalue.AsIter(jobs) for jobs in waits))
         | "Audited" >> beam.Reshuffle()
-        | "Shape" >> beam.ParDo(_StepFn(publication.shape, job))
+        | "Shape" >> beam.ParDo(_StepFn(steps.shape, job))
         | "Shaped" >> beam.Reshuffle()
-        | "Publish" >> beam.ParDo(_StepFn(publication.publish, job), tallies)
+        | "Publish" >> beam.ParDo(_StepFn(steps.publish, job), tallies)
         | "Published" >> beam.Reshuffle()
     )
+    # What is published stays, whatever becomes of this step.
     clean = beam.ParDo(_StepFn(_clean, job), *(beam.pvalue.AsIter(files) for files in load_files))
     _ = published | "Clean" >> clean
     return published
@@ -126,20 +128,22 @@ def _elements(
     return found[BATCHES], found[REPORTS]
 
 
-def _new_launch(token: str) -> str:
-    return token + uuid.uuid4().hex[:12]
+def _new_launch(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex[:12]
 
 
 def _check(_: None, trainings: Sequence[Training], reports: Iterable[Report]) -> dict[tuple[str, str], Tally]:
     return tally(reports, trainings)
 
 
-def _audit(client: Any, what: Publication, launch: str, tallies: Tallies, *_waited_for: Any) -> None:
-    publication.audit(client, what, launch, tallies)
+def _audit(client: Any, publication: Publication, launch: str, tallies: Tallies, *_waited_for: Any) -> None:
+    steps.audit(client, publication, launch, tallies)
 
 
-def _clean(client: Any, what: Publication, launch: str, *load_files: Iterable[tuple[Any, tuple[str, int]]]) -> None:
-    publication.clean(client, what, launch, [path for files in load_files for _, (path, _) in files])
-    for tower in what.trainings[-1].towers.values():
+def _clean(
+    client: Any, publication: Publication, launch: str, *load_files: Iterable[tuple[Any, tuple[str, int]]]
+) -> None:
+    steps.clean(client, publication, launch, [path for files in load_files for _, (path, _) in files])
+    for tower in publication.trainings[-1].towers.values():
         if isinstance(tower, ComputedTower) and isinstance(tower.ids_from, Query):
-            client.delete_table(features_table(what.destination, tower.name, launch), not_found_ok=True)
+            client.delete_table(features_table(publication.destination, tower.name, launch), not_found_ok=True)

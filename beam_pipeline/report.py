@@ -1,8 +1,7 @@
-"""`python -m beam_pipeline.report`: makes a page of the comparisons in the result tables."""
+"""`python -m beam_pipeline.report`: renders a page about the comparisons in the result tables."""
 
-import sys
-
+from beam_pipeline.command import run_process
 from beam_pipeline.comparison.command import report as main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -8,7 +8,6 @@ The next publication of a newer run with --latest_tables replaces it.
 from __future__ import annotations
 
 import argparse
-import sys
 import uuid
 from collections.abc import Sequence
 
@@ -25,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         "history stays as it is, and the next newer run replaces it.",
     )
     which = result.add_mutually_exclusive_group(required=True)
-    which.add_argument("--date", metavar="DATE", type=asking.to_date, help="day of the training (train_date)")
+    which.add_argument("--date", metavar="DATE", type=options.to_date, help="day of the training (train_date)")
     which.add_argument("--run_id", metavar="ID", help="MLflow run of the training")
     asking.add_towers(result)
     options.add_destination(result)
@@ -70,4 +69,4 @@ def _run(found: argparse.Namespace, named: Sequence[str], dataset_project: str |
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run_process(main)

@@ -1,8 +1,7 @@
 """`python -m beam_pipeline.search`: finds the nearest ids of an id in one training."""
 
-import sys
-
+from beam_pipeline.command import run_process
 from beam_pipeline.retrieval.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

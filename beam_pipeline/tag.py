@@ -1,7 +1,7 @@
 """Tags an MLflow run with what was published of it: table, partition and rows.
 
-The launcher does so with --tag_run where it waits for the job. On Dataflow it does not wait, and workers know no
-MLflow; there this command reads the log afterwards:
+The launcher does so with --tag_run where it waits for the job. On Dataflow it does not wait, and workers have no access
+to MLflow; there, this command reads the log afterwards:
 
     python -m beam_pipeline.tag --run_id=4e6f… --env=prod --project=my-project
 """
@@ -9,7 +9,6 @@ MLflow; there this command reads the log afterwards:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from google.api_core.exceptions import GoogleAPICallError, NotFound
@@ -38,7 +37,7 @@ def tag(client: bigquery.Client, destination: Destination, run_id: str, tracking
     except GoogleAPICallError as error:
         raise PublishError(f"{destination.log} cannot be read: {error.message}") from error
     if not rows:
-        raise PublishError(f"run {run_id} is not in {destination.log}: it was not published, or not there")
+        raise PublishError(f"run {run_id} is not in {destination.log}: it was not published, or published elsewhere")
     tags = {
         f"embedding.{row.tower}.{name}": str(value)
         for row in rows
@@ -84,4 +83,4 @@ def _default_project() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run_process(main)

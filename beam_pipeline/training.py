@@ -42,7 +42,7 @@ class Training:
 
     Attributes:
         run: the run.
-        model_uri: where the model lies; of several models, separated by commas.
+        model_uri: where the model is; of several models, separated by commas.
         towers: what is read of it, by name.
     """
 

@@ -1,4 +1,4 @@
-"""Transforms for pipelines of other people: a tower's embeddings in, and a model's towers published."""
+"""Transforms for other people's pipelines: one reads a tower's embeddings, one publishes a model's towers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from apache_beam.pvalue import PBegin, PCollection
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import JOB_NAME, Publication
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.errors import ConfigError, VectorNotServedError
+from beam_pipeline.errors import ConfigError
 from beam_pipeline.formats.model import Ending
 from beam_pipeline.launch.options import IF_TAKEN, is_tower
+from beam_pipeline.launch.vectors import not_served
 from beam_pipeline.model import ModelTower, alone
 from beam_pipeline.pipeline import Job, build
 from beam_pipeline.reading import pieces
@@ -89,12 +90,12 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
     The guarantees are those of the command line. Rows are loaded into staging tables, ids, vectors and checksums are
     verified on the way, the staging tables are audited, and all towers become visible in one transaction: readers see
     the whole model or nothing of it, and the same run again replaces its own rows. Then the launch id is emitted, for
-    whatever is to happen after the publication. An error fails the pipeline and nothing is published; what is left in
+    whatever should happen after the publication. An error fails the pipeline and nothing is published; what is left in
     staging expires after 48 hours.
 
     What the command line checks before it starts a job is checked here by the job: whether the dataset exists, the
-    tables are compatible, the partition is taken. That vectors are as long as those of the table's latest partition is
-    not checked.
+    tables are compatible, the partition is taken. Whether vectors are as long as those of the table's latest partition
+    is not checked.
 
     The pipeline needs the options of Beam's `WriteToBigQuery`, `--project` among them.
 
@@ -126,7 +127,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
 
     Raises:
         ConfigError: an argument is malformed, or the towers are of several models.
-        VectorNotServedError: a tower goes on after its embedding.
+        VectorNotServedError: a tower continues after its embedding.
     """
 
     towers: Mapping[str, ModelTower]
@@ -139,15 +140,12 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
     embedding_rows: bool = False
 
     def __post_init__(self) -> None:
+        # Here, where the mistake is in the caller's code, rather than when the pipeline is built or runs.
         self._require_valid()
         for name, tower in self.towers.items():
             tail = tower.description.tail
             if tail.ending == Ending.GOES_ON and not self.embedding_rows:
-                raise VectorNotServedError(
-                    f"tower {name!r}: the model goes on after the embedding of {tower.layer!r}: {tail.steps}; the rows "
-                    "of the embedding are not the vectors that it serves; publish them all the same with "
-                    "embedding_rows=True"
-                )
+                raise not_served(name, tower.layer, tail, "Publish the rows all the same with embedding_rows=True")
 
     def expand(self, pbegin: PBegin) -> PCollection[str]:
         """Applies the transform."""
@@ -165,7 +163,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
             trainings=(Training(self.run, model_path, by_name(pieces.cover(named))),),
             temp_location=self.temp_location,
             if_partition_taken=self.if_partition_taken,
-            token=uuid.uuid4().hex[:12],
+            launch_prefix=uuid.uuid4().hex[:12],
             job_name=pbegin.pipeline.options.get_all_options().get("job_name") or JOB_NAME,
         )
         return build(pbegin.pipeline, Job(publication, "columnar"))
@@ -181,7 +179,7 @@ class PublishEmbeddings(beam.PTransform[PBegin, PCollection[str]]):
             raise ConfigError(f"temp_location={self.temp_location!r}: load files need a bucket: gs://BUCKET/FOLDER")
         if self.if_partition_taken not in IF_TAKEN:
             raise ConfigError(f"if_partition_taken={self.if_partition_taken!r}: one of {', '.join(IF_TAKEN)}")
-        try:
+        try:  # As the publish script would, at the very end of the job.
             for text in (self.run.run_id, self.run.experiment_id):
                 tables.literal(text)
         except ValueError as error:

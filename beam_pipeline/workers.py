@@ -1,7 +1,7 @@
 """DirectRunner's worker processes (`--direct_running_mode=multi_processing`): how they start, and end with their job.
 
-Beam waits for each of its workers without end. One that was not connected yet when its job was given up would never
-hear of it, so workers also watch a file of the launcher's.
+Beam waits for each of its workers forever. A worker that had not connected yet when its job was abandoned would never
+hear of that, so workers also watch a file of the launcher's.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from beam_pipeline import emulators
 
 _PLUGIN = "beam_pipeline.worker_start"
 _JOB_FILE = "BEAM_PIPELINE_JOB_FILE"
-_EVERY = 0.5
+_EVERY = 0.5  # Seconds between two looks: what a worker may outlive its job by.
 
 
 def runner(options: PipelineOptions) -> FnApiRunner | None:
-    """Returns what runs a job whose workers are processes of DirectRunner's; None for any other runner.
+    """Returns the runner for a job whose workers are processes of DirectRunner's; None for any other runner.
 
-    Named by the options, it would start the workers without any: as another account than the launcher's, and without
-    what ends them with the job. With emulators, workers of all runners are told to connect as they start: the `setup`
-    of a DoFn of this package comes too late for those that run Beam's own first.
+    The one that Beam creates by the option's name starts its workers without any options: with another account than the
+    launcher's, and without the plugin that ends them with the job. With emulators, the workers of all runners connect
+    as they start: the `setup` of this package's DoFns comes too late for workers that run one of Beam's own first.
     """
     in_processes = (
         options.view_as(StandardOptions).runner == "FnApiRunner"
@@ -49,12 +49,12 @@ def runner(options: PipelineOptions) -> FnApiRunner | None:
 
 @contextmanager
 def watching_the_job() -> Iterator[Callable[[], None]]:
-    """Lets worker processes that start meanwhile end with the job; yields what ends them before."""
+    """Ties the worker processes that start inside the block to it; yields a function that ends them earlier."""
     before = os.environ.get(_JOB_FILE)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job")
         file.touch()
-        os.environ[_JOB_FILE] = str(file)
+        os.environ[_JOB_FILE] = str(file)  # Which worker processes inherit.
         try:
             yield lambda: file.unlink(missing_ok=True)
         finally:
@@ -65,7 +65,7 @@ def watching_the_job() -> Iterator[Callable[[], None]]:
 
 
 def end_with_job() -> None:
-    """Ends this process when the file of its job is gone; where it starts without one, nothing is done."""
+    """Ends this process when the file of its job is gone; does nothing where no job named one."""
     if path := os.environ.get(_JOB_FILE):
         threading.Thread(target=_watch, args=(path,), name="end with job", daemon=True).start()
 
@@ -73,4 +73,4 @@ def end_with_job() -> None:
 def _watch(path: str) -> None:
     while os.path.exists(path):
         time.sleep(_EVERY)
-    os._exit(1)
+    os._exit(1)  # sys.exit would end this thread alone.

@@ -4,29 +4,31 @@ The flags are those of `python -m beam_pipeline`. Seconds since the process bega
 the launcher notes them itself.
 """
 
-import os
-import sys
 import time
 
 STARTED = time.monotonic()
 
-from beam_pipeline.launch.options import parse  # noqa: E402 - its import is timed
+from beam_pipeline.__main__ import main  # noqa: E402 - its import is timed
+from beam_pipeline.command import run_process  # noqa: E402 - likewise
 
-config = parse(sys.argv[1:])
 
-from beam_pipeline import metrics  # noqa: E402 - the flags come first, as in __main__
-from beam_pipeline.launch.launcher import launch  # noqa: E402 - likewise
+def main_with_phases():
+    """Runs the command line, prints its phases, and returns its exit code."""
+    code = main()
 
-code = launch(config)
-metrics.end_phase("end")
-print(f"\n{'phase':<45} {'ends at, s':>10} {'took, s':>8} {'peak, MB':>9}")
-before = 0.0
-for phase in metrics.phases():
-    ended = phase.ended - STARTED
-    print(f"{phase.name:<45} {ended:>10.2f} {ended - before:>8.2f} {phase.peak / 1e6:>9,.0f}")
-    before = ended
-first = metrics.first_in_this_process("read-bytes")
-if first:
-    print(f"{'(the first vectors are read)':<45} {first - STARTED:>10.2f}")
-sys.stdout.flush()
-os._exit(code)
+    from beam_pipeline import metrics  # Imports Beam.
+
+    metrics.end_phase("end")
+    print(f"\n{'phase':<45} {'ends at, s':>10} {'took, s':>8} {'peak, MB':>9}")
+    before = 0.0
+    for phase in metrics.phases():
+        ended = phase.ended - STARTED
+        print(f"{phase.name:<45} {ended:>10.2f} {ended - before:>8.2f} {phase.peak / 1e6:>9,.0f}")
+        before = ended
+    first = metrics.first_in_this_process("read-bytes")
+    if first:
+        print(f"{'(the first vectors are read)':<45} {first - STARTED:>10.2f}")
+    return code
+
+
+run_process(main_with_phases)

@@ -9,6 +9,7 @@ Prints the run's id, and nothing else, to stdout.
 
 import argparse
 import contextlib
+import functools
 import os
 import tempfile
 from datetime import UTC, datetime
@@ -102,8 +103,8 @@ def train(seed, moved_item, vocabulary_folder=None):
     return model
 
 
-def log(model, start, tracking_uri, artifact_root):
-    """Saves the model, logs it to a finished run that started at `start`, and returns the run's id."""
+def log(save, start, tracking_uri, artifact_root, artifact_path="model"):
+    """Logs what `save` writes to a folder to a finished run that started at `start`, and returns the run's id."""
     mlflow.set_tracking_uri(tracking_uri)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -117,10 +118,10 @@ def log(model, start, tracking_uri, artifact_root):
         start_time=int(start.timestamp() * 1000),
         run_name=f"weekly-{start:%Y-%m-%d}",
     )
-    with mlflow.start_run(run_id=run.info.run_id), tempfile.TemporaryDirectory() as export_path:
+    with mlflow.start_run(run_id=run.info.run_id), tempfile.TemporaryDirectory() as folder:
         mlflow.log_params({"dimension": DIMENSION, "users": len(USERS), "items": len(ITEMS)})
-        model.save(export_path, save_format="tf")
-        mlflow.log_artifacts(export_path, "model")
+        save(folder)
+        mlflow.log_artifacts(folder, artifact_path)
     return run.info.run_id
 
 
@@ -142,7 +143,8 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = train(args.seed, args.moved_item, folder if args.vocabulary_file else None)
-        print(log(model, args.start, args.tracking_uri, args.artifact_root))
+        save = functools.partial(model.save, save_format="tf")
+        print(log(save, args.start, args.tracking_uri, args.artifact_root))
 
 
 if __name__ == "__main__":

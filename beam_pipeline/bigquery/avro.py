@@ -35,7 +35,7 @@ from beam_pipeline.formats.model import Tower
 from beam_pipeline.reading import rows
 from beam_pipeline.reading.rows import Batch, Element
 from beam_pipeline.reading.tally import Report
-from beam_pipeline.reading.transforms import REPORTS, count_read, displayed
+from beam_pipeline.reading.transforms import REPORTS, count_read, display_data
 
 BLOCK_BYTES = 1 << 20
 """Of vectors in an Avro block."""
@@ -56,17 +56,17 @@ class Writing:
         towers: run id → the tower in that run's model.
         constants: run id → the columns before the id.
         dtype: floats of the file, "<f4" or "<f8": wide enough for every run's.
-        shown: display data beside those of the towers.
+        displayed: display data beside those of the towers.
     """
 
     tower: str
     towers: dict[str, Tower]
     constants: dict[str, list[date | int]]
     dtype: str
-    shown: dict[str, Any] = field(default_factory=dict)
+    displayed: dict[str, Any] = field(default_factory=dict)
 
 
-def avro_schema(table_schema: dict[str, Any], dtype: str = "<f8") -> dict[str, Any]:
+def avro_schema(table_schema: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Returns the Avro schema that Beam's own sink writes for a table schema; arrays of floats if those are narrow."""
     schema: dict[str, Any] = get_record_schema_from_dict_table_schema("root", table_schema)
     if dtype == "<f4":
@@ -83,10 +83,8 @@ def file_header(schema: dict[str, Any], sync: bytes) -> bytes:
     return _MAGIC + _long(len(metadata)) + entries + _long(0) + sync
 
 
-def encode(
-    batch: Batch, constants: list[date | int], dtype: str = "<f8", start: int = 0, end: int | None = None
-) -> pa.Array:
-    """Returns the Avro record of each row of a batch as one binary array, in row order.
+def encode(batch: Batch, constants: list[date | int], dtype: str, start: int, end: int) -> pa.Array:
+    """Returns the Avro record of each row from `start` to `end` of a batch as one binary array, in row order.
 
     A record is the constant columns, the id, and the vector as an array, all of them REQUIRED or REPEATED.
 
@@ -95,7 +93,7 @@ def encode(
         constants: values of the columns before the id, the same in every row.
         dtype: floats of the record, "<f4" or "<f8".
         start: the first row.
-        end: the row after the last; None for all.
+        end: the row after the last, which may be beyond the batch.
 
     Raises:
         TypeError: the record's floats are narrower than the batch's.
@@ -107,18 +105,18 @@ def encode(
     offsets = np.arange(count + 1, dtype=np.int32) * np.int32(vectors.itemsize * dimension)
     floats = pa.Array.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), pa.py_buffer(vectors)])
     return pc.binary_join_element_wise(
-        pa.scalar(prefix, pa.binary()),
-        _longs(pc.binary_length(ids).to_numpy(zero_copy_only=False)),
+        pa.scalar(prefix),
+        _longs(pc.binary_length(ids).to_numpy()),
         ids.cast(pa.binary()),
-        pa.scalar(_long(dimension), pa.binary()),
+        pa.scalar(_long(dimension)),
         floats,
-        pa.scalar(_long(0), pa.binary()),  # the end of an array
-        pa.scalar(b"", pa.binary()),  # the separator
+        pa.scalar(_long(0)),  # the end of an array
+        pa.scalar(b""),  # the separator
     )
 
 
 def blocks(
-    batch: Batch, constants: list[date | int], sync: bytes, dtype: str = "<f8"
+    batch: Batch, constants: list[date | int], sync: bytes, dtype: str
 ) -> Iterator[tuple[bytes | memoryview, ...]]:
     """Yields the bytes of Avro blocks that hold a batch, each as its head, its records and its end.
 
@@ -144,8 +142,8 @@ def blocks(
 class WritePieces(BigQueryBatchFileLoads):
     """Beam's file loads for pieces instead of rows; `Element` in, a dict of PCollections out.
 
-    A piece is read, checked, encoded and written in one step: its vectors are in no element. What is returned are those
-    of `BigQueryBatchFileLoads`, and the report of each element as "reports".
+    A piece is read, checked, encoded and written in one step: its vectors are in no element. The outputs are those of
+    `BigQueryBatchFileLoads`, and the report of each element as "reports".
 
     Files that fit one load job are loaded into the destination directly, although its name is computed while the job
     runs; Beam's own transform would load a temporary table and copy it.
@@ -189,7 +187,7 @@ class _WriteFn(beam.DoFn):
         self._max_bytes = max_bytes
 
     def display_data(self) -> dict[str, Any]:
-        return {**displayed(self._writing.towers), **self._writing.shown}
+        return {**display_data(self._writing.towers), **self._writing.displayed}
 
     def setup(self) -> None:
         emulators.connect_if_emulated()
@@ -242,8 +240,6 @@ class _AvroFile:
     def __init__(self, folder: str, schema: dict[str, Any]) -> None:
         self._sync = secrets.token_bytes(16)
         self._path = FileSystems.join(folder, secrets.token_hex(16))
-        if not self._path.startswith("gs://") and not FileSystems.exists(folder):
-            FileSystems.mkdirs(folder)
         self._stream: BinaryIO = FileSystems.create(
             self._path, "application/avro", compression_type=CompressionTypes.UNCOMPRESSED
         )

@@ -1,6 +1,6 @@
 """What the tables hold: the towers and trainings of a history, and labels for their ids.
 
-Reads only; whatever asks the tables (a comparison, a search) begins here.
+Reads only; whatever queries the tables (a comparison, a search) begins here.
 """
 
 from __future__ import annotations
@@ -75,30 +75,30 @@ def find_towers(client: bigquery.Client, destination: Destination, named: Sequen
 
     Raises:
         TrainingMissingError: there are no tables, or not those that were named.
-        ConfigError: which tower is which cannot be told.
+        ConfigError: it is unclear which tower is which.
         IncompatibleTableError: a table lacks a column.
     """
     dataset = f"{destination.project}.{destination.dataset}"
     pattern = re.compile(rf"{re.escape(destination.prefix)}_([a-z][a-z0-9_]*)_embedding{re.escape(destination.suffix)}")
-    there = sorted(match[1] for table in client.list_tables(dataset) if (match := pattern.fullmatch(table.table_id)))
-    if not there:
+    existing = sorted(match[1] for table in client.list_tables(dataset) if (match := pattern.fullmatch(table.table_id)))
+    if not existing:
         raise TrainingMissingError(
             f"there is no history in {dataset}: no table {destination.prefix}_TOWER_embedding{destination.suffix}; "
             "publish a training with python -m beam_pipeline, or name another place with --env, --dataset, "
             "--table_prefix or --table_suffix"
         )
-    if missing := [name for name in named if name not in there]:
+    if missing := [name for name in named if name not in existing]:
         raise TrainingMissingError(
-            f"--towers: there is no table {destination.table(missing[0])}; towers there are {', '.join(there)}"
+            f"--towers: there is no table {destination.table(missing[0])}; the towers are {', '.join(existing)}"
         )
-    found = _roles(named, there)
+    found = _roles(named, existing)
     for name in found.names:
         _require_columns(client.get_table(destination.table(name)), name)
     return found
 
 
-def _roles(named: Sequence[str], there: Sequence[str]) -> Towers:
-    names = [*named] or [*there]
+def _roles(named: Sequence[str], existing: Sequence[str]) -> Towers:
+    names = [*named] or [*existing]
     if len(names) == 1:
         return Towers(names[0], None) if names[0] == "user" else Towers(None, names[0])
     if named:
@@ -108,7 +108,7 @@ def _roles(named: Sequence[str], there: Sequence[str]) -> Towers:
     if len(names) == 2 and {"user", "item"} & {*names}:
         items = "item" if "item" in names else next(name for name in names if name != "user")
         return Towers(next(name for name in names if name != items), items)
-    raise ConfigError(f"towers are {', '.join(there)}; say which is which with --towers=USERS,ITEMS")
+    raise ConfigError(f"the towers are {', '.join(existing)}; say which is which with --towers=USERS,ITEMS")
 
 
 def _require_columns(table: bigquery.Table, tower: str) -> None:
@@ -118,8 +118,8 @@ def _require_columns(table: bigquery.Table, tower: str) -> None:
         f"{tower}_id": ("STRING", False),
         f"{tower}_embedding": ("FLOAT", True),
     }
-    there = {c.name: (c.field_type.replace("FLOAT64", "FLOAT"), c.mode == "REPEATED") for c in table.schema}
-    bad = [name for name, kind in wanted.items() if there.get(name) != kind]
+    kinds = {c.name: (c.field_type.replace("FLOAT64", "FLOAT"), c.mode == "REPEATED") for c in table.schema}
+    bad = [name for name, kind in wanted.items() if kinds.get(name) != kind]
     if bad:
         raise IncompatibleTableError(
             f"table {table.reference} cannot be read: it has no column {', '.join(bad)} of the type that "
@@ -131,7 +131,7 @@ def find_trainings(client: bigquery.Client, destination: Destination, towers: Se
     """Returns the trainings in the tables, oldest first; of one date, the one that was published first.
 
     The log says which run a partition holds as long as the counts of rows agree; partitions that are older than the
-    log, or were changed since, are asked themselves.
+    log, or were changed since, are queried themselves.
     """
     names = [destination.table(tower).rsplit(".", 1)[1] for tower in towers]
     tower_of = dict(zip(names, towers, strict=True))
@@ -253,7 +253,7 @@ def vector_lengths(client: bigquery.Client, destination: Destination, tower: str
 
 
 def vector_length(client: bigquery.Client, table: str, tower: str, day: date) -> int | None:
-    """Returns the length of a vector in a partition; None if its rows are gone meanwhile.
+    """Returns the length of a vector in a partition; None if its rows have been deleted meanwhile.
 
     One row is listed, which is free: a query, LIMIT 1 or not, is billed for the vectors of the whole partition. The log
     would cost its 10 MB, and does not know what was deleted or written by others since.

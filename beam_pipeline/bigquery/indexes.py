@@ -49,7 +49,7 @@ def find_indexes(client: bigquery.Client, table: str) -> list[Index]:
 
 
 def ensure_index(client: bigquery.Client, table: str, tower: str, distance: str, *, partitioned: bool = True) -> None:
-    """Creates the index of a tower's table unless the table has one, which BigQuery then builds by itself.
+    """Creates the index of a tower's table, which BigQuery then builds by itself, unless the table has one.
 
     Raises:
         PublishError: BigQuery refuses; nothing is published.

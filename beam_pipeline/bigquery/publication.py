@@ -1,12 +1,13 @@
 """Publication: from loaded staging tables to one transaction, and why every crash point on the way is safe.
 
-Each launch of the job has an id, made inside the job graph and materialised before anything uses it. The names of
-staging tables and of publish jobs carry it, so two launches never meet, and a step that is retried finds its own
-work and nobody else's. Readers see the destination tables alone.
+Each launch of the job has an id, created inside the job graph and materialised before anything uses it. The names of
+staging tables and of publish jobs contain it, so two launches never meet, and a step that is retried finds its own
+work and no other launch's. Readers see only the destination tables.
 
-prepare: a retry finds the staging tables made. They are this launch's and empty: making them again changes nothing.
+prepare: a retry finds the staging tables created. They are this launch's and empty: creating them again changes
+nothing.
 
-write: a load job takes the files of committed bundles alone; what a failed bundle wrote stays in the bucket. The job's
+write: a load job takes only the files of committed bundles; what a failed bundle wrote stays in the bucket. The job's
 id is deterministic, so a retried step finds the job instead of loading twice.
 
 wait: loads and copies of every tower are side inputs of the audit, which cannot start before all are done.
@@ -16,15 +17,15 @@ audit: reads only. What does not match the artifact fails the job with nothing p
 shape: after a crash the destination may have new columns and no new rows. That is additive: readers, older writers and
 a later launch all work with it.
 
-publish: BigQuery rolls a transaction back that is cut short. If it was committed and the worker died before it could
-say so: the job id is launch + attempt and is looked up before anything is submitted, so a committed publication is
-found, not repeated. A job that fails for a passing reason is followed by the next attempt, under an id of its own.
+publish: BigQuery rolls back a transaction that is cut short. If it was committed and the worker died before it could
+report that: the job id is launch + attempt and is looked up before anything is submitted, so a committed publication is
+found, not repeated. A job that fails for a transient reason is followed by the next attempt, under an id of its own.
 
 clean: a retry deletes again; what is missing is fine, and what cannot be deleted is left: this step never fails, since
-everything is published. Nobody else's tables are touched. What a dead launch has left expires after 48 hours (tables)
-or is swept by a later launch (files).
+everything is published. No other launch's tables are touched. What a dead launch has left expires after 48 hours
+(tables) or is swept by a later launch (files).
 
-several trainings: each is a transaction of its own, in order; a retry finds those that are done and goes on with the
+several trainings: each is a transaction of its own, in order; a retry finds those that are done and resumes with the
 next.
 
 a new launch of the same run: the transaction deletes the run's rows before it inserts them: the same rows, once.
@@ -68,13 +69,13 @@ from beam_pipeline.reading.tally import Tally
 from beam_pipeline.training import Run, Training
 
 STAGING_LIFE = timedelta(hours=48)
-"""How long the traces of a launch that died may stay: longer than a job runs, shorter than they would cost."""
+"""How long what a dead launch has left may stay: longer than a job runs, and not so long that it costs much."""
 
 JOB_NAME = "historize"
 """First part of the name of a job that was not given one."""
 
 LABELS = {"managed_by": "beam_pipeline"}
-"""Of every table that is made and of every query, so that costs and tables can be found by them."""
+"""Of every table that is created and of every query, so that costs and tables can be found by them."""
 
 ATTEMPTS = 10
 _LOG = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ _PUBLISH = "publish_embeddings"
 _CONFLICT = "due to concurrent update"
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0  # Seconds between two looks at a job.
-_UNTIL_SHOWN = (1, 2, 4, 8, 16)  # Seconds before each look for a job that exists and is not shown.
+_UNTIL_VISIBLE = (1, 2, 4, 8, 16)  # Seconds before each look for a job that exists and is not visible yet.
 
 
 Tallies = Mapping[tuple[str, str], Tally]
@@ -105,10 +106,10 @@ class Publication:
         trainings: published in this order, each whole; all have the same towers.
         temp_location: `gs://` folder for load files.
         if_partition_taken: "fail", "replace" or "keep".
-        token: part of every launch id of this pipeline; the launcher finds by it what a failed launch has left.
+        launch_prefix: of every launch id of this pipeline; the launcher finds by it what a failed launch has left.
         job_name: of the Beam job, for the log.
-        partition_expiration_days: for tables that are made; None keeps partitions forever.
-        require_partition_filter: for tables that are made: queries must name a partition.
+        partition_expiration_days: for tables that are created; None keeps partitions forever.
+        require_partition_filter: for tables that are created: queries must name a partition.
         kms_key: Cloud KMS key of every table and job; None leaves it to the dataset.
         vector_index: distance of the vector index of each tower's tables; None creates none.
         latest_tables: also keep the newest training of each tower in a table of its own.
@@ -118,7 +119,7 @@ class Publication:
     trainings: tuple[Training, ...]
     temp_location: str
     if_partition_taken: str
-    token: str
+    launch_prefix: str
     job_name: str = JOB_NAME
     partition_expiration_days: int | None = None
     require_partition_filter: bool = False
@@ -133,7 +134,7 @@ class Publication:
 
     @property
     def encryption(self) -> bigquery.EncryptionConfiguration | None:
-        """For every table that is made and every result that is kept."""
+        """For every table that is created and every result that is kept."""
         return bigquery.EncryptionConfiguration(self.kms_key) if self.kms_key else None
 
     @property
@@ -149,7 +150,7 @@ class Publication:
     @property
     def load_files(self) -> str:
         """Folder for the load files of this pipeline."""
-        return f"{self.all_load_files}/{self.token}"
+        return f"{self.all_load_files}/{self.launch_prefix}"
 
     @property
     def all_copies(self) -> str:
@@ -159,12 +160,12 @@ class Publication:
     @property
     def copy(self) -> str:
         """Folder for this pipeline's copy of its model, if it needs one."""
-        return copies_folder(self.temp_location, self.token)
+        return copies_folder(self.temp_location, self.launch_prefix)
 
 
-def copies_folder(temp_location: str, token: str = "") -> str:
-    """Returns the folder for copies of models, or that of the pipeline with this token."""
-    return f"{temp_location.rstrip('/')}/embedding_artifacts/{token}".rstrip("/")
+def copies_folder(temp_location: str, launch_prefix: str = "") -> str:
+    """Returns the folder for copies of models, or that of the pipeline with this prefix of launch ids."""
+    return f"{temp_location.rstrip('/')}/embedding_artifacts/{launch_prefix}".rstrip("/")
 
 
 def make_client(destination: Destination) -> bigquery.Client:
@@ -189,7 +190,7 @@ def partition_life(train_date: date, now: datetime) -> int:
 
 
 def prepare(client: bigquery.Client, publication: Publication, launch: str) -> None:
-    """Makes the launch's staging tables, which expire by themselves.
+    """Creates the launch's staging tables, which expire by themselves.
 
     Raises:
         DatasetMissingError: the dataset was deleted meanwhile.
@@ -213,7 +214,7 @@ def prepare(client: bigquery.Client, publication: Publication, launch: str) -> N
 
 
 def audit(client: bigquery.Client, publication: Publication, launch: str, tallies: Tallies) -> None:
-    """Compares the staging tables with what the artifacts hold: so many ids per run and tower, each once.
+    """Compares the staging tables with what the artifacts hold: as many ids per run and tower, each once.
 
     Raises:
         BadIdError: an id appears twice; named.
@@ -239,9 +240,11 @@ def audit(client: bigquery.Client, publication: Publication, launch: str, tallie
         if rows == tally.ids:
             query = tables.duplicates_sql(publication.destination, tower, launch, run, number)
             ((name, times),) = client.query_and_wait(query, job_config=keyed)
+            source = publication.trainings[number].towers[tower]
+            again = "" if source.has_ids_beside_it else " and train again"
             raise BadIdError(
-                f"tower {tower!r}: id {name!r} appears {times} times in the vocabulary; an id has one embedding: "
-                "remove the duplicates and train again"
+                f"tower {tower!r}: id {name!r} appears {times} times in {source.ids_place}; an id has one embedding: "
+                f"remove the duplicates{again}"
             )
         raise AuditError(
             f"tower {tower!r} of run {run.run_id}: {rows:,} rows were loaded where the artifact holds {tally.ids:,} "
@@ -383,10 +386,11 @@ def run_script(
         sleep: between attempts.
 
     Raises:
-        PublishError: BigQuery refused for a reason that a retry does not mend, or conflicts did not end.
+        PublishError: BigQuery refused for a reason that a retry does not fix, or conflicts did not end.
     """
 
     def start(job_id: str) -> bigquery.QueryJob:
+        # Retries are `run_job`'s, under ids that it finds again.
         return client.query(script, job_id=job_id, job_retry=None)
 
     run_job(client, job_prefix, start, subject, sleep)
@@ -423,7 +427,7 @@ def _wait_for_job(
     """Runs a job to its end, whoever submitted it; returns its error, with reason and message, or nothing.
 
     It waits with jobs.get, which alone says whether the job has failed. getQueryResults reports a failed job as a
-    failed request, which a client cannot tell from a request that failed while the job goes on.
+    failed request, which a client cannot distinguish from a request that failed while the job continues.
     """
     try:
         job = _find_job(client, job_id) or _start_job(client, job_id, start, sleep)
@@ -444,7 +448,7 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
     """Drops the staging tables, the load files and the copied model of a launch, and files that dead launches left.
 
     What cannot be deleted (a bucket has retention or holds, an account may not delete) is logged and counted as
-    `not-deleted`. It fails nothing: everything is published, and who starts failed jobs again would publish for ever.
+    `not-deleted`. It fails nothing: everything is published, and whoever restarts failed jobs would publish forever.
 
     Args:
         client: for the dataset.
@@ -467,14 +471,14 @@ def clean(client: bigquery.Client, publication: Publication, launch: str, load_f
 
 
 @contextmanager
-def left_if_denied(what: str) -> Iterator[None]:
+def left_if_denied(subject: str) -> Iterator[None]:
     """Logs and counts what cannot be deleted instead of raising."""
     try:
         yield
     except (GoogleAPIError, GoogleAuthError, OSError) as error:  # Beam's own errors of files are OSErrors.
-        failures = getattr(error, "exception_details", None) or {what: error}
+        failures = getattr(error, "exception_details", None) or {subject: error}
         path, reason = next(iter(failures.items()))
-        _LOG.warning("%s: not all is deleted: %s: %s", what, path, reason)
+        _LOG.warning("%s: not all is deleted: %s: %s", subject, path, reason)
         metrics.count("not-deleted", len(failures))
 
 
@@ -486,7 +490,7 @@ def discard(client: bigquery.Client, publication: Publication, job_name: str) ->
         publication: what was to be published.
         job_name: Beam's; its temporary tables are named after it.
     """
-    _drop_staging(client, publication, publication.token, job_name)
+    _drop_staging(client, publication, publication.launch_prefix, job_name)
     delete_files(publication.load_files)
     delete_files(publication.copy)
 
@@ -536,13 +540,15 @@ def create_table(
     return table
 
 
-def _drop_staging(client: bigquery.Client, publication: Publication, token: str, job_name: str) -> None:
-    destination = publication.destination
+def _drop_staging(client: bigquery.Client, publication: Publication, launch_prefix: str, job_name: str) -> None:
+    names = [tables.split_name(publication.destination.staging(tower, launch_prefix)) for tower in publication.towers]
+    project, dataset, _ = names[0]
     prefixes = [
-        *(destination.staging(tower, token).rsplit(".", 1)[1] for tower in publication.towers),
+        *(name for _, _, name in names),
         f"beam_bq_job_LOAD_{job_name.replace('-', '')}",  # Beam's temporary tables
     ]
-    for table in client.list_tables(destination.staging("", "").rsplit(".", 1)[0]):
+    # By prefix: the rest of a launch id was drawn in the job, and again if a step was retried before it was kept.
+    for table in client.list_tables(f"{project}.{dataset}"):
         if table.table_id.startswith(tuple(prefixes)):
             client.delete_table(table, not_found_ok=True)
 
@@ -562,7 +568,7 @@ def _start_job(
     except Conflict:  # Submitted a moment ago, by a request whose answer was lost or by a duplicate of this step.
         pass
     # jobs.get may say 404 for some seconds: https://github.com/googleapis/python-bigquery/issues/2134
-    for pause in _UNTIL_SHOWN:
+    for pause in _UNTIL_VISIBLE:
         sleep(pause)
         if job := _find_job(client, job_id):
             return job
@@ -570,7 +576,7 @@ def _start_job(
 
 
 def _published(client: bigquery.Client, launch: str) -> bool:
-    """Whether the first of the launch's transactions has committed."""
+    """Whether the first of the launch's transactions has committed, which none does before the audit of all."""
     for attempt in range(ATTEMPTS):
         job = _find_job(client, f"{_PUBLISH}_{launch}_0_{attempt}")
         if job is None:

@@ -32,7 +32,7 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
 
     `Element` in; out come "reports", a `Report` of each, and what Beam's file loads return: "loads" and "copies", the
     jobs once they are done, and "files".
-    The launch id comes as a side input from the step that made the tables, so nothing is written before.
+    The launch id comes as a side input from the step that created the tables, so nothing is written before.
 
     Attributes:
         tower: name of the tower.
@@ -52,7 +52,7 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
         trainings = self.publication.trainings
         towers = {training.run.run_id: training.towers[self.tower] for training in trainings}
         columns = tables.staged_values(trainings)
-        shown = {
+        displayed = {
             "table": self.publication.destination.staging(self.tower, "<launch>"),
             "load_files": self.publication.load_files,
             "writer": self.writer,
@@ -60,7 +60,7 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
         if self.writer == "columnar":
             wide = any(tower.matrix.dtype == "float64" for tower in towers.values())
             values = {run_id: list(of_run.values()) for run_id, of_run in columns.items()}
-            writing = Writing(self.tower, towers, values, "<f8" if wide else "<f4", shown)
+            writing = Writing(self.tower, towers, values, "<f8" if wide else "<f4", displayed)
             loads = elements | "Load" >> WritePieces(destination=self._table(), writing=writing, **self._sink_options())
             return {
                 LOADS: loads[WritePieces.DESTINATION_JOBID_PAIRS],
@@ -69,7 +69,7 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
                 REPORTS: loads[REPORTS],
             }
         split = functools.partial(_counted_rows, tower=self.tower, constants=columns)
-        read = elements | "Rows" >> ReadRows(towers, split, shown)
+        read = elements | "ReadRows" >> ReadRows(towers, split, displayed)
         written = read[ROWS] | "Load" >> WriteToBigQuery(
             table=self._table(), method=WriteToBigQuery.Method.FILE_LOADS, **self._sink_options()
         )
@@ -81,7 +81,7 @@ class WriteStaging(beam.PTransform[PCollection[Element], dict[str, PCollection[A
         }
 
     def _table(self) -> Callable[[Any, str], str]:
-        """Returns what gives the staging table of a launch, as Beam spells it; not a method, which would be shown."""
+        """Returns a function from a launch to its staging table, as Beam spells it; Beam would display a method."""
         tower, destination = self.tower, self.publication.destination
 
         def staging(_: Any, launch: str) -> str:
@@ -132,14 +132,14 @@ class _SinkClient:
         if name.startswith("_"):  # What pickle looks for.
             raise AttributeError(name)
         if self._client is None:
-            self._client = self._make()
+            self._client = self._create()
         return getattr(self._client, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_kms_key": self._kms_key, "_client": None}
 
-    def _make(self) -> Any:
-        # Without emulators, as BigQueryWrapper makes its own.
+    def _create(self) -> Any:
+        # Without emulators, as BigQueryWrapper creates its own.
         client = emulators.beam_client() or BigQueryWrapper._bigquery_client(PipelineOptions())
         if self._kms_key is None:
             return client

@@ -70,12 +70,12 @@ def open_streams(
             f"roles/bigquery.readSessionUser on project {project} and roles/bigquery.dataViewer on the dataset"
         ) from error
     except GoogleAPICallError as error:
-        raise ConfigError(f"the Storage Read API does not answer for {table}: {error.message}") from error
+        raise ConfigError(f"the Storage Read API cannot open {table}: {error.message}") from error
     return [stream.name for stream in opened.streams]
 
 
 def read(client: BigQueryReadClient, stream: str) -> Iterator[pa.RecordBatch]:
-    """Yields the pages of a stream; a connection that breaks is taken up again where it broke."""
+    """Yields the pages of a stream; if the connection breaks, it is resumed where it broke."""
     schema = None
     for response in client.read_rows(stream):
         if response.arrow_schema.serialized_schema:  # in the first

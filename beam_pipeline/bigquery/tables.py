@@ -130,7 +130,7 @@ LOG_SCHEMA = [
         ("mlflow_experiment_name", "STRING", "Name of the MLflow experiment"),
         ("mlflow_run_id", "STRING", "MLflow run of the training"),
         ("mlflow_run_name", "STRING", "Name of the MLflow run"),
-        ("model_uri", "STRING", "Where the model lay"),
+        ("model_uri", "STRING", "Where the model was"),
         ("tower", "STRING", "The tower"),
         ("table_name", "STRING", "The table, as project.dataset.table"),
         ("row_count", "INTEGER", "Rows published: ids of the tower"),
@@ -144,7 +144,7 @@ LOG_SCHEMA = [
         (
             "vector_source",
             "STRING",
-            "What the vectors are: embedding, which the model serves; embedding_rows, after which the tower goes on; "
+            "What the vectors are: embedding, which the model serves; embedding_rows, after which the tower continues; "
             "computed, the tower's output",
         ),
         ("computed_by", "STRING", "Library that computed the vectors, and its version; NULL if they were read"),
@@ -183,7 +183,7 @@ def run_values(run: Run) -> dict[str, Any]:
 
 
 def staged_values(trainings: Sequence[Training]) -> dict[str, dict[str, Any]]:
-    """Returns run id → the values of a staging table's columns but the last two, which tell the trainings apart."""
+    """Returns run id → the values of a staging table's columns but the last two; they distinguish the trainings."""
     return {
         training.run.run_id: {PARTITION_COLUMN: training.run.train_date, TRAINING_COLUMN: number}
         for number, training in enumerate(trainings)
@@ -223,7 +223,7 @@ def differences(table: bigquery.Table, tower: str, *, partitioned: bool = True) 
         if (other.mode == "REPEATED") != (column.mode == "REPEATED"):
             found.append(f"column {column.name} is {other.mode or 'NULLABLE'}, not {column.mode}")
     for other in existing.values():
-        if other.mode == "REQUIRED" and not other.default_value_expression:
+        if other.mode == "REQUIRED" and not other.default_value_expression:  # An INSERT without it would fail.
             found.append(f"column {other.name} is REQUIRED, and this job does not write it")
     return found
 
@@ -277,7 +277,7 @@ def literal(value: date | datetime | float | str) -> str:
     if isinstance(value, float | int):
         return repr(value)
     if not _SAFE_LITERAL.fullmatch(value):
-        raise ValueError(f"{value!r} cannot stand in the publish script: only letters, digits and _ . : - can")
+        raise ValueError(f"{value!r} is not allowed in the publish script: only letters, digits and _ . : - are")
     return f"'{value}'"
 
 
@@ -322,6 +322,8 @@ def publish_script(
         lock_sql(destination, launch),
     ]
     if if_partition_taken == "fail":
+        # Again: another run may have published since the report. ERROR() aborts the transaction; so would RAISE or
+        # ASSERT, but not in the emulator.
         statements += [
             f"SELECT IF(EXISTS(SELECT 1 FROM `{destination.table(tower)}` WHERE {of_others}), "
             f"ERROR('{TAKEN_MARK} {destination.table(tower)}'), 1)"
@@ -463,6 +465,7 @@ def duplicates_sql(destination: Destination, tower: str, launch: str, run: Run, 
 
 def _staged(run: Run, number: int) -> str:
     """Returns the condition for a training's rows in a staging table."""
+    # The number would do; by the date BigQuery reads one partition of many trainings'.
     return f"{PARTITION_COLUMN} = {literal(run.train_date)} AND {TRAINING_COLUMN} = {literal(number)}"
 
 
@@ -481,6 +484,7 @@ def latest_partition_sql(table: str) -> str:
     at more than a thousand (https://cloud.google.com/bigquery/docs/information-schema-partitions).
     """
     project, dataset, name = split_name(table)
+    # Not the partitions __NULL__ and __UNPARTITIONED__, which are no dates.
     return (
         f"SELECT MAX(partition_id) FROM `{project}.{dataset}`.INFORMATION_SCHEMA.PARTITIONS "
         f"WHERE table_name = {literal(name)} AND total_rows > 0 AND partition_id NOT LIKE '\\\\_\\\\_%'"

@@ -1,4 +1,4 @@
-"""The command line of a comparison: flags, checks, the job, and what is said of its results."""
+"""The command line of a comparison: flags, checks, the job, and the report about its results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Config(options.JobConfig):
     later: str | None = None
     all: bool = False
     towers: tuple[str, ...] = ()
-    ids: str = "item"
+    ids: str | None = None
     k: int = 10
     queries: int = 2000
     top: int = 25
@@ -70,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the comparison's flags."""
     result = options.base_parser(
         "compare",
-        "Compares the embeddings of two trainings: how much the scores of each user and item changed, what was kept of "
-        "neighbours and recommendations, and whether that is usual. Publishes the numbers in BigQuery.",
+        "Compares the embeddings of two trainings: how much the scores of each user and item changed, which neighbours "
+        "and recommendations were kept, and whether that is usual. Publishes the numbers in BigQuery.",
         _EPILOG,
     )
     result.add_argument("--version", action="version", version=__version__)
@@ -93,7 +93,6 @@ def parser() -> argparse.ArgumentParser:
     compared = result.add_argument_group("what is compared")
     compared.add_argument(
         "--ids",
-        default="item",
         choices=("item", "user", "both", "none"),
         help="towers of which a row per id is published (default: item)",
     )
@@ -173,6 +172,7 @@ def parse(argv: Sequence[str]) -> Config:
         fail_if_unusual=found.fail_if_unusual,
         plan=found.plan,
     )
+    _refuse_idle_tracking(ours, found)
     if not config.waits and (config.report or config.log_run):
         flag = "--report" if config.report else "--log_run"
         ours.error(
@@ -180,6 +180,13 @@ def parse(argv: Sequence[str]) -> Config:
             "python -m beam_pipeline.report afterwards"
         )
     return config
+
+
+def _refuse_idle_tracking(ours: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    """Exits 2 if a tracking server is named that nobody asks: the tables say all that a comparison needs."""
+    for flag in ("tracking_uri", "tracking_audience"):
+        if getattr(found, flag) and not found.log_run:
+            ours.error(f"--{flag} is of the server to which --log_run logs; add --log_run, or leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,7 +199,7 @@ _WHOLE = "the tables hold this comparison whole or not at all, start the job aga
 
 
 def run(config: Config) -> None:
-    """Finds the pairs, checks everything, runs the job, and says what came out.
+    """Finds the pairs, checks everything, runs the job, and prints the results.
 
     Raises:
         PipelineError: whatever stopped it; nothing was published and nothing is left behind.
@@ -288,7 +295,7 @@ def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: Com
         users=towers.users,
         items=towers.items,
         temp_location=opened.temp_location,
-        token=opened.token,
+        launch_prefix=opened.token,
         job_name=name,
         ids=_ids(config.ids, towers),
         k=config.k,
@@ -298,6 +305,7 @@ def _plan(config: Config, opened: Session, given: PipelineOptions, terminal: Com
         labels=config.labels,
         require_partition_filter=config.require_partition_filter,
         kms_key=config.kms_key,
+        # Where this process waits, it fails itself, once it has printed the results and written the page.
         fail_if_unusual=config.fail_if_unusual and not config.waits,
     )
     history.check_labels(client, comparison.labels, comparison.towers)
@@ -340,8 +348,16 @@ def _pairs(
     return [pair] if pair else []
 
 
-def _ids(wanted: str, towers: Towers) -> tuple[str, ...]:
-    chosen = {"item": [towers.items], "user": [towers.users], "both": [towers.users, towers.items], "none": []}[wanted]
+def _ids(wanted: str | None, towers: Towers) -> tuple[str, ...]:
+    """Returns the towers of which a row per id is published: of items, if there are any, unless others were named.
+
+    Raises:
+        ConfigError: a tower that was named is not compared.
+    """
+    by_word = {"item": [towers.items], "user": [towers.users], "both": [towers.users, towers.items], "none": []}
+    chosen = by_word[wanted or "item"]
+    if wanted and None in chosen:
+        raise ConfigError(f"--ids={wanted}: only tower {towers.names[0]!r} is compared; leave it out or name another")
     return tuple(tower for tower in chosen if tower)
 
 
@@ -383,12 +399,8 @@ def _labels(config: Config, wanted: Sequence[Pair]) -> tuple[str, ...]:
     from beam_pipeline.launch import execution
 
     later = wanted[-1].after if wanted else None
-    return execution.job_labels(
-        **({"run_id": later.run_id} if later and not config.all else {}),
-        **({"experiment": later.experiment_name} if later else {}),
-        dataset=config.dataset,
-        pipeline_version=__version__,
-    )
+    run_id = later.run_id if later and not config.all else None
+    return execution.job_labels(config, run_id, later.experiment_name if later else None)
 
 
 def _after(config: Config, destination: Destination, found: Sequence[Result], wanted: set[tuple[str, str]]) -> None:
@@ -461,6 +473,7 @@ def require_writable(path: str) -> None:
 def write(path: str, html: str) -> None:
     """Writes a page, whole or not at all."""
     try:
+        # In the same folder, so that renaming it is atomic; a temporary file can be read by its owner alone.
         with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".", delete=False, encoding="utf-8") as file:
             file.write(html)
         os.chmod(file.name, 0o666 & ~_umask())
@@ -478,7 +491,9 @@ def _umask() -> int:
 
 def report(argv: Sequence[str] | None = None) -> int:
     """Runs the command line that renders a page from the result tables; returns the exit code."""
-    ours = options.base_parser("report", "Makes a page of the comparisons that are in the result tables; runs no job.")
+    ours = options.base_parser(
+        "report", "Renders a page about the comparisons that are in the result tables; runs no job."
+    )
     options.add_destination(ours)
     ours.add_argument("--project", help="Google Cloud project")
     ours.add_argument("--to", dest="later", metavar="DATE|RUN_ID", help="the later training (default: the latest)")
@@ -487,6 +502,7 @@ def report(argv: Sequence[str] | None = None) -> int:
     ours.add_argument("--log_run", action="store_true", help="log numbers and page to the later MLflow run as well")
     options.add_tracking(ours)
     found = ours.parse_args(argv)
+    _refuse_idle_tracking(ours, found)
     dataset_project, dataset = options.dataset(ours, found)
     return boundary.exit_code(lambda: _report(found, dataset_project, dataset))
 

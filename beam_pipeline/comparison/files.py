@@ -1,4 +1,4 @@
-"""Files in the temp location: arrays that all workers of a step need, and what became of each id, to be loaded."""
+"""Files in the temp location: arrays that all workers of a step need, and the change of each id, to be loaded."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
     """Reads a file once for all streams of a worker; it is written once."""
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         content = io.BytesIO(file.read())
+    # A worker may be made to run code by what it unpickles; a bucket is shared by more than this job.
     with np.load(content, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -51,7 +52,7 @@ def fit_arrays(found: Fit) -> dict[str, np.ndarray]:
 
 
 def fit_of(arrays: Mapping[str, np.ndarray]) -> Fit:
-    """Returns the fit that `fit_arrays` made them of."""
+    """Returns the fit that `fit_arrays` turned into arrays."""
     towers = [name.removesuffix(".across") for name in arrays if name.endswith(".across")]
     return Fit(
         bool(arrays["cosine"]),

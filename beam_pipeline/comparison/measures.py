@@ -110,6 +110,7 @@ def rotation(towers: Sequence[tuple[np.ndarray, np.ndarray]], rounds: int = ROUN
         if number + 1 < rounds:
             errors = [np.linalg.norm(after @ found - before, axis=1) for before, after in pairs]
             middle = float(np.median(np.concatenate(errors)))
+            # Errors below the median weigh alike: one close to zero would let a single id decide.
             weights = [1 / np.maximum(error, max(middle, 1e-6)) for error in errors]
     return np.asarray(found)
 
@@ -313,8 +314,8 @@ class Cloud:
 
     def mean_cosine(self) -> float | None:
         """Returns the mean cosine of any two vectors: 0 for a sphere, 1 for a cone. None without any but zeros."""
-        there = self.count - self.zeros
-        return float(np.sum((self.directions / there) ** 2)) if there else None
+        with_direction = self.count - self.zeros
+        return float(np.sum((self.directions / with_direction) ** 2)) if with_direction else None
 
 
 @dataclass(frozen=True)
@@ -551,8 +552,9 @@ def _plane(distances: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def _norm_bins(before: np.ndarray, after: np.ndarray) -> dict[tuple[int, int], int]:
-    there = (before > 0) & (after > 0)
-    places = np.floor(np.log2(np.stack([before[there], after[there]], axis=1)) * _NORM_BINS_PER_OCTAVE).astype(np.int64)
+    positive = (before > 0) & (after > 0)
+    norms = np.stack([before[positive], after[positive]], axis=1)
+    places = np.floor(np.log2(norms) * _NORM_BINS_PER_OCTAVE).astype(np.int64)
     found, counts = np.unique(places, axis=0, return_counts=True)
     return {(int(one), int(other)): int(count) for (one, other), count in zip(found, counts, strict=True)}
 
@@ -577,13 +579,13 @@ def _by_group(scores: np.ndarray, groups: np.ndarray | None) -> dict[str, Group]
 
 def _movers(rows: Rows, scores: np.ndarray, distances: np.ndarray, top: int) -> list[Mover]:
     ranked = scores if not np.isnan(scores).all() else distances
-    there = np.flatnonzero(~np.isnan(ranked))
-    if len(there) > top:
+    moved = np.flatnonzero(~np.isnan(ranked))
+    if len(moved) > top:
         # All that tie with the last are looked at: among them the id decides.
-        last = np.partition(ranked[there], len(there) - top)[len(there) - top] if top else math.inf
-        there = there[ranked[there] >= last]
-        if len(there) > top:
-            there = np.array(sorted(there, key=lambda place: (-ranked[place], rows.ids[place]))[:top], np.int64)
+        last = np.partition(ranked[moved], len(moved) - top)[len(moved) - top] if top else math.inf
+        moved = moved[ranked[moved] >= last]
+        if len(moved) > top:
+            moved = np.array(sorted(moved, key=lambda place: (-ranked[place], rows.ids[place]))[:top], np.int64)
     movers = [
         Mover(
             str(rows.ids[place]),
@@ -592,7 +594,7 @@ def _movers(rows: Rows, scores: np.ndarray, distances: np.ndarray, top: int) -> 
             rows.before[place].copy(),
             rows.after[place].copy(),
         )
-        for place in there
+        for place in moved
     ]
     return sorted(movers, key=lambda mover: mover.rank)
 

@@ -1,7 +1,7 @@
-"""The steps that read vectors: join, fit, measure, ask, look. Each can be done again, anywhere, at any time.
+"""The steps that read vectors: join, fit, measure, ask, look. Each can be repeated, anywhere, at any time.
 
-A BigQuery job that is there already is waited for, not repeated; each attempt names its files differently, and
-those of a failed one are not passed on.
+A BigQuery job that exists already is waited for, not repeated; each attempt names its files differently, and those of a
+failed one are not passed on.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _query_arrays(comparison: Comparison, samples: Mapping[str, Rows]) -> dict[s
     """Returns ids and vectors of the sampled users and items; those with a zero vector have no order of items."""
     arrays: dict[str, np.ndarray] = {}
     for tower, rows in samples.items():
-        there = (np.linalg.norm(rows.before, axis=1) > 0) & (np.linalg.norm(rows.after, axis=1) > 0)
-        chosen = rows.where(np.flatnonzero(there)[: comparison.queries])
+        nonzero = (np.linalg.norm(rows.before, axis=1) > 0) & (np.linalg.norm(rows.after, axis=1) > 0)
+        chosen = rows.where(np.flatnonzero(nonzero)[: comparison.queries])
         arrays |= {
             f"{tower}.ids": chosen.ids.astype(str),
             f"{tower}.before": chosen.before,

@@ -75,7 +75,7 @@ def consecutive(
         by_day.setdefault(one.train_date, []).append(one)
     alone = []
     for day, runs in by_day.items():
-        if len(runs) > 1:
+        if len(runs) > 1:  # Nothing says which of them was served.
             left_out(f"{day} has {len(runs)} runs, {history.named(runs)}; compare them with --from and --to")
         else:
             alone += runs

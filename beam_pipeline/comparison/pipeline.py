@@ -42,8 +42,7 @@ class _StepFn(beam.DoFn):
         }
 
     def setup(self) -> None:
-        if emulators.emulated():  # A worker may be another process.
-            emulators.connect()
+        emulators.connect_if_emulated()
         self._client = publication.make_client(self._comparison.destination)
 
     @no_annotations  # Beam takes the annotation of *inputs for that of a tuple.
@@ -119,16 +118,16 @@ class Compare(beam.PTransform[Any, Any]):
 
         joined = (
             pipeline
-            | "Launch" >> beam.Create([comparison.token])
-            | "Id" >> beam.Map(_new_launch)
+            | "LaunchPrefix" >> beam.Create([comparison.launch_prefix])
+            | "CreateLaunchId" >> beam.Map(_new_launch)
             # Materialised: whatever is retried later sees the same id.
-            | "Keep" >> beam.Reshuffle()
+            | "KeepLaunchId" >> beam.Reshuffle()
             | "Prepare" >> step(publishing.prepare)
             | "Prepared" >> beam.Reshuffle()
-            | "Towers" >> beam.FlatMap(_work, len(comparison.pairs), comparison.towers)
+            | "ListPairsAndTowers" >> beam.FlatMap(_work, len(comparison.pairs), comparison.towers)
             | "Spread" >> beam.Reshuffle()
             | "Join" >> step(measuring.join)
-            | "Pairs" >> beam.GroupByKey()
+            | "GroupTowersByPair" >> beam.GroupByKey()
         )
         fitted = joined | "Fit" >> step(measuring.fit).with_outputs(FACTS, main="streams")
         facts = fitted[FACTS] | "Fitted" >> beam.Reshuffle()
@@ -141,11 +140,11 @@ class Compare(beam.PTransform[Any, Any]):
         totals = (
             measured["totals"]
             | "Total" >> beam.CombinePerKey(_TotalsFn(comparison.top))
-            | "By pair" >> beam.MapTuple(_by_pair)
+            | "TotalsByPair" >> beam.MapTuple(_by_pair)
         )
         asked = (
             {"facts": facts, "totals": totals}
-            | "Both" >> beam.CoGroupByKey()
+            | "FactsAndTotals" >> beam.CoGroupByKey()
             | "Ask" >> step(measuring.ask).with_outputs(FACTS, main="streams")
         )
         found = (
@@ -156,10 +155,10 @@ class Compare(beam.PTransform[Any, Any]):
         )
         return (
             {"measured": asked[FACTS], "found": found}
-            | "Together" >> beam.CoGroupByKey()
+            | "MeasuredAndFound" >> beam.CoGroupByKey()
             | "Finish" >> step(values.finish)
-            | "All" >> beam.Map(_of_all)
-            | "Finished" >> beam.GroupByKey()
+            | "KeyAllAlike" >> beam.Map(_of_all)
+            | "GroupAllPairs" >> beam.GroupByKey()
             | "Load" >> beam.ParDo(_StepFn(publishing.load, comparison), beam.pvalue.AsIter(files))
             | "Loaded" >> beam.Reshuffle()
             | "Shape" >> step(publishing.shape)
@@ -177,8 +176,8 @@ def build(pipeline: beam.Pipeline, comparison: Comparison) -> None:
     _ = pipeline | "Compare" >> Compare(comparison)
 
 
-def _new_launch(token: str) -> str:
-    return token + uuid.uuid4().hex[:12]
+def _new_launch(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex[:12]
 
 
 def _work(launch: str, pairs: int, towers: tuple[str, ...]) -> Iterator[tuple[str, int, str]]:

@@ -90,6 +90,7 @@ def _compare_with_previous(client: bigquery.Client, comparison: Comparison, fini
     """Adds the share of ids above the previous pair's 99th percentile, of this job or published before."""
     last = max(pair.after.train_date for pair in comparison.pairs)
     known: list[Percentile] = percentiles(client, comparison.destination, last)
+    # A pair that is compared again is not measured against its own earlier result.
     compared = {(pair.before.run_id, pair.after.run_id) for pair in comparison.pairs}
     known = [each for each in known if (each.before_run, each.after_run) not in compared]
     for one in finished:
@@ -155,13 +156,13 @@ def shape(client: bigquery.Client, comparison: Comparison, launch: str) -> Itera
     for table in wanted:
         table.time_partitioning = bigquery.TimePartitioning(type_="DAY", field=PARTITION_COLUMN)
         table.require_partition_filter = comparison.require_partition_filter or None
-        there = publication.create_table(client, table, comparison.encryption)
-        if found := differences(there, table.schema):
+        existing = publication.create_table(client, table, comparison.encryption)
+        if found := differences(existing, table.schema):
             raise IncompatibleTableError(
                 f"table {table.reference} cannot be used: {'; '.join(found)}; rename it, or choose another name with "
                 "--table_prefix or --dataset"
             )
-        publication.add_columns(client, there, table.schema)
+        publication.add_columns(client, existing, table.schema)
     publication.ensure_lock(client, destination, comparison.encryption)
     yield launch
 
@@ -235,17 +236,17 @@ def gate(client: bigquery.Client, comparison: Comparison, launch: str) -> Iterat
     yield launch
 
 
-def discard(client: bigquery.Client, comparison: Comparison, token: str | None = None) -> None:
+def discard(client: bigquery.Client, comparison: Comparison, launch_prefix: str | None = None) -> None:
     """Removes what a failed launch has left, for a launcher that is still there; a missing thing is fine.
 
     Args:
         client: for the dataset.
         comparison: what was to be compared.
-        token: whose; by default this comparison's, and with "" everybody's.
+        launch_prefix: of the launches; by default this comparison's, and with "" all launches.
     """
     destination = comparison.destination
-    token = comparison.token if token is None else token
-    staging = tables.staged_comparison(destination, token)
+    prefix = comparison.launch_prefix if launch_prefix is None else launch_prefix
+    staging = tables.staged_comparison(destination, prefix)
     dataset, first = staging.rsplit(".", 1)
     kinds = [
         first,
@@ -253,15 +254,15 @@ def discard(client: bigquery.Client, comparison: Comparison, token: str | None =
             name.rsplit(".", 1)[1].removesuffix("_0")
             for tower in comparison.towers
             for name in (
-                tables.staged_change(destination, tower, token),
-                tables.joined_table(destination, tower, token, 0),
+                tables.staged_change(destination, tower, prefix),
+                tables.joined_table(destination, tower, prefix, 0),
             )
         ),
     ]
     for table in client.list_tables(dataset):
         if table.table_id.startswith(tuple(kinds)):
             client.delete_table(table, not_found_ok=True)
-    publication.delete_files(comparison.files if token else comparison.all_files)
+    publication.delete_files(comparison.files if prefix else comparison.all_files)
 
 
 def _exists(client: bigquery.Client, name: str) -> bool:

@@ -72,8 +72,8 @@ def _objects(column: pa.ChunkedArray) -> np.ndarray:
 
 def _vectors(column: pa.ChunkedArray, dimension: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    there = lengths > 0
-    wrong = np.flatnonzero(there & (lengths != dimension))
+    present = lengths > 0
+    wrong = np.flatnonzero(present & (lengths != dimension))
     if len(wrong):
         raise BadVectorError(f"id {ids[wrong[0]]!r} has a vector of {lengths[wrong[0]]} values, not {dimension}")
     # Flattening leaves out what is missing, and follows the offsets of a slice.
@@ -81,13 +81,13 @@ def _vectors(column: pa.ChunkedArray, dimension: int, ids: np.ndarray) -> tuple[
     finite = np.isfinite(values)
     if not finite.all():
         place = int(np.flatnonzero(~finite)[0]) // dimension
-        raise BadVectorError(f"id {ids[np.flatnonzero(there)[place]]!r} has a vector with NaN or infinity")
+        raise BadVectorError(f"id {ids[np.flatnonzero(present)[place]]!r} has a vector with NaN or infinity")
     values = values.reshape(-1, dimension)
-    if there.all():
-        return values, there
-    vectors = np.zeros((len(there), dimension))
-    vectors[there] = values
-    return vectors, there
+    if present.all():
+        return values, present
+    vectors = np.zeros((len(present), dimension))
+    vectors[present] = values
+    return vectors, present
 
 
 def _flat(chunk: Any) -> np.ndarray:

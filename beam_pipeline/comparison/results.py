@@ -123,7 +123,7 @@ class Result:
         """One sentence."""
         values, name = self.values, self.measure.replace("_", " ")
         if self.p99 is None:
-            return f"Nothing can be said: {values['note'] or 'no id has a value'}."
+            return f"No verdict: {values['note'] or 'no id has a value'}."
         share = values["unusual_share"]
         above = f"; {share:.1%} of the ids are above the previous pair's 99th percentile" if share is not None else ""
         if self.farther:
@@ -185,7 +185,7 @@ def find_results(
     if not rows:
         raise TrainingMissingError(
             f"there is no comparison up to {last} in {tables.comparison_table(destination)}; "
-            "make one with python -m beam_pipeline.compare"
+            "run python -m beam_pipeline.compare first"
         )
     rows.sort(key=lambda row: (row["train_date"], wanted(row)))
     newest = rows[-1]["mlflow_run_id"], rows[-1]["previous_mlflow_run_id"]

@@ -387,7 +387,7 @@ def percentiles_sql(destination: Destination) -> str:
 
 
 def usual_sql(destination: Destination, tower: str) -> str:
-    """Returns a query for what some ids changed in earlier pairs; parameters: first, last (DATE), ids."""
+    """Returns a query for how much some ids changed in earlier pairs; parameters: first, last (DATE), ids."""
     return (
         f"SELECT {tower}_id, AVG(score_change), COUNT(score_change) FROM `{change_table(destination, tower)}` "
         f"WHERE {PARTITION_COLUMN} >= @first AND {PARTITION_COLUMN} < @last AND {tower}_id IN UNNEST(@ids) "

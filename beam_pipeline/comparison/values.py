@@ -19,7 +19,7 @@ from beam_pipeline.comparison.work import MOVER_NEIGHBOURS, Comparison, Facts, F
 def finish(
     client: bigquery.Client, comparison: Comparison, work: tuple[int, Mapping[str, Iterable[Any]]]
 ) -> Iterator[Finished]:
-    """Makes the rows of a pair's results; (pair, Measured and Found) in."""
+    """Yields a pair's results, as rows of the comparison table; (pair, Measured and Found) in."""
     number, parts = work
     (measured,) = parts["measured"]
     looked = [*parts["found"]]
@@ -30,6 +30,7 @@ def finish(
     rows, spread = {}, {}
     for tower, one in facts.joined.items():
         totals: Totals = measured.totals[tower]
+        # A tower alone has no scores: its ids are compared by distance.
         of_scores = totals.score_change.count > 0
         spread[tower] = totals.score_change if of_scores else totals.distance
         neighbours = kept.get(comparison.items or "")
@@ -137,6 +138,7 @@ def _kept(comparison: Comparison, facts: Facts, asked: int, tower: str, found: F
     queries = None
     if tower == comparison.items:
         queries = [str(name) for name in load_arrays(facts.queries_path)[f"{tower}.ids"]]
+    # Sampled ids come first; those that moved far, which follow them, would not be a fair sample.
     before, after = (
         Nearest(one.scores[:asked], one.ids[:asked]).lists(comparison.k, queries)
         for one in (found[tower, "before"], found[tower, "after"])

@@ -37,7 +37,7 @@ class Comparison:
         users: the tower whose ids are recommended to; None if there is none.
         items: the tower whose ids are recommended; None if there is none.
         temp_location: `gs://` folder for files.
-        token: part of every launch id of this pipeline; the launcher finds by it what a failed launch has left.
+        launch_prefix: of every launch id of this pipeline; the launcher finds by it what a failed launch has left.
         job_name: of the Beam job, for the results.
         ids: towers of which a row per id is published.
         k: neighbours and recommendations that are compared.
@@ -55,7 +55,7 @@ class Comparison:
     users: str | None
     items: str | None
     temp_location: str
-    token: str
+    launch_prefix: str
     job_name: str = JOB_NAME
     ids: tuple[str, ...] = ()
     k: int = 10
@@ -94,7 +94,7 @@ class Comparison:
     @property
     def files(self) -> str:
         """Folder for the files of this pipeline."""
-        return f"{self.all_files}/{self.token}"
+        return f"{self.all_files}/{self.launch_prefix}"
 
     def new_file(self, launch: str, name: str) -> str:
         """Returns a path that nothing else writes to, not even a retry."""

@@ -74,7 +74,7 @@ def bind(tower: str, signature: Signature, schema: pa.Schema, source: str) -> Co
         source: what the table is, for messages.
 
     Raises:
-        FeaturesError: a column is missing, unknown, twice there, or of a type or shape that does not fit.
+        FeaturesError: a column is missing, unknown, given twice, or of a type or shape that does not fit.
     """
     column, where = id_column(tower), f"the features of tower {tower!r} ({source})"
     if doubles := sorted({name for name in schema.names if schema.names.count(name) > 1}):
@@ -92,7 +92,9 @@ def bind(tower: str, signature: Signature, schema: pa.Schema, source: str) -> Co
     if missing := [name for name in names if name not in schema.names]:
         raise FeaturesError(f"{where} lack the column {missing[0]!r}; the tower takes {wanted}")
     if extra := [name for name in others if name not in names]:
-        raise FeaturesError(f"{where} have the column {extra[0]!r}, which is no input of the tower; it takes {wanted}")
+        raise FeaturesError(
+            f"{where} have the column {extra[0]!r}, which is not an input of the tower; it takes {wanted}"
+        )
     for name, each in zip(names, signature.inputs, strict=True):
         if problem := _misfit(schema.field(name).type, each):
             raise FeaturesError(f"{where}: column {name!r} {problem}")
@@ -120,7 +122,7 @@ def _misfit(kind: pa.DataType, each: Input) -> str:
         return f"is a list ({kind}), and the tower takes one {each.dtype} for each row"
     if not _is_list(kind) and each.shape not in ((), (1,)):
         length = "any number of" if each.shape[0] is None else f"{each.shape[0]:,}"
-        return f"is no list ({kind}), and the tower takes {length} values of {each.dtype} for each row"
+        return f"is not a list ({kind}), and the tower takes {length} values of {each.dtype} for each row"
     fits = (
         (each.dtype == "string" and _is_text(value))
         or (each.dtype in _INTEGERS and pa.types.is_integer(value))
@@ -201,7 +203,8 @@ def _checked(table: pa.RecordBatch, name: str, each: Input, ids: pa.Array, colum
     column = table.column(name)
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
-        raise _bad(columns, ids, row, f"{name} is NULL, and the tower has nothing to take instead")
+        problem = f"{name} is NULL, and the tower has nothing to take instead; leave the row out, or COALESCE it"
+        raise _bad(columns, ids, row, problem)
     if not _is_list(column.type):
         return column
     if pa.types.is_fixed_size_list(column.type):
@@ -236,10 +239,13 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if each.dtype == "string":
-        found: np.ndarray = column.to_numpy(zero_copy_only=False)
+        try:
+            found: np.ndarray = column.to_numpy(zero_copy_only=False)
+        except pa.ArrowException as error:
+            raise _not_text(column, name, columns, ids) from error
         return found
     numbers: np.ndarray = column.to_numpy(zero_copy_only=False)
-    if each.dtype in _INTEGERS and numbers.dtype != each.dtype:
+    if each.dtype in _INTEGERS and numbers.dtype != each.dtype:  # NumPy would wrap numbers around without a word.
         limits = np.iinfo(each.dtype)
         beyond = np.flatnonzero((numbers < limits.min) | (numbers > limits.max))
         if beyond.size:
@@ -247,8 +253,23 @@ def _numpy(column: pa.Array, name: str, each: Input, columns: Columns, ids: pa.A
             if ids is None:
                 raise FeaturesError(f"tower {columns.tower!r}: {problem}")
             raise _bad(columns, ids, int(beyond[0]), problem)
+    # NumPy has no bfloat16: TensorFlow rounds to it.
     return numbers.astype("float32" if each.dtype == "bfloat16" else each.dtype, copy=False)
 
 
+def _not_text(column: pa.Array, name: str, columns: Columns, ids: pa.Array | None) -> FeaturesError:
+    """Returns an error that shows the first text that is not UTF-8, and names its id if that is known."""
+    problem = f"{name} cannot be read as text"
+    for row, value in enumerate(column.cast(pa.binary()).to_pylist()):
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            problem = f"{name} is {shown(value)}, which is not UTF-8; make the column BYTES, or encode it"
+            if ids is not None:
+                return _bad(columns, ids, row, problem)
+            break
+    return FeaturesError(f"the features of tower {columns.tower!r}: {problem}")
+
+
 def _bad(columns: Columns, ids: pa.Array, row: int, problem: str) -> FeaturesError:
-    return FeaturesError(f"the features of tower {columns.tower!r}: of id {ids[row].as_py()!r}, {problem}")
+    return FeaturesError(f"the features of tower {columns.tower!r}: for id {ids[row].as_py()!r}, {problem}")

@@ -114,10 +114,12 @@ class LoadedModel:
             self._parts[layer] = replace(self._callable(found), model=self._model)
             return self._parts[layer]
         except _UnfitError as error:
+            parts = ", ".join(self.parts())
+            choose = f"choose with --tower={tower}=PART, or log" if parts else "log"
             raise TowerMissingError(
-                f"tower {tower!r}: {layer!r} of {self._path} {error}; parts that compute a vector: "
-                f"{', '.join(self.parts()) or 'none'}; choose with --tower={tower}=PART, or log the model with the "
-                "tower as a layer, or a signature, of its own"
+                f"tower {tower!r}: {layer!r} of {self._path} {error}; parts that compute a vector: {parts or 'none'}; "
+                f"{choose} the model with the tower as a layer, or a signature, of its own"
+                + ("" if parts else " (model.export() alone saves one function of both towers together)")
             ) from error
 
     def parts(self) -> list[str]:
@@ -172,7 +174,7 @@ def tensorflow() -> Any:
             "--compute needs TensorFlow, which is not installed here: pip install 'beam-pipeline[compute]', or the "
             "image of the target `compute`, for the workers too"
         )
-    # What it says of processors and GPUs is nobody's business on stderr, where an error is one line.
+    # What it reports about processors and GPUs does not belong on stderr, where an error is one line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Of Keras 3's backends, the one whose operations the workers have.
     os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -242,7 +244,7 @@ def _load_keras(path: str) -> Any:
 
 @contextmanager
 def _local(path: str) -> Iterator[str]:
-    """Gives a local path of a model, copied if it has to be."""
+    """Yields a local path of a model, copied if it has to be."""
     if "://" not in path:
         yield path
         return
@@ -307,7 +309,7 @@ def _saved_part(found: Any) -> Part:
             return _only(function(*filled_args, **filled_kwargs))
 
         return Part(Signature(inputs, dimension, dtype, f"tensorflow {tf.__version__}"), call)
-    raise reasons[0] if reasons else _UnfitError("is there for training only")
+    raise reasons[0] if reasons else _UnfitError("is for training only")
 
 
 def _keras_part(found: Any) -> Part:

@@ -13,7 +13,7 @@ class Input:
         name: as in the model.
         dtype: TensorFlow's name of its type, such as "string", "int64" or "float32".
         shape: of one row; None is any length. Empty for one value per row.
-        is_ragged: rows of different length may lie in one batch.
+        is_ragged: rows of different length may be in one batch.
     """
 
     name: str

@@ -7,20 +7,19 @@ time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from google.api_core.exceptions import GoogleAPICallError
 from google.cloud import bigquery
 
 from beam_pipeline.bigquery import storage_read, tables
 from beam_pipeline.computing.columns import Columns
-from beam_pipeline.errors import ArtifactMissingError, CorruptFileError, FeaturesError
+from beam_pipeline.errors import CorruptFileError, FeaturesError
 from beam_pipeline.files import open_file
+from beam_pipeline.formats.files import parquet
 from beam_pipeline.formats.model import Tower
 from beam_pipeline.reading import pieces, unordered
 
@@ -28,7 +27,10 @@ CHUNK_ROWS = 4096
 """Rows that a tower is called with at once: enough for its matrix products, few enough for its memory."""
 
 _LARGEST_GROUP = 1 << 30
-"""Bytes of a row group, uncompressed, which a worker reads whole."""
+"""Bytes of a column in a row group, uncompressed: those of a chunk are decoded at once, and all may be in one."""
+
+_CHUNK_VALUES = 4 << 20
+"""Values of the lists in a chunk, about."""
 
 _ARROW_TYPES = {
     "STRING": pa.string(),
@@ -125,47 +127,54 @@ class ParquetFiles:
 
     def schema(self) -> pa.Schema:
         """Returns the columns of the first file."""
-        with _parquet(self.paths[0]) as file:
-            return file.schema_arrow
+        with parquet.opened(self.paths[0], open_file) as file:
+            return file.parquet.schema_arrow
 
     def cut(self, columns: Columns, context: Context) -> Iterator[tuple[Any, int]]:
         """Yields the row groups of each file, whose columns are those of the first.
 
         Raises:
             FeaturesError: the columns of a file are others, or a row group is too large for a worker.
+            CorruptFileError: a file contradicts its format.
         """
         first = None
         for path in self.paths:
-            with _parquet(path) as file:
-                own = file.schema_arrow
+            with parquet.opened(path, open_file) as file:
+                own = file.parquet.schema_arrow
                 first = first or own
                 for name in columns.all:
-                    if name not in own.names or own.field(name).type != first.field(name).type:
-                        found = own.field(name).type if name in own.names else "not there"
+                    is_there = own.names.count(name) == 1
+                    if not is_there or own.field(name).type != first.field(name).type:
+                        found = own.field(name).type if is_there else f"there {own.names.count(name)} times"
                         raise FeaturesError(
                             f"the features of tower {columns.tower!r}: column {name!r} is {found} in {path}, and "
                             f"{first.field(name).type} in {self.paths[0]}"
                         )
-                for number in range(file.num_row_groups):
-                    group = file.metadata.row_group(number)
-                    if group.total_byte_size > _LARGEST_GROUP:
-                        raise FeaturesError(
-                            f"{path}: row group {number} has {group.total_byte_size:,} bytes, and a worker reads at "
-                            f"most {_LARGEST_GROUP:,} at once; write it in smaller row groups"
-                        )
-                    yield (path, number), group.num_rows
+                for number, rows in enumerate(parquet.row_counts(path, file)):
+                    for name in columns.all:
+                        _require_size(path, file, number, name, own.field(name).type)
+                    yield (path, number), rows
 
     def read(self, share: Any, columns: Columns) -> Iterator[pa.RecordBatch]:
-        """Yields the rows of a row group."""
+        """Yields the rows of a row group.
+
+        Raises:
+            CorruptFileError: the file contradicts its format, or is another one than before.
+        """
         path, number = share
-        with _parquet(path) as file:
-            found = 0
-            for batch in file.iter_batches(CHUNK_ROWS, row_groups=[number], columns=list(columns.all)):
+        with parquet.opened(path, open_file) as file:
+            if number >= len(file.groups):
+                raise CorruptFileError(f"{path} has no row group {number} any more: it changed since the job started")
+            group, found = file.groups[number], 0
+            most = max(parquet.find_leaf(path, file, number, name).values for name in columns.all)
+            rows = max(1, min(CHUNK_ROWS, _CHUNK_VALUES * group.rows // max(1, most)))
+            for batch in file.parquet.iter_batches(
+                rows, row_groups=[number], columns=list(columns.all), use_threads=False
+            ):
                 found += batch.num_rows
                 yield batch
-            said = file.metadata.row_group(number).num_rows
-            if found != said:
-                raise CorruptFileError(f"{path}: row group {number} has {found:,} rows, its footer says {said:,}")
+            if found != group.rows:
+                raise CorruptFileError(f"{path}: row group {number} has {found:,} rows, its footer says {group.rows:,}")
 
     def __str__(self) -> str:
         more = f" and {len(self.paths) - 1:,} more" if len(self.paths) > 1 else ""
@@ -230,7 +239,9 @@ def arrow_schema(fields: Sequence[bigquery.SchemaField]) -> pa.Schema:
 
 
 def _failed(tower: str, error: GoogleAPICallError) -> FeaturesError:
-    reason = (error.message or str(error)).strip().splitlines()[0]
+    # What BigQuery says, without the request that it was asked by.
+    said = next((each["message"] for each in error.errors if isinstance(each, dict) and each.get("message")), "")
+    reason = (said or error.message or str(error)).strip().splitlines()[0]
     return FeaturesError(f"--features {tower}=…: the query fails: {reason}")
 
 
@@ -239,36 +250,19 @@ def _chunks(table: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         yield table.slice(start, CHUNK_ROWS)
 
 
-@contextmanager
-def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Gives an open Parquet file; pyarrow reads the byte ranges that it needs.
-
-    Raises:
-        ArtifactMissingError: it is not there.
-        CorruptFileError: it is not Parquet, or damaged.
-    """
-    with open_file(path) as file:
-        try:
-            with pq.ParquetFile(pa.PythonFile(file.stream(), mode="r")) as opened:
-                yield opened
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise CorruptFileError(f"{path} cannot be read as Parquet ({reason}); write it again") from error
-
-
-def find_files(pattern: str, tower: str) -> ParquetFiles:
-    """Returns the files that a pattern matches, in order.
-
-    Raises:
-        ArtifactMissingError: there are none.
-    """
-    from apache_beam.io.filesystems import FileSystems
-
-    try:
-        (found,) = FileSystems.match([pattern])
-    except Exception as error:  # Each file system fails in its own way.
-        raise ArtifactMissingError(f"--features {tower}={pattern} cannot be read: {error}") from error
-    paths = tuple(sorted(each.path for each in found.metadata_list))
-    if not paths:
-        raise ArtifactMissingError(f"--features {tower}={pattern}: there are no such files")
-    return ParquetFiles(pattern, paths)
+def _require_size(path: str, file: parquet.File, number: int, column: str, kind: pa.DataType) -> None:
+    """Raises if the footer has a column larger than a worker reads, or with another number of values than of rows."""
+    group, leaf = file.groups[number], parquet.find_leaf(path, file, number, column)
+    size = leaf.size
+    if pa.types.is_nested(kind):
+        size = max(size, 8 * leaf.values)  # A value that is repeated takes no bytes in the file.
+    if leaf.values < group.rows or leaf.size < 0 or (leaf.values != group.rows and not pa.types.is_nested(kind)):
+        raise CorruptFileError(
+            f"{path}: row group {number} has {leaf.values:,} values in column {column!r}, and {group.rows:,} rows; "
+            "write it again"
+        )
+    if size > _LARGEST_GROUP:
+        raise FeaturesError(
+            f"{path}: column {column!r} has {size:,} bytes in row group {number}, and a worker reads at most "
+            f"{_LARGEST_GROUP:,} at once; write it in smaller row groups"
+        )

@@ -9,9 +9,11 @@ from google.cloud import bigquery
 from beam_pipeline.computing import is_query, model
 from beam_pipeline.computing.columns import Columns, bind, id_column, of_ids
 from beam_pipeline.computing.signature import Signature
-from beam_pipeline.computing.sources import Query, Source, Vocabulary, find_files
-from beam_pipeline.errors import FeaturesError, TowerMissingError, UnsupportedModelError
+from beam_pipeline.computing.sources import ParquetFiles, Query, Source, Vocabulary
+from beam_pipeline.errors import ArtifactMissingError, FeaturesError, TowerMissingError, UnsupportedModelError
+from beam_pipeline.files import list_folder
 from beam_pipeline.formats import model as formats
+from beam_pipeline.formats.files import parquet
 from beam_pipeline.formats.model import Artifact, Encoding, Ending, Matrix, Tail, Tower
 from beam_pipeline.formats.protobuf import Span
 
@@ -20,7 +22,7 @@ from beam_pipeline.formats.protobuf import Span
 class ComputedTower(Tower):
     """A tower whose vectors are what a part of the model returns.
 
-    Its matrix lies in no file: it has a dimension, and rows that are at most those of a lookup, or 0 for features.
+    Its matrix is in no file: it has a dimension, and rows that are at most those of a lookup, or 0 for features.
 
     Attributes:
         model_path: the SavedModel's folder, or the `.keras` file.
@@ -33,6 +35,16 @@ class ComputedTower(Tower):
     signature: Signature
     columns: Columns
     ids_from: Source
+
+    @property
+    def ids_place(self) -> str:
+        """Where its ids are, for a message."""
+        return super().ids_place if isinstance(self.ids_from, Vocabulary) else str(self.ids_from)
+
+    @property
+    def has_ids_beside_it(self) -> bool:
+        """Whether its ids are in a table of features."""
+        return not isinstance(self.ids_from, Vocabulary)
 
     @property
     def part(self) -> str:
@@ -93,7 +105,7 @@ def computed_tower(
         source = query
         columns = bind(name, signature, query.schema(client, name), str(query)) if client else Columns(name, "", (), ())
     else:
-        files = find_files(features, name)
+        files = _parquet_files(name, features)
         source = files
         columns = bind(name, signature, files.schema(), str(files))
     known = source.tower if isinstance(source, Vocabulary) else None
@@ -109,6 +121,13 @@ def computed_tower(
         columns=columns,
         ids_from=source,
     )
+
+
+def _parquet_files(name: str, path: str) -> ParquetFiles:
+    try:
+        return ParquetFiles(path, tuple(parquet.find_files(path, list_folder)))
+    except ArtifactMissingError as error:
+        raise ArtifactMissingError(f"--features {name}={path}: {error}") from error
 
 
 _NO_VOCABULARY = formats.Vocabulary("", Span(0, 0), Encoding.LINES, 0)

@@ -80,14 +80,14 @@ class TowerHandler(ModelHandler[Chunk, PredictionResult, Models]):
         """Returns the models of this process; a single one is loaded at once."""
         emulators.connect_if_emulated()
         models = Models(self._towers)
-        if len(self._towers) == 1:
+        if len(self._towers) == 1:  # Of several, a worker may be given the ids of a few alone.
             models.part(next(iter(self._towers)))
         return models
 
     def run_inference(
         self, batch: Any, model: Models, inference_args: dict[str, Any] | None = None
     ) -> Iterable[PredictionResult]:
-        """Returns the vectors of a chunk, or what is wrong with it: a retry would not mend that."""
+        """Returns the vectors of a chunk, or what is wrong with it: a retry would not fix that."""
         part, tower = model.part(batch.run_id), self._towers[batch.run_id]
         try:
             return [PredictionResult(batch, compute(part, batch, tower))]
@@ -210,7 +210,7 @@ class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
     """Computes a tower of one or more runs: nothing in; batches and reports out, as "batches" and "reports".
 
     Cutting a source is sequential; reading and computing are parallel, a share at a time, and fused. What is wrong with
-    ids, features or vectors is reported, not raised: a retry would not mend it.
+    ids, features or vectors is reported, not raised: a retry would not fix it.
 
     Attributes:
         towers: run id → the tower in that run's model.
@@ -239,6 +239,7 @@ class ComputeTower(beam.PTransform[PBegin, dict[str, Any]]):
                 REPORTS, main="shares"
             )
         )
+        # A Reshuffle before, so that workers share the rows; none after, so that no features or vectors are shuffled.
         read = (
             cut.shares
             | "Spread" >> beam.Reshuffle()

@@ -1,6 +1,6 @@
 """Everything that sends the job to emulators instead of Google Cloud.
 
-Nothing of it is active unless `--warehouse` is used or BIGQUERY_EMULATOR_HOST and STORAGE_EMULATOR_HOST are set, the
+None of it is active unless `--warehouse` is used or BIGQUERY_EMULATOR_HOST and STORAGE_EMULATOR_HOST are set, the
 variables that Google's own clients honour.
 
 `Warehouse` runs bqemulator and gcp-storage-emulator in one child process on free ports, with their data in a folder.
@@ -80,7 +80,7 @@ def storage_url(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def connect() -> None:
-    """Makes the Google clients of this process, Beam's among them, talk to the emulators without credentials."""
+    """Connects the Google clients of this process, Beam's among them, to the emulators, without credentials."""
     import google.auth
     from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
     from google.auth.credentials import AnonymousCredentials
@@ -121,7 +121,7 @@ class Warehouse:
 
     Attributes:
         project: of BigQuery.
-        bucket: on Cloud Storage, made.
+        bucket: on Cloud Storage, created at the start.
         temp_location: `gs://` folder in it.
         bigquery_url, storage_url: where they answer.
         read_host: host:port of BigQuery's Storage Read API, which is gRPC.
@@ -132,7 +132,7 @@ class Warehouse:
     temp_location = f"gs://{BUCKET}/tmp"
 
     def __init__(self, directory: str, port: int = 0) -> None:
-        """Names the folder, made if missing, and a port for BigQuery; 0 takes a free one."""
+        """Takes the folder, created if missing, and a port for BigQuery; 0 takes a free one."""
         self._directory = Path(directory).absolute()
         self._port = port
         self.bigquery_url = self.storage_url = self.read_host = ""
@@ -156,7 +156,7 @@ class Warehouse:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Stops the emulators and gives the folder free."""
+        """Stops the emulators and releases the folder."""
         self._stack.close()
 
     @contextlib.contextmanager
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(directory: str, port: int) -> None:
     if not Path(directory).is_dir():
-        raise WarehouseError(f"no warehouse at {directory}; a job with --warehouse={directory} makes one")
+        raise WarehouseError(f"no warehouse at {directory}; a job with --warehouse={directory} creates one")
     with Warehouse(directory, port) as warehouse, contextlib.suppress(KeyboardInterrupt):
         print(_HOW_TO_QUERY.format(warehouse=warehouse), flush=True)
         while True:
@@ -331,7 +331,7 @@ async def _run_emulators(directory: Path, port: int) -> int:
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, stopped: asyncio.Event) -> None:
-    """Stops the emulators when the pipe from the parent breaks; hard, if they do not stop by themselves."""
+    """Stops the emulators when the pipe from the parent breaks; kills them if they do not stop by themselves."""
     sys.stdin.read()
     loop.call_soon_threadsafe(stopped.set)
     time.sleep(_STOP_SECONDS / 2)

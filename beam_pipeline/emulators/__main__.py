@@ -1,8 +1,7 @@
 """`python -m beam_pipeline.emulators DIR`."""
 
-import sys
-
+from beam_pipeline.command import run_process
 from beam_pipeline.emulators import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -69,7 +69,7 @@ def decode_with_rows(vocabulary: Vocabulary, data: bytes, count: int) -> tuple[n
 
     Raises:
         CorruptFileError: there are more or fewer.
-        BadIdError: what stands beside an id is no row number; named.
+        BadIdError: what stands beside an id is not a row number; named.
     """
     if vocabulary.encoding is Encoding.CSV:
         rows, ids = _decode_csv(data, vocabulary)
@@ -329,11 +329,11 @@ def _decode_json_object(data: bytes, path: str) -> tuple[np.ndarray, pa.Array]:
     try:
         pairs = json.loads(b"{" + data.strip().removesuffix(b",") + b"}", object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: no JSON object of id and row ({error})") from error
+        raise CorruptFileError(f"{path}: not a JSON object of id and row ({error})") from error
     ids = pa.array([name.encode("utf-8", "surrogatepass") for name, _ in pairs], pa.binary())
     for name, row in pairs:
         if type(row) is not int or not -(1 << 63) <= row < 1 << 63:
-            problem = "beyond 64 bits" if type(row) is int else "no integer"
+            problem = "beyond 64 bits" if type(row) is int else "not an integer"
             raise BadIdError(
                 f"{path}: the row of id {shown(name.encode('utf-8', 'surrogatepass'))} is {problem}; a JSON object "
                 "maps each id to the row of its vector"
@@ -354,8 +354,8 @@ def _decode_csv(data: bytes, vocabulary: Vocabulary) -> tuple[np.ndarray, pa.Arr
         )
     except (pa.ArrowException, ValueError) as error:
         # Arrow counts columns from 0, and rows from the first of this part of the file.
-        reason = re.sub(r"CSV column #\d+: Row #?\d+: ", "", str(error).splitlines()[0])
-        raise BadIdError(f"{vocabulary.path}: no table of ids and their rows ({reason})") from error
+        reason = re.sub(r"In CSV column #\d+: Row #?\d+: ", "", str(error).splitlines()[0])
+        raise BadIdError(f"{vocabulary.path}: not a table of ids and their rows ({reason})") from error
     rows, ids = table[row_column].combine_chunks(), table[id_column].combine_chunks()
     if rows.null_count:
         at = int(np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))[0])
@@ -368,6 +368,7 @@ _PLAIN_CUTS: dict[Encoding, Callable[[ByteFile, Span, int], Iterator[tuple[int, 
     Encoding.INT32: _integer_cuts(4),
     Encoding.INT64: _integer_cuts(8),
     Encoding.VARINTS: _varint_cuts,
+    Encoding.REFERENCES: _integer_cuts(16),
     Encoding.ROWS: lambda _, span, rows: _row_cuts(span, rows),
 }
 _DECODERS: dict[Encoding, Callable[[bytes], pa.Array]] = {

@@ -20,7 +20,7 @@ _LONGEST_TOKEN = 300
 
 
 class Encoding(Enum):
-    """How ids lie in a file, one after the other."""
+    """How ids are laid out in a file, one after the other."""
 
     LINES = "lines"
     """One id per line, as TensorFlow's vocabulary files have them."""
@@ -40,6 +40,8 @@ class Encoding(Enum):
     """Integers as a packed protobuf field, negative ones in ten bytes."""
     UTF32 = "UTF-32"
     """Strings of one width, as NumPy's type `<U`: four bytes a character, padded with NULs."""
+    REFERENCES = "references"
+    """References to strings elsewhere in an HDF5 file, each of one width."""
     FIXED = "fixed width"
     """Strings of one width, as NumPy's type `S`: padded with NULs."""
     ROWS = "rows"
@@ -193,7 +195,7 @@ class Vocabulary:
     Attributes:
         path: the file that holds the ids.
         span: where in it.
-        encoding: how they lie there.
+        encoding: how they are laid out there.
         first_row: the lowest row of an id; the rows before it stand for out-of-vocabulary ids or the mask.
         count: number of ids, if the artifact says it without reading them.
         row_numbers: where the artifact itself lists the row of each id (int64, little-endian), if it does.
@@ -205,6 +207,7 @@ class Vocabulary:
         fills: each row from `first_row` on has an id: of ids from outside of the model.
         columns: of a CSV file, the positions of the columns of ids and of rows.
         table: of Parquet files, where the ids are and what stands beside them.
+        heap: of references, the bytes in which they are strings; addresses count from their start.
     """
 
     path: str
@@ -220,15 +223,16 @@ class Vocabulary:
     fills: bool = False
     columns: tuple[int, int] | None = None
     table: Table | None = None
+    heap: Span | None = None
 
 
 class Ending(Enum):
-    """How a tower goes on after its embedding."""
+    """How a tower continues after its embedding."""
 
     EMBEDDING = "ends at the embedding"
     SCALED = "scales only"
-    GOES_ON = "goes on"
-    UNKNOWN = "cannot be told"
+    GOES_ON = "continues"
+    UNKNOWN = "unknown"
     COMPUTED = "is computed to its end"
     LOGGED = "is what the trainer logged"
 
@@ -242,7 +246,7 @@ class Tail:
         operations: what is done, each as (layer, operation); empty where the tower ends at the embedding.
         meeting: the operation in which the towers meet, where that is neither a dot product nor a cosine.
         is_biased: whether the model adds something of each id to the dot product.
-        reason: why it cannot be told, or what else is to be known.
+        reason: why the ending is unknown, or what else a person should know.
     """
 
     ending: Ending
@@ -280,7 +284,7 @@ class Tower:
         tail: what the model does with the rows.
         source: "embedding", "index" if the rows are those of a search index, "file" if the trainer logged them, or
             "computed".
-        model_uri: where its model lies, if the towers of a training are of several.
+        model_uri: where its model is, if the towers of a training are of several.
     """
 
     name: str
@@ -294,7 +298,7 @@ class Tower:
 
     @property
     def is_computed(self) -> bool:
-        """Whether its vectors lie in no file, and how many there are is known only once its ids were read."""
+        """Whether its vectors are in no file; how many there are is then known only once its ids were read."""
         return False
 
     @property
@@ -303,15 +307,28 @@ class Tower:
         return ""
 
     @property
+    def ids_place(self) -> str:
+        """Where its ids are, for a message."""
+        if self.source == "index":
+            return f"the index {self.layer!r}"
+        return self.vocabulary.path if self.has_ids_beside_it else "the vocabulary"
+
+    @property
+    def has_ids_beside_it(self) -> bool:
+        """Whether its ids are in a file that is no part of a model."""
+        beside = (Encoding.JSON_OBJECT, Encoding.CSV, Encoding.PARQUET)
+        return self.source == "file" or self.vocabulary.fills or self.vocabulary.encoding in beside
+
+    @property
     def contiguous(self) -> Matrix:
-        """The matrix, of a tower whose vectors lie one after the other."""
+        """The matrix, of a tower whose vectors are stored one after the other."""
         if not isinstance(self.matrix, Matrix):
             raise TypeError(f"the vectors of tower {self.name!r} are in Parquet files")
         return self.matrix
 
     @property
     def vector_source(self) -> str:
-        """What the published vectors are: what the model serves, or rows after which its tower goes on."""
+        """What the published vectors are: what the model serves, or rows after which its tower continues."""
         return "embedding_rows" if self.tail.ending == Ending.GOES_ON else self.source
 
 
@@ -343,7 +360,7 @@ class Artifact(Protocol):
         ...
 
     def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
-        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+        """Returns how towers continue after their embeddings, until they meet each other or are returned.
 
         Args:
             layers: of all towers that are published together: name → layer.
@@ -389,9 +406,9 @@ def special_names(where: str, mask: Any, oov: Any, buckets: Any) -> list[str]:
             sensible = False
         if not sensible:
             raise CorruptFileError(
-                f"{where} has a mask or out-of-vocabulary token that is no text of up to {_LONGEST_TOKEN} bytes; "
+                f"{where} has a mask or out-of-vocabulary token that is not text of up to {_LONGEST_TOKEN} bytes; "
                 "log the model again"
             )
-    # Rows are told apart: ids are unique. An empty mask token is Keras's old default, and no id.
+    # Each row has a name of its own, as ids are unique. An empty mask token is Keras's old default, and not an id.
     names = [] if mask is None else [str(mask) or "[MASK]"]
     return names + [str(oov) if bucket == 0 else f"{oov}:{bucket}" for bucket in range(buckets)]

@@ -1,7 +1,7 @@
 """The protobuf wire format, scanned in place (https://protobuf.dev/programming-guides/encoding).
 
-A SavedModel can hold hundreds of megabytes of ids. Parsing it whole costs several times its size in memory, and
-tells nothing of where in the file a field lies. This scanner does: it skips over what nobody asked for.
+A SavedModel can hold hundreds of megabytes of ids. Parsing it whole costs several times its size in memory, and does
+not say where in the file a field is. This scanner says so, and skips over what nobody asked for.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _fields(file: ByteFile, span: Span) -> Iterator[tuple[int, int, int | Span]]
             if at + used > end:
                 raise ValueError("a field that is longer than its message")
         except (IndexError, ValueError) as error:
-            raise CorruptFileError(f"{file.path}: no protobuf message at byte {at:,} ({error})") from error
+            raise CorruptFileError(f"{file.path}: not a protobuf message at byte {at:,} ({error})") from error
         yield at, number, value
         at += used
 

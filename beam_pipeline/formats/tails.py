@@ -643,7 +643,7 @@ def tail(
     tower_calls: Iterable[Sequence[Returned]],
     meetings: Mapping[str, Meeting],
 ) -> Tail:
-    """Returns how a tower goes on after its embedding.
+    """Returns how a tower continues after its embedding.
 
     Args:
         embedding: the tower's.

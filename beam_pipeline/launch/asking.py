@@ -1,4 +1,4 @@
-"""What the commands that ask the tables of a history share: their flags, and the way to the tables."""
+"""What the commands that query the tables of a history share: their flags, and the connection to the tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +48,7 @@ def add_labels(group: options.FlagGroup, more: str = "") -> None:
 
 
 def labels(ours: argparse.ArgumentParser, given: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Returns tower → query, and the texts that are no query; exits 2 if a tower has two."""
+    """Returns tower → query, and the texts that are not queries; exits 2 if a tower has two."""
     queries: dict[str, str] = {}
     rest = []
     for text in given:
@@ -63,19 +62,11 @@ def labels(ours: argparse.ArgumentParser, given: Iterable[str]) -> tuple[dict[st
     return queries, rest
 
 
-def to_date(text: str) -> date:
-    """Returns the date of a flag's value, for argparse."""
-    try:
-        return date.fromisoformat(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
-
-
 @contextmanager
 def connected(
     found: argparse.Namespace, dataset_project: str | None, dataset: str
 ) -> Iterator[tuple[bigquery.Client, Destination]]:
-    """Gives a client and the tables that flags name, in a warehouse folder if they name one.
+    """Yields a client and the tables that flags name, in a warehouse folder if they name one.
 
     Args:
         found: flags `project`, `table_prefix`, `table_suffix` and `warehouse`.
@@ -94,6 +85,7 @@ def connected(
 
     with ExitStack() as stack:
         if found.warehouse:
+            # A warehouse would create the folder: of a mistyped one it would say that there is no history.
             if not Path(found.warehouse).is_dir():
                 raise ConfigError(f"there is no warehouse at {found.warehouse}")
             stack.enter_context(emulators.Warehouse(found.warehouse))

@@ -26,13 +26,13 @@ def examine(findings: Findings, name: str, destination: Destination, kms_key: st
         findings.stop(
             "bucket",
             ConfigError(
-                f"bucket gs://{name} of --temp_location does not exist; make it where the dataset is: "
+                f"bucket gs://{name} of --temp_location does not exist; create it where the dataset is: "
                 f"gcloud storage buckets create gs://{name} --location={location} --soft-delete-duration=0"
             ),
         )
         return
     except (GoogleAPICallError, GoogleAuthError, OSError) as error:
-        findings.note("bucket", f"gs://{name} could not be asked for its location: {first_line(error)}")
+        findings.note("bucket", f"the location of gs://{name} is unknown: {first_line(error)}")
         return
     regions = bucket.data_locations or ()
     place = f"{bucket.location} ({', '.join(regions)})" if regions else bucket.location
@@ -43,8 +43,8 @@ def examine(findings: Findings, name: str, destination: Destination, kms_key: st
     elif fits is None:
         findings.note(
             "bucket",
-            f"gs://{name} in {place}, and the dataset in {location}: only the load job tells whether that fits; to be "
-            f"sure, {remedy} with --temp_location",
+            f"gs://{name} in {place}, and the dataset in {location}: only the load job will show whether that fits; to "
+            f"be sure, {remedy} with --temp_location",
         )
     else:
         findings.stop(
@@ -67,7 +67,7 @@ def examine(findings: Findings, name: str, destination: Destination, kms_key: st
 
 
 def location_fits(bucket: str, dataset: str, regions: Sequence[str] = ()) -> bool | None:
-    """Returns whether a dataset can load from a bucket, by their locations; None where that cannot be told.
+    """Returns whether a dataset can load from a bucket, by their locations; None where that is not documented.
 
     A dataset in the US loads from anywhere; one in the EU from the EU and the regions that belong to it; one in a
     region from there and from dual-regions that include it
@@ -79,7 +79,7 @@ def location_fits(bucket: str, dataset: str, regions: Sequence[str] = ()) -> boo
     Args:
         bucket: location of the bucket.
         dataset: location of the dataset.
-        regions: of a bucket in a dual-region of one's own, whose location is the continent's.
+        regions: of a bucket in a custom dual-region, whose location is the continent's.
     """
     bucket, dataset = bucket.upper(), dataset.upper()
     if dataset == "US":

@@ -24,7 +24,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "stop": "bold red"}
 
 
 def set_up_logging() -> None:
-    """Sets up the root logger; for a command line alone, never for a program that imports the package."""
+    """Sets up the root logger; only for a command line, never for a program that imports the package."""
     logging.basicConfig()
     # At a terminal Beam's INFO lines would bury everything else.
     logging.getLogger().setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
@@ -48,7 +48,7 @@ class Terminal:
         self._console = Console(stderr=as_json, markup=False, emoji=False, highlight=False)
 
     def report(self, plan: Plan, *, with_sql: bool) -> None:
-        """Prints what is going to be historized, what was checked before, and the SQL if it was asked for."""
+        """Prints what is going to be published, what was checked before, and the SQL if it was asked for."""
         if self._as_json:
             print(json.dumps(as_json(plan), indent=2, ensure_ascii=False), flush=True)
             return
@@ -83,13 +83,13 @@ class Terminal:
         self._console.print(table)
 
     def submitted(self, result: Any, runner: str) -> None:
-        """Prints where the job runs, which goes on without this process."""
+        """Prints where the job runs, which continues without this process."""
         # Dataflow's result has a job; where --template_location asked for a description instead, it has none.
         job = f", job {result.job_id()}" if getattr(result, "has_job", False) else ""
         self._print(f"submitted   to {runner}{job}")
 
     def progress(self, publication: Publication) -> AbstractContextManager[None]:
-        """Shows rows done of total and rows per second while the job runs in this process."""
+        """Shows how many of all rows are done, and rows per second, while the job runs in this process."""
         total = sum(tower.matrix.rows for training in publication.trainings for tower in training.towers.values())
         before = metrics.in_this_process("read-rows")  # of an earlier job in this process
 
@@ -99,7 +99,7 @@ class Terminal:
         return self._progress(lambda: metrics.in_this_process("read-rows") - before, total, line)
 
     def copying(self, files: int, size: int, to: str, done: Callable[[], int]) -> AbstractContextManager[None]:
-        """Shows bytes done of `size` while a model of so many files is copied."""
+        """Shows how many of `size` bytes are done while a model of so many files is copied."""
         self._print(f"copying     {files:,} files, {_megabytes(size)}, to {to}")
 
         def line(copied: int, seconds: float) -> str:
@@ -111,7 +111,7 @@ class Terminal:
         return self._progress(done, size, line)
 
     def found(self, model: Model) -> None:
-        """Prints which model is taken, where that does not go without saying."""
+        """Prints which model is taken, unless that is obvious."""
         if model.notable:
             self._print(f"found       {model.name}")
 

@@ -6,24 +6,29 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import (
     GoogleCloudOptions,
     PipelineOptions,
+    PortableOptions,
     SetupOptions,
     StandardOptions,
     WorkerOptions,
 )
 
-from beam_pipeline import emulators, errors, metrics, workers
+from beam_pipeline import __version__, emulators, errors, metrics, workers
 from beam_pipeline.errors import ConfigError, JobActiveError, PipelineError
 from beam_pipeline.launch.options import JobConfig
 from beam_pipeline.launch.session import Session
+
+_CONNECT_SECONDS = 10
 
 Build = Callable[[beam.Pipeline], object]
 """Builds a graph into a pipeline."""
@@ -40,7 +45,7 @@ def given_options(config: JobConfig) -> PipelineOptions:
     options.view_as(StandardOptions).runner = "FnApiRunner" if config.local else config.runner
     setup = options.view_as(SetupOptions)
     if setup.setup_file:
-        # Beam changes to the file's folder, and neither to "", the folder of setup.py, nor twice to a relative one.
+        # Beam changes into the file's folder: it cannot to "", the folder of setup.py, nor twice to a relative one.
         setup.setup_file = os.path.abspath(setup.setup_file)
         if not os.path.isfile(setup.setup_file):
             raise ConfigError(f"--setup_file={setup.setup_file}: there is no such file; leave it out with an image")
@@ -61,7 +66,7 @@ def job_options(config: JobConfig, session: Session, name: str, labels: Sequence
     # As it was given, if it was: a Flex Template's launcher may not change it.
     cloud.project = session.project
     cloud.temp_location = session.temp_location
-    if emulators.emulated():  # They know no accounts, and Beam would ask Google for a token all the same.
+    if emulators.emulated():  # They have no accounts, and Beam would ask Google for a token all the same.
         cloud.impersonate_service_account = None
     cloud.job_name = name
     # Of two labels with one key, Beam takes the later.
@@ -73,8 +78,8 @@ def job_options(config: JobConfig, session: Session, name: str, labels: Sequence
 def job_name(config: JobConfig, token: str, given: PipelineOptions, subject: str) -> str:
     """Returns the job's name: --job_name, or one that is the same for every launch of a subject.
 
-    Dataflow refuses a second active job of a name. Where this process waits for the job, its name tells its temporary
-    tables from those of another launch.
+    Dataflow refuses a second active job of a name. Where this process waits for the job, the name ends in the launch's
+    token, by which Beam's temporary tables are told from those of another launch.
 
     The rule is `[a-z]([-a-z0-9]{0,1022}[a-z0-9])?`
     (https://cloud.google.com/dataflow/docs/reference/rest/v1b3/projects.jobs); MLflow's ids are 32 hexadecimal digits,
@@ -84,9 +89,36 @@ def job_name(config: JobConfig, token: str, given: PipelineOptions, subject: str
     return f"{name}-{token}" if config.waits else name
 
 
-def job_labels(**values: str) -> tuple[str, ...]:
-    """Returns labels as `key=value`, of letters that Dataflow takes."""
-    return tuple(f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in values.items())
+def job_labels(config: JobConfig, run_id: str | None, experiment: str | None) -> tuple[str, ...]:
+    """Returns labels that say what a Dataflow job is about, as `key=value`, of letters that Dataflow takes.
+
+    Args:
+        config: what was asked for.
+        run_id: of the run, if it is about one.
+        experiment: the run's, or that of all runs.
+    """
+    values = {"run_id": run_id, "experiment": experiment, "dataset": config.dataset, "pipeline_version": __version__}
+    return tuple(
+        f"{key}={re.sub('[^a-z0-9_-]', '-', value.lower())[:63]}" for key, value in values.items() if value is not None
+    )
+
+
+def require_job_service(options: PipelineOptions) -> None:
+    """Connects to the job service that the options name, for which Beam would wait five minutes.
+
+    Raises:
+        ConfigError: nothing answers there.
+    """
+    endpoint = options.view_as(PortableOptions).job_endpoint
+    if not endpoint or endpoint == "embed":  # in this process
+        return
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--job_endpoint={endpoint}: no job service answers there ({error}); start one, or correct HOST:PORT"
+        ) from error
 
 
 def submit_nothing(options: PipelineOptions) -> None:
@@ -113,7 +145,7 @@ def submit(build: Build, options: PipelineOptions) -> Any:
     try:
         return pipeline.run()
     except Exception as error:
-        # Dataflow's own words, with gRPC and REST, and Beam's when it recognises another launch in the answer.
+        # Dataflow's own wording, with gRPC and REST, and Beam's when it recognises another launch in the response.
         if "active job named" in str(error):
             name = options.view_as(GoogleCloudOptions).job_name
             raise JobActiveError(
@@ -147,6 +179,7 @@ def run(
     result: Any = None
     dead: list[str] = []
     try:
+        require_job_service(options)
         pipeline = beam.Pipeline(runner=workers.runner(options), options=options)
         build(pipeline)
         metrics.end_phase("build the job graph")
@@ -160,7 +193,7 @@ def run(
         try:
             clean_up()
         except Exception as left:  # What stopped the job is what has to be reported.
-            logging.getLogger(__name__).warning("staging tables and files are left, they expire: %s", left)
+            logging.getLogger(__name__).warning("staging tables and files remain until they expire: %s", left)
         if dead:
             raise PipelineError(f"the job failed: {dead[0]}; {whole}") from error
         if isinstance(error, Exception):
@@ -171,10 +204,10 @@ def run(
 
 @contextmanager
 def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
-    """Interrupts a job of DirectRunner's multi_processing whose worker died; appends what Beam says of it.
+    """Interrupts a job of DirectRunner's multi_processing whose worker died; appends Beam's message about it.
 
-    Beam raises that in the thread that watches the worker, and waits for the worker's answer for ever, and then for the
-    end of the others.
+    Beam raises it in the thread that watches the worker, while the job waits forever for that worker's answer, and then
+    for the other workers to end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Only the main thread can be interrupted.
@@ -182,6 +215,9 @@ def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
     main, before = threading.get_ident(), threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, grpc.RpcError):  # The main thread, which waits at the same place, reports it.
+            logging.getLogger(__name__).info("a connection of the job ended", exc_info=args.exc_value)
+            return
         if not isinstance(args.exc_value, RuntimeError) or "Worker subprocess exited" not in str(args.exc_value):
             before(args)
             return
@@ -190,7 +226,7 @@ def _noticing_dead_workers(dead: list[str]) -> Iterator[None]:
             end_workers()
             signal.pthread_kill(main, signal.SIGUSR1)
 
-    # Not SIGINT: a shell starts what it runs in the background deaf to that.
+    # Not SIGINT: a shell makes what it starts in the background ignore that.
     handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     threading.excepthook = hook
     try:
@@ -209,7 +245,7 @@ def _cancel(result: Any) -> None:
 
 
 _STEP = re.compile(r"(?: \[while running '[^']*'\])+$", re.MULTILINE)
-"""What Beam adds to the message of an exception, once for each step that it passes."""
+"""What Beam appends to the message of an exception, once for each step that it passes."""
 
 
 def reason(error: Exception, whole: str) -> PipelineError:
@@ -221,6 +257,9 @@ def reason(error: Exception, whole: str) -> PipelineError:
     """
     if isinstance(error, PipelineError):
         return error
+    if isinstance(error, grpc.RpcError):  # Only a call that answers has details.
+        details = error.details() if isinstance(error, grpc.Call) else type(error).__name__
+        return PipelineError(f"the job service ended, or cannot be reached any more ({details}); {whole}")
     lines = [line for line in _STEP.sub("", str(error)).splitlines() if line.strip()]
     for line in reversed(lines):
         if named := re.match(r"beam_pipeline\.errors\.(\w+): (.*)", line):

@@ -13,7 +13,7 @@ class Finding:
 
     Attributes:
         check: what was looked at.
-        status: "ok"; "note" for what a person should know; "stop" for what keeps the job from going.
+        status: "ok"; "note" for what a person should know; "stop" for what keeps the job from starting.
         text: what was found.
         error: for "stop": what the launcher raises.
     """
@@ -31,7 +31,7 @@ class Findings:
     lines: list[Finding] = field(default_factory=list)
 
     def ok(self, check: str, text: str) -> None:
-        """Adds what is as it should be."""
+        """Adds a check that found nothing wrong."""
         self.lines.append(Finding(check, "ok", text))
 
     def note(self, check: str, text: str) -> None:
@@ -39,12 +39,12 @@ class Findings:
         self.lines.append(Finding(check, "note", text))
 
     def stop(self, check: str, error: PipelineError) -> None:
-        """Adds what keeps the job from going."""
+        """Adds what keeps the job from starting."""
         self.lines.append(Finding(check, "stop", str(error), error))
 
     @property
     def error(self) -> PipelineError | None:
-        """The first of what keeps the job from going."""
+        """The first of what keeps the job from starting."""
         return next((line.error for line in self.lines if line.error), None)
 
 

@@ -16,7 +16,7 @@ from beam_pipeline.launch.findings import Findings, first_line
 
 
 def examine(findings: Findings, client: bigquery.Client, publication: Publication) -> None:
-    """Adds what is to be known of the index of each tower's history, if there is to be one.
+    """Adds what a person should know about the index of each tower's history, if there is to be one.
 
     Args:
         findings: the report.
@@ -27,7 +27,7 @@ def examine(findings: Findings, client: bigquery.Client, publication: Publicatio
     if not distance:
         return
     if emulators.emulated():
-        findings.note("index", "none is created: emulators know no vector index")
+        findings.note("index", "none is created: emulators have no vector indexes")
         return
     for tower in publication.towers:
         try:
@@ -58,10 +58,10 @@ def _examine(
         findings.ok(check, f"{distance}, will be created with {name}")
         _examine_size(findings, check, name, size)
         return
-    if not latest:  # Of a latest table all is replaced.
+    if not latest:  # A latest table is replaced whole.
         size += table.num_bytes or 0
-        there = history.vector_lengths(client, destination, tower)
-        _examine_lengths(findings, check, name, there | {day: matrix.dimension for day, matrix in published.items()})
+        lengths = history.vector_lengths(client, destination, tower)
+        _examine_lengths(findings, check, name, lengths | {day: matrix.dimension for day, matrix in published.items()})
     found = indexes.find_indexes(client, name)
     for index in found:
         if index.distance != distance:

@@ -30,7 +30,7 @@ def describe(
         artifact: the model.
         folder: files are named as below it.
         open_file: opens them.
-        towers: tower → layer, as they were named; how a tower goes on depends on which the others are.
+        towers: tower → layer, as they were named; where a tower ends depends on which the others are.
         sources: the ids of embeddings without a lookup.
     """
     layers, without_ids = artifact.tower_layers(), artifact.embeddings_without_ids()
@@ -49,7 +49,7 @@ def describe(
             yield f"  refused   {error}"
     for layer in without_ids:
         yield f"layer       {layer}"
-        name = next((name for name, own in chosen.items() if own == layer and name in sources.ids), None)
+        name = next((name for name, named in chosen.items() if named == layer and name in sources.ids), None)
         try:
             if name:
                 (tower,) = sources.towers_of_model(artifact, {name: layer}, include_oov=False)
@@ -84,7 +84,7 @@ def _describe(tower: Tower, folder: str, open_file: OpenFile) -> Iterator[str]:
         yield f"  ids       {count:,}, in column {matrix.id_column!r} beside the vectors in {matrix.value_column!r}"
         yield f"  such as   {examples}"
         return
-    count, examples = (_in_order if vocabulary.in_row_order else _in_no_order)(tower, open_file)
+    count, examples = (_in_order if vocabulary.in_row_order else _unordered)(tower, open_file)
     if vocabulary.encoding is Encoding.ROWS:
         yield f"  ids       {count:,}, the numbers of the rows"
     else:
@@ -112,7 +112,7 @@ def _beside_vectors(table: VectorTable, open_file: OpenFile) -> tuple[int, str]:
     return table.rows, f"{examples}{', …' if table.rows > len(ids) else ''}"
 
 
-def _in_no_order(tower: Tower, open_file: OpenFile) -> tuple[int, str]:
+def _unordered(tower: Tower, open_file: OpenFile) -> tuple[int, str]:
     """Returns the number of ids, and some of them with their rows."""
     entries = list(unordered.cut_entries(tower, open_file, unordered.PIECE_ENTRIES))
     if not entries:

@@ -26,6 +26,7 @@ IF_TAKEN = ("fail", "replace", "keep")
 DISTANCES = ("COSINE", "DOT_PRODUCT", "EUCLIDEAN")
 """How near two vectors are, as VECTOR_SEARCH calls it."""
 
+# Names become parts of table names and of SQL: what is allowed here needs no quoting there.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SUFFIX = re.compile(r"[A-Za-z0-9_]{0,128}")
 _TOWER = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -35,6 +36,7 @@ _ACCOUNT = re.compile(r"[^@\s,'\"\[\]()]+@[^@\s,'\"\[\]()]+")
 _KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _PAIRS = re.compile(r",(?=[a-z][a-z0-9_]*=)")
 """Between `NAME=VALUE` pairs: a comma may be a part of a value."""
+# Two names for one runner here: launch/execution.py says why.
 _LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 _PORTABLE_RUNNERS = ("PrismRunner", "FlinkRunner", "PortableRunner")
 
@@ -74,7 +76,7 @@ class JobConfig:
 
     @property
     def waits(self) -> bool:
-        """Whether this process stays until the job has ended; Dataflow's goes on without it."""
+        """Whether this process stays until the job has ended; Dataflow's jobs continue without it."""
         return self.local or self.runner in _PORTABLE_RUNNERS
 
 
@@ -141,6 +143,11 @@ class Config(JobConfig):
         """Whether a local folder of this machine is the same folder where the job runs."""
         return self.local or self.shared_files
 
+    @property
+    def sharing(self) -> str:
+        """What an error about a local folder adds to its remedies, where the runner can have workers that read it."""
+        return ", --shared_files if the workers can read it" if self.waits else ""
+
 
 _USAGE = "%(prog)s (--run_id ID | --experiment_name NAME | --model_uri URI) [option ...]"
 
@@ -189,6 +196,7 @@ def base_parser(
         description=_wrapped(description),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviation may be a flag of Beam's, or become one of ours.
         allow_abbrev=False,
     )
 
@@ -236,8 +244,8 @@ def add_impersonation(group: FlagGroup) -> None:
         "--impersonate_service_account",
         action="append",
         metavar="ACCOUNT",
-        help="ask everything that this process asks of Google Cloud as that service account; a chain is "
-        "ACCOUNT,...,ACCOUNT, with the one to act as last",
+        help="make every request of this process to Google Cloud as that service account; a chain is "
+        "ACCOUNT,...,ACCOUNT, the account to act as last",
     )
 
 
@@ -251,11 +259,11 @@ def _beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: S
     for account in accounts:
         if not _ACCOUNT.fullmatch(account):
             ours.error(
-                f"--impersonate_service_account={account!r} is no account: NAME@PROJECT.iam.gserviceaccount.com, in a "
-                "chain separated by commas, the one to act as last"
+                f"--impersonate_service_account={account!r} is not an account: NAME@PROJECT.iam.gserviceaccount.com, "
+                "in a chain separated by commas, the account to act as last"
             )
     if accounts and found.warehouse:
-        ours.error("--warehouse asks nothing of Google Cloud; leave out --impersonate_service_account")
+        ours.error("--warehouse makes no requests to Google Cloud; leave out --impersonate_service_account")
     return (
         *rest,
         *([f"--project={found.project}"] if found.project else []),
@@ -266,7 +274,7 @@ def _beam_args(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: S
 def dataset(ours: argparse.ArgumentParser, found: argparse.Namespace) -> tuple[str | None, str]:
     """Returns the dataset's project, None if --dataset names none, and the dataset; exits 2 if they are malformed."""
     if found.project and not re.fullmatch(_PROJECT, found.project):
-        ours.error(f"--project={found.project!r} is no project id")
+        ours.error(f"--project={found.project!r} is not a project id")
     if not _NAME.fullmatch(found.table_prefix):
         ours.error(f"--table_prefix={found.table_prefix!r}: only letters, digits and _")
     if not _SUFFIX.fullmatch(found.table_suffix):
@@ -306,6 +314,8 @@ def job_values(ours: argparse.ArgumentParser, found: argparse.Namespace, rest: S
         ours.error(f"--warehouse runs with DirectRunner only, not with {config.runner}")
     if config.warehouse and config.env != ENVS[0]:
         ours.error(f"--warehouse is for the laptop: leave out --env={config.env}")
+    if config.warehouse and any(text.partition("=")[0] == "--temp_location" for text in rest):
+        ours.error("--warehouse has a bucket of its own; leave out --temp_location")
     return values
 
 
@@ -323,7 +333,7 @@ def parser() -> argparse.ArgumentParser:
         "",
         "Reads the user and item embeddings of a two-tower model from its MLflow run and publishes them, "
         "both at once and never twice, as one partition of two BigQuery tables. A vector is the one that the model "
-        "serves for the id; where a tower goes on after its embedding (Dense, concatenation, ...), nothing is "
+        "serves for the id; where a tower continues after its embedding (Dense, concatenation, ...), nothing is "
         "published unless --embedding_rows asks for the embedding's rows.",
         _EPILOG,
         _USAGE,
@@ -348,8 +358,10 @@ def parser() -> argparse.ArgumentParser:
         help="with --experiment_name: every FINISHED run (of --run_name), each into its own partition, in one job; "
         "runs that are published already are left out",
     )
-    model.add_argument("--since", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or later")
-    model.add_argument("--until", metavar="DATE", type=_date, help="with --all_runs: trained on DATE (UTC) or earlier")
+    model.add_argument("--since", metavar="DATE", type=to_date, help="with --all_runs: trained on DATE (UTC) or later")
+    model.add_argument(
+        "--until", metavar="DATE", type=to_date, help="with --all_runs: trained on DATE (UTC) or earlier"
+    )
     add_tracking(model)
     model.add_argument(
         "--artifact_path",
@@ -397,8 +409,8 @@ def parser() -> argparse.ArgumentParser:
     towers.add_argument(
         "--embedding_rows",
         action="store_true",
-        help="publish the rows of an embedding even where the tower goes on after it, so that they are not the vectors "
-        "that the model serves; the log's column vector_source says so",
+        help="publish the rows of an embedding even where the tower continues after it, so that they are not the "
+        "vectors that the model serves; the log's column vector_source says so",
     )
     towers.add_argument(
         "--compute",
@@ -530,6 +542,7 @@ def parse(argv: Sequence[str]) -> Config:
     ours = parser()
     found, rest = ours.parse_known_args(list(bare_switches(ours, argv)))
     refuse_unknown(ours, rest)
+    # Not argparse's exclusive groups: their messages name no remedy.
     if not found.run_id and not found.experiment_name and not found.model_uri:
         ours.error(
             "name the model: --run_id=ID, --experiment_name=NAME for its latest FINISHED run, or --model_uri=URI"
@@ -539,7 +552,7 @@ def parse(argv: Sequence[str]) -> Config:
     if found.run_id and (found.experiment_name or found.run_name):
         ours.error("--run_id names one run; leave out --experiment_name and --run_name")
     if found.all_runs and not found.experiment_name:
-        ours.error("--all_runs is of an experiment: name it with --experiment_name")
+        ours.error("--all_runs needs an experiment: name it with --experiment_name")
     if (found.since or found.until) and not found.all_runs:
         ours.error("--since and --until choose among --all_runs")
     if found.since and found.until and found.since > found.until:
@@ -550,7 +563,8 @@ def parse(argv: Sequence[str]) -> Config:
         ours.error(f"--partition_expiration_days={found.partition_expiration_days}: at least 1")
     if found.vector_index and found.allow_dimension_change:
         ours.error(
-            f"--vector_index={found.vector_index} needs vectors of one length; leave out it or --allow_dimension_change"
+            f"--vector_index={found.vector_index} needs vectors of one length, and --allow_dimension_change allows "
+            "several; leave out one"
         )
     compute = _compute(ours, found, towers)
     for name in compute:
@@ -587,6 +601,12 @@ def parse(argv: Sequence[str]) -> Config:
     )
     if config.shared_files and config.runner not in _PORTABLE_RUNNERS:
         ours.error(f"--shared_files is for {', '.join(_PORTABLE_RUNNERS)}; leave it out with {config.runner}")
+    for name, source in config.features.items():
+        if not (config.reads_local_files or is_query(source) or "://" in source):
+            ours.error(
+                f"--features={name}={source!r}: {config.runner} cannot read files of this machine; put them on "
+                f"gs://{config.sharing}, or use --runner=DirectRunner"
+            )
     if config.plan and config.inspect:
         ours.error("--inspect stops before anything that --plan shows; leave out one")
     if config.tag_run and not config.waits:
@@ -594,14 +614,41 @@ def parse(argv: Sequence[str]) -> Config:
             f"--tag_run needs a published job, and this process does not wait for {config.runner}; leave it out and "
             f"run {command.program('tag')} afterwards"
         )
+    _refuse_idle(ours, config)
     return config
 
 
-def _date(text: str) -> date:
+def _refuse_idle(ours: argparse.ArgumentParser, config: Config) -> None:
+    """Exits 2 for flags that would do nothing beside the others.
+
+    --plan and --inspect are for the command of a job as it is, so what they stop before is no error.
+    """
+    if config.inspect and config.all_runs:
+        ours.error("--inspect shows the model of one run; leave out --all_runs")
+    embeddings = [name for name in config.layers if name not in config.compute]
+    if config.embedding_rows and not embeddings:
+        ours.error(
+            "--embedding_rows is for towers that end in an embedding of a model, and there is none; leave it out"
+        )
+    if config.include_oov and all(name in config.ids for name in embeddings):
+        ours.error("--include_oov is for towers with a lookup in a model, and there is none; leave it out")
+    if all(":" in layer for layer in config.layers.values()):
+        if config.artifact_path is not None:
+            ours.error(
+                "--artifact_path is for towers in one model, and each has a PATH or file of its own; leave it out"
+            )
+        if config.model_uri:
+            ours.error(
+                "--model_uri names one model, and each tower has a PATH or file of its own; name the run with --run_id"
+            )
+
+
+def to_date(text: str) -> date:
+    """Returns the date of a flag's value, for argparse."""
     try:
         return date.fromisoformat(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no date: YYYY-MM-DD") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date: YYYY-MM-DD") from error
 
 
 def bare_switches(ours: argparse.ArgumentParser, argv: Sequence[str]) -> Iterator[str]:
@@ -639,7 +686,7 @@ def _compute(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: M
         if name not in towers:
             ours.error(f"--compute={name}: there is no such tower; towers are {', '.join(towers)}")
     if names and found.include_oov:
-        ours.error("--include_oov is of rows of an embedding, and --compute has ids alone; leave out one")
+        ours.error("--include_oov adds rows of an embedding, and --compute computes ids alone; leave out one")
     return tuple(dict.fromkeys(names))
 
 
@@ -663,13 +710,14 @@ def _named_sources(ours: argparse.ArgumentParser, given: Sequence[str]) -> Itera
             try:
                 named = list(json.loads(text).items())
             except ValueError:
-                ours.error(f"--features={text!r} is no JSON object")
+                ours.error(f"--features={text!r} is not a JSON object")
         else:
             name, _, source = text.partition("=")
             named = [(name, source)]
         for name, source in named:
             if not isinstance(source, str) or not source.strip() or not is_tower(name.strip()):
                 ours.error(f"--features={text!r}: NAME=SOURCE, with the NAME of a tower")
+            # A query becomes a part of a statement, in which a semicolon would end it.
             yield name.strip(), source.strip().rstrip(";").rstrip()
 
 
@@ -691,8 +739,8 @@ def _sources(ours: argparse.ArgumentParser, found: argparse.Namespace, towers: M
             if flag != "first_row":
                 values[name] = _named_file(ours, found, f"--{flag}={text!r}", value)
             elif name not in sources["ids"]:
-                ours.error(f"--first_row={text!r}: of ids that --ids names, and there are none for {name!r}")
-            elif not value.isdecimal() or len(value) > 18:
+                ours.error(f"--first_row={text!r}: needs --ids of the same tower, and there are none for {name!r}")
+            elif not value.isdecimal() or len(value) > 18:  # 18 digits always fit into the int64 of a row number.
                 ours.error(f"--first_row={text!r}: the number of a row, 0 or more")
             else:
                 values[name] = int(value)
@@ -704,6 +752,7 @@ def _named_file(ours: argparse.ArgumentParser, found: argparse.Namespace, flag: 
     if path == ROW_NUMBERS.path and flag.startswith("--ids"):
         return ROW_NUMBERS
     inside = path.removeprefix("gs://")
+    # A path that leaves the artifacts would name a file of whatever machine has them.
     if not inside or inside.startswith("/") or "://" in inside or ".." in inside.split("/"):
         ours.error(f"{flag}: a path inside the run's artifacts, or gs://BUCKET/PATH")
     if path.startswith("gs://") and found.all_runs:

@@ -29,7 +29,7 @@ class _Question:
     Attributes:
         resource: its name, for the report.
         permissions: what is needed.
-        ask: returns those of them that are granted.
+        ask: returns those of the permissions that are granted.
     """
 
     resource: str
@@ -50,7 +50,7 @@ def examine(
         dataflow: it is submitted to Dataflow.
     """
     if emulators.emulated():
-        findings.note("permissions", "not asked: emulators have none")
+        findings.note("permissions", "not checked: emulators have none")
         return
     missing: list[str] = []
     asked: list[str] = []
@@ -60,7 +60,7 @@ def examine(
         except NotFound:  # A table that is created later.
             continue
         except (GoogleAPICallError, GoogleAuthError, OSError, KeyError) as error:
-            findings.note("permissions", f"{question.resource} could not be asked: {first_line(error)}")
+            findings.note("permissions", f"{question.resource} could not be checked: {first_line(error)}")
             continue
         asked.append(question.resource)
         missing += [f"{name} on {question.resource}" for name in question.permissions if name not in granted]
@@ -71,8 +71,8 @@ def examine(
         missing.append(f"to run a query: {first_line(error)}")
     account = "this account, not the workers'" if distributed else "this account"
     if not missing:
-        findings.ok("permissions", f"{account}: {', '.join(asked) or 'nothing could be asked'}")
-    elif distributed:  # The launcher may lawfully hold less than the workers, which do the writing.
+        findings.ok("permissions", f"{account}: {', '.join(asked) or 'nothing could be checked'}")
+    elif distributed:  # The launcher may well hold less than the workers, which do the writing.
         findings.note("permissions", f"{account}, lacks {', '.join(missing)}")
     else:
         findings.stop("permissions", ConfigError(f"this account lacks {', '.join(missing)}; see docs/permissions.md"))

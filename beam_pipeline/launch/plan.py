@@ -8,7 +8,6 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
-from beam_pipeline import __version__
 from beam_pipeline.bigquery import publication as publications
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication
@@ -55,7 +54,7 @@ def make_plan(
         trainings=tuple(trainings),
         temp_location=session.temp_location,
         if_partition_taken=config.if_partition_taken,
-        token=session.token,
+        launch_prefix=session.token,
         job_name=name,
         partition_expiration_days=config.partition_expiration_days,
         require_partition_filter=config.require_partition_filter,
@@ -82,16 +81,12 @@ def job_name(config: Config, token: str, given: PipelineOptions, runs: Sequence[
 
 def labels(config: Config, runs: Sequence[Run]) -> tuple[str, ...]:
     """Returns labels that say what a Dataflow job publishes."""
-    return execution.job_labels(
-        **({} if config.all_runs else {"run_id": runs[0].run_id}),
-        experiment=runs[0].experiment_name,
-        dataset=config.dataset,
-        pipeline_version=__version__,
-    )
+    return execution.job_labels(config, None if config.all_runs else runs[0].run_id, runs[0].experiment_name)
 
 
 def as_sql(publication: Publication) -> str:
     """Returns the publish scripts that the job would run."""
+    # What the log says of the vectors is known once they were read.
     unknown = Tally(ids=0, bytes=0, norm_min=0.0, norm_mean=0.0, norm_max=0.0, zero_vectors=0)
     return "\n".join(
         f"-- run {training.run.run_id}; the job fills in the launch id and the numbers of the log's rows\n"

@@ -1,6 +1,6 @@
 """What is checked before anything is written, in one report; nothing here changes anything.
 
-Checks do not stop at the first that fails: who is paged reads everything that is wrong at once.
+Checks do not stop at the first that fails: whoever is paged sees everything that is wrong at once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def examine(
         try:
             _examine_table(findings, client, publication, tower, of_runs, config.allow_dimension_change)
         except GoogleAPICallError as error:
-            reason = f"BigQuery did not answer for {destination.table(tower)}: {first_line(error)}"
+            reason = f"BigQuery cannot look up {destination.table(tower)}: {first_line(error)}"
             findings.stop(f"table {tower}", ConfigError(reason))
     if publication.latest_tables:
         _examine_latest(findings, client, publication)
@@ -134,10 +134,29 @@ def _examine_table(
     expiration = table.time_partitioning.expiration_ms
     kept = f"partitions kept for {expiration // _DAY_MS} days" if expiration else "partitions kept forever"
     findings.ok(check, f"{name} exists, {kept}" + (f"; columns {', '.join(added)} will be added" if added else ""))
+    _examine_settings(findings, check, table, publication)
     _examine_age(findings, check, name, expiration, of_runs)
     _examine_partitions(findings, client, publication, tower, [training for training, _ in of_runs])
-    if not allow_dimension_change:
+    if (
+        not allow_dimension_change
+    ):  # The last of the trainings stands for all: others of another length are named above.
         _examine_length(findings, client, publication.destination, of_runs[-1][1])
+
+
+def _examine_settings(findings: Findings, check: str, table: bigquery.Table, publication: Publication) -> None:
+    """Adds the flags that a table would have been created with, and that an existing one does not follow."""
+    days, key = publication.partition_expiration_days, publication.kms_key
+    ignored = []
+    if days and table.time_partitioning.expiration_ms != days * _DAY_MS:
+        ignored.append(f"--partition_expiration_days={days}")
+    if publication.require_partition_filter and not table.require_partition_filter:
+        ignored.append("--require_partition_filter")
+    if key and (table.encryption_configuration is None or table.encryption_configuration.kms_key_name != key):
+        ignored.append("--kms_key")
+    if ignored:
+        findings.note(
+            check, f"{', '.join(ignored)} would apply if the table were created; an existing one is kept as it is"
+        )
 
 
 def _examine_latest(findings: Findings, client: bigquery.Client, publication: Publication) -> None:
@@ -151,7 +170,7 @@ def _examine_latest(findings: Findings, client: bigquery.Client, publication: Pu
         except IncompatibleTableError as error:
             findings.stop(check, error)
         except GoogleAPICallError as error:
-            findings.stop(check, ConfigError(f"BigQuery did not answer for {name}: {first_line(error)}"))
+            findings.stop(check, ConfigError(f"BigQuery cannot look up {name}: {first_line(error)}"))
 
 
 def _examine_age(
@@ -168,7 +187,8 @@ def _examine_age(
         if expiration and (today - training.run.train_date).days * _DAY_MS >= expiration
     )
     if old and expiration:
-        more = f" and {len(old) - 1:,} more dates" if len(old) > 1 else ""
+        others = len(old) - 1
+        more = f" and {others:,} more date{'s' if others > 1 else ''}" if others else ""
         without = ", or leave the date out with --since" if len(of_runs) > 1 else ""  # --since chooses among many
         findings.stop(
             check,
@@ -181,7 +201,7 @@ def _examine_age(
 
 
 def partitions(client: bigquery.Client, table: str, first: date, last: date) -> dict[date, dict[str | None, int]]:
-    """Returns date → run id → rows, of the partitions from `first` to `last`; empty for a table that is not there."""
+    """Returns date → run id → rows, of the partitions from `first` to `last`; empty for a table that does not exist."""
     days = [bigquery.ScalarQueryParameter(name, "DATE", day) for name, day in (("first", first), ("last", last))]
     found: dict[date, dict[str | None, int]] = {}
     try:
@@ -197,12 +217,13 @@ def _examine_partitions(
 ) -> None:
     name, how = publication.destination.table(tower), publication.if_partition_taken
     dates = [training.run.train_date for training in trainings]
-    there = partitions(client, name, min(dates), max(dates))
+    held = partitions(client, name, min(dates), max(dates))
     free = 0
     for run in (training.run for training in trainings):
-        others = {run_id: rows for run_id, rows in there.get(run.train_date, {}).items() if run_id != run.run_id}
-        ours = there.get(run.train_date, {}).get(run.run_id)
+        others = {run_id: rows for run_id, rows in held.get(run.train_date, {}).items() if run_id != run.run_id}
+        ours = held.get(run.train_date, {}).get(run.run_id)
         check = f"partition {run.train_date} {tower}"
+        # The run with the most rows stands for all others: with --if_partition_taken=keep there can be many.
         for other, rows in sorted(others.items(), key=lambda item: -item[1])[:1]:
             if how == "fail":
                 findings.stop(
@@ -213,15 +234,15 @@ def _examine_partitions(
                     ),
                 )
             else:
-                what = "are replaced" if how == "replace" else "stay beside this run's"
-                findings.note(check, f"{rows:,} rows of run {other} {what} (--if_partition_taken={how})")
+                verb = "are replaced" if how == "replace" else "stay beside this run's"
+                findings.note(check, f"{rows:,} rows of run {other} {verb} (--if_partition_taken={how})")
         if ours:
             findings.note(check, f"holds {ours:,} rows of this run already, which are published again")
         elif not others:
             free += 1
     if free:
-        what = f"partition {dates[0]} is" if len(dates) == 1 else f"{free:,} of {len(dates):,} partitions are"
-        findings.ok(f"table {tower}", f"{what} free")
+        subject = f"partition {dates[0]} is" if len(dates) == 1 else f"{free:,} of {len(dates):,} partitions are"
+        findings.ok(f"table {tower}", f"{subject} free")
 
 
 def _examine_length(findings: Findings, client: bigquery.Client, destination: Destination, tower: Tower) -> None:
@@ -283,6 +304,7 @@ def _estimate(findings: Findings, publication: Publication) -> None:
     rows = vectors = size = read = 0
     for training in publication.trainings:
         constants = tables.run_values(training.run).values()
+        # BigQuery bills a string by its bytes in UTF-8 and two more, a date and a number by eight.
         fixed = sum(2 + len(value.encode()) if isinstance(value, str) else 8 for value in constants)
         for tower in training.towers.values():
             span = tower.vocabulary.span

@@ -23,7 +23,8 @@ from beam_pipeline.tracking.models import Model, find_model, readable_folder
 from beam_pipeline.tracking.runs import choose, find_latest_run, find_run, find_runs
 from beam_pipeline.training import Run, Training, by_name
 
-_SAYS = {"user": ("user", "query"), "item": ("item", "candidate")}
+_WORDS = {"user": ("user", "query"), "item": ("item", "candidate")}
+"""What the name of a tower's layer or model says; TensorFlow's own tutorials say query and candidate."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Selected:
 
 
 def wanted_runs(config: Config) -> tuple[list[Run], list[LeftOut]]:
-    """Returns the run that is meant, or all of an experiment, oldest first; and later ones that cannot be taken."""
+    """Returns the run that is meant, or all of an experiment, oldest first; and later ones that were passed over."""
     if config.all_runs:
         runs = find_runs(
             config.experiment_name or "",
@@ -117,15 +118,15 @@ def read_training(
         _require_shared(config, run, folder)
         names = [name for name in config.layers if folders[name] == folder]
         with closing(open_artifact(folder, open_file, unnamed_layers(config))) as artifact:
-            own: Mapping[str, str]
+            chosen: Mapping[str, str]
             if len(together) > 1:
-                own = {name: _only_layer(artifact, name, models[name], config) for name in names}
+                chosen = {name: _only_layer(artifact, name, models[name], config) for name in names}
             else:
-                own = _layers(config, artifact)
-            read = {name: layer for name, layer in own.items() if name not in config.compute}
+                chosen = _layers(config, artifact)
+            read = {name: layer for name, layer in chosen.items() if name not in config.compute}
             computed = [
                 _computed(config, session, artifact, folder, name, layer)
-                for name, layer in own.items()
+                for name, layer in chosen.items()
                 if name in config.compute
             ]
             for tower in (
@@ -133,11 +134,12 @@ def read_training(
                 *computed,
             ):
                 path = f"{models[tower.name].name}:" if len(together) > 1 else ""
-                layers[tower.name] = f"{path}{own[tower.name]}"
+                layers[tower.name] = f"{path}{chosen[tower.name]}"
                 towers[tower.name] = replace(
                     tower, layer=layers[tower.name], model_uri=_model_uri(models[tower.name]) if path else ""
                 )
     towers |= by_name(sources.towers_of_files(config.towers))
+    # In the order of the flags: the first tower of a file also reads what belongs to none, for the checksum.
     found = by_name(cover([towers[name] for name in config.towers]))
     model_uri = ", ".join(dict.fromkeys(_model_uri(models[name]) for name in config.layers))
     discovered = config.discover and (len(together) > 1 or layers != config.layers)
@@ -146,15 +148,14 @@ def read_training(
 
 def _require_shared(config: Config, run: Run, folder: str) -> None:
     if not config.reads_local_files and not folder.startswith("gs://"):
-        sharing = ", --shared_files if the workers can read it" if config.waits else ""
         raise ConfigError(
             f"{config.runner} cannot read the local folder {folder} of run {run.run_id}; use a run whose "
-            f"artifacts are on gs://{sharing}, or --runner=DirectRunner"
+            f"artifacts are on gs://{config.sharing}, or --runner=DirectRunner"
         )
 
 
 def _model_uri(model: Model) -> str:
-    # A folder that is no copy says where the model is more plainly than its URI.
+    # A folder that is not a copy says where the model is more plainly than its URI.
     return readable_folder(model) or model.uri
 
 
@@ -220,7 +221,7 @@ def _only_layer(artifact: Artifact, name: str, model: Model | None, config: Conf
         return asked
     layers = artifact.embeddings_without_ids() if name in config.ids else artifact.tower_layers()
     if len(layers) != 1:
-        layers = [layer for layer in layers if name in _SAYS and _says(layer, name)] or layers
+        layers = [layer for layer in layers if name in _WORDS and _says(layer, name)] or layers
     if len(layers) != 1:
         path = model.name if model else _path(config.towers[name])
         raise TowerMissingError(
@@ -232,7 +233,7 @@ def _only_layer(artifact: Artifact, name: str, model: Model | None, config: Conf
 
 @contextmanager
 def readable(config: Config, run: Run, model: Model, copies_to: str, progress: download.Progress) -> Iterator[str]:
-    """Gives a folder in which this process and the workers can read a model, copied there if it has to be.
+    """Yields a folder in which this process and the workers can read a model, copied there if it has to be.
 
     Args:
         config: what was asked for.
@@ -308,15 +309,15 @@ def discover(layers: Sequence[str], indexes: Collection[str] = ()) -> dict[str, 
 
 def _pair(names: Sequence[str]) -> dict[str, str] | None:
     """Returns tower → name where one name says user and another says item."""
-    found = {tower: [name for name in names if _says(name, tower)] for tower in _SAYS}
-    if all(len(those) == 1 for those in found.values()) and found["user"] != found["item"]:
-        return {tower: those[0] for tower, those in found.items()}
+    found = {tower: [name for name in names if _says(name, tower)] for tower in _WORDS}
+    if all(len(matches) == 1 for matches in found.values()) and found["user"] != found["item"]:
+        return {tower: matches[0] for tower, matches in found.items()}
     return None
 
 
 def _says(layer: str, tower: str) -> bool:
-    return any(word in _own_name(layer) for word in _SAYS[tower])
+    return any(word in _last_part(layer) for word in _WORDS[tower])
 
 
-def _own_name(layer: str) -> str:
-    return re.split(r"[./]", layer)[-1].lower()
+def _last_part(path: str) -> str:
+    return re.split(r"[./]", path)[-1].lower()

@@ -12,7 +12,7 @@ from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery
 
-from beam_pipeline import emulators
+from beam_pipeline import command, emulators
 from beam_pipeline.bigquery import publication
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.credentials import credentials
@@ -54,6 +54,7 @@ def open_session(config: JobConfig, given: PipelineOptions, *, create_dataset: b
         DatasetMissingError: there is no such dataset.
         WarehouseError: the emulators do not start.
     """
+    command.end_start_up()  # Beam, Google's clients and MLflow are imported.
     cloud = given.view_as(GoogleCloudOptions)
     with ExitStack() as stack:
         temp_location = cloud.temp_location or ""

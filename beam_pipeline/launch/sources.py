@@ -1,4 +1,4 @@
-"""The files beside a model that hold ids or vectors of its towers: where they are, and the towers they make."""
+"""The files beside a model that hold ids or vectors of its towers: where they are, and the towers they describe."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def find_sources(config: Config, run: Run, copies_to: str, copies: ExitStack, pr
     for kind, files in (("ids", config.ids), ("vectors", config.vectors)):
         for name, file in files.items():
             path = file.path
+            # What is on Cloud Storage can be read everywhere.
             if file != ROW_NUMBERS and not path.startswith("gs://"):
                 path = _readable(config, run, file.path, f"{copies_to}/{run.run_id}-{kind}-{name}", copies, progress)
             found[kind][name] = replace(file, path=path)
@@ -109,6 +110,7 @@ def _readable(
 ) -> str:
     """Returns the path of a file, a folder or a pattern below a run's artifacts, where this process can read it."""
     parent, _, last = path.rpartition("/")
+    # A store of MLflow's lists folders, and knows no patterns: the whole folder is copied where it has to be.
     inside, pattern = (parent, f"/{last}") if "*" in last else (path, "")
     place = Model(path, run.artifact_uri, inside)
     folder = readable_folder(place)
@@ -117,6 +119,6 @@ def _readable(
     if not config.reads_local_files and not folder.startswith("gs://"):
         raise ConfigError(
             f"{config.runner} cannot read {folder} of run {run.run_id} on this machine; use a run whose artifacts are "
-            "on gs://, or --runner=DirectRunner"
+            f"on gs://{config.sharing}, or --runner=DirectRunner"
         )
     return folder + pattern

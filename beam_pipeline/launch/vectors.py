@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from beam_pipeline.computing.tower import ComputedTower
-from beam_pipeline.errors import PipelineError, VectorNotServedError
+from beam_pipeline.errors import BadVectorError, PipelineError, VectorNotServedError
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.model import Ending, Tail, Tower, VectorTable
 from beam_pipeline.launch.options import DEFAULT_TOWERS
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def examine(findings: Findings, publication: Publication, *, embedding_rows: bool, discovered: bool) -> None:
-    """Adds to the report what is to be known of the vectors.
+    """Adds to the report what a person should know about the vectors.
 
     Args:
         findings: the report.
         publication: what is to be published.
-        embedding_rows: publish the rows of an embedding although its tower goes on after it.
+        embedding_rows: publish the rows of an embedding although its tower continues after it.
         discovered: nobody named the towers' layers.
     """
     seen: dict[tuple[str, str, Tail], list[Training]] = {}
@@ -38,10 +38,12 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
         _examine_tail(findings, name, layer, tail, where, embedding_rows)
     for tower in publication.trainings[-1].towers.values():
         if isinstance(tower, ComputedTower):
+            features = tower.has_ids_beside_it
             findings.note(
                 f"vectors {tower.name}",
                 f"computed on the workers by {tower.layer} ({tower.signature}), ids from {tower.ids_from}: code of the "
-                f"artifact runs there ({tower.computed_by}), and the vectors have no checksum",
+                f"artifact runs there ({tower.computed_by}), and the vectors have no checksum"
+                + ("; an id that the model does not know gets its vector of unknown ids" if features else ""),
             )
             continue
         _examine_checksum(findings, tower)
@@ -53,43 +55,53 @@ def examine(findings: Findings, publication: Publication, *, embedding_rows: boo
 
 
 def describe(tail: Tail) -> str:
-    """Returns how a tower goes on, in a few words."""
+    """Returns how a tower continues after its embedding, in a few words."""
     if tail.ending == Ending.EMBEDDING:
         text = "ends at the embedding"
     elif tail.ending == Ending.SCALED:
         text = f"scales the rows: {tail.steps}"
     elif tail.ending == Ending.GOES_ON:
-        text = f"goes on after the embedding: {tail.steps}"
+        text = f"continues after the embedding: {tail.steps}"
     else:
-        text = "cannot be told"
+        text = "unknown"
     meeting = f"; meets the other tower in {tail.meeting}" if tail.meeting else ""
     return text + meeting + (f" ({tail.reason})" if tail.reason else "")
+
+
+def not_served(name: str, layer: str, tail: Tail, remedies: str) -> VectorNotServedError:
+    """Returns the error for a tower whose rows are not the vectors that the model serves.
+
+    Args:
+        name: of the tower.
+        layer: that holds its embedding.
+        tail: how it continues after that.
+        remedies: what can be done, as a sentence without its full stop.
+    """
+    because = f"; {tail.reason}" if tail.reason else ""
+    return VectorNotServedError(
+        f"tower {name!r}: the model continues after the embedding of {layer!r}: {tail.steps}{because}; the rows of the "
+        f"embedding are not the vectors that it serves. {remedies}"
+    )
 
 
 def _examine_tail(findings: Findings, name: str, layer: str, tail: Tail, where: str, embedding_rows: bool) -> None:
     check = f"vectors {name}"
     if tail.ending == Ending.LOGGED:
-        findings.ok(
-            check, f"{layer}, as the trainer logged it: that the model serves them is the trainer's word{where}"
-        )
+        findings.ok(check, f"{layer}, logged by the trainer: whether the model serves them is not checked{where}")
     elif tail.ending == Ending.GOES_ON:
         because = f"; {tail.reason}" if tail.reason else ""
         if embedding_rows:
             findings.note(
                 check,
-                f"rows of the embedding, which the model does not serve: {layer} goes on with {tail.steps}{because} "
+                f"rows of the embedding, which the model does not serve: {layer} continues with {tail.steps}{because} "
                 f"(--embedding_rows){where}",
             )
         else:
-            findings.stop(
-                check,
-                VectorNotServedError(
-                    f"tower {name!r}: the model goes on after the embedding of {layer!r}: {tail.steps}{because}; the "
-                    f"rows of the embedding are not the vectors that it serves. Compute them with --compute={name}, "
-                    "pack the tower's outputs into a lookup and an embedding before the model is saved, or publish the "
-                    f"rows all the same with --embedding_rows{where}"
-                ),
+            remedies = (
+                f"Compute them with --compute={name}, pack the tower's outputs into a lookup and an embedding before "
+                f"the model is saved, or publish the rows all the same with --embedding_rows{where}"
             )
+            findings.stop(check, not_served(name, layer, tail, remedies))
     elif tail.ending == Ending.SCALED:
         because = f"; {tail.reason}" if tail.reason else ""
         findings.note(
@@ -99,7 +111,7 @@ def _examine_tail(findings: Findings, name: str, layer: str, tail: Tail, where: 
         )
     elif tail.ending == Ending.UNKNOWN:
         findings.note(
-            check, f"whether {layer} goes on after its embedding cannot be told: {tail.reason or 'no call'}{where}"
+            check, f"it is unknown whether {layer} continues after its embedding: {tail.reason or 'no call'}{where}"
         )
     if tail.meeting:
         findings.note(
@@ -138,6 +150,15 @@ def _mismatch(one: Tower, other: Tower) -> str:
 
 def _add_mismatch(findings: Findings, one: Tower, other: Tower, problem: str, discovered: bool) -> None:
     check, text = "towers", f"{one.name} and {other.name} have {problem}"
+    if one.source == other.source == "file" and one.matrix.dimension != other.matrix.dimension:
+        findings.stop(
+            check,
+            BadVectorError(
+                f"{text}: {one.layer} and {other.layer} cannot be searched against each other; log what the towers "
+                "return, or publish one of them in a launch of its own, if it is meant to be searched alone"
+            ),
+        )
+        return
     # The default layers are as good as named; others were found by what their names say.
     if discovered and {one.layer, other.layer} != {*DEFAULT_TOWERS.values()}:
         findings.stop(

@@ -1,8 +1,8 @@
 """Cuts a vocabulary into pieces without reading it whole, and reads the ids of one piece.
 
 A piece is a description: rows of the matrix and the byte range of their ids. It costs the same to send for ten
-ids as for a hundred thousand; ids and vectors are read where the piece lands. Only the ids of a vocabulary in no
-order, which had to be sorted, travel in the piece itself.
+ids as for a hundred thousand; ids and vectors are read where the piece lands. Only the ids of a vocabulary that is not
+in row order, which had to be sorted, travel in the piece itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from beam_pipeline.errors import BadIdError, ChecksumError, CorruptFileError, Un
 from beam_pipeline.files import ByteFile, OpenFile
 from beam_pipeline.formats.encodings import cuts, decode, shown, varints, verify
 from beam_pipeline.formats.files.vectors import require_as_many
+from beam_pipeline.formats.keras import heap
 from beam_pipeline.formats.model import Encoding, Tower
 from beam_pipeline.formats.protobuf import Span
 
@@ -29,7 +30,7 @@ PIECE_BYTES = 8 << 20
 MAX_IDS_BYTES = 1 << 28
 """Bytes of ids that a worker reads at once."""
 _MAX_DIMENSION = 1 << 20
-"""BigQuery takes blocks of 16 MB of Avro, and a row lies in one."""
+"""BigQuery takes blocks of 16 MB of Avro, and a row has to fit into one."""
 _BLOCK = 4 << 20
 _VARINT_BLOCK = 1 << 18  # They take eight times their bytes while they are decoded.
 _SMALL = 4 << 20
@@ -72,19 +73,19 @@ def cut(tower: Tower, open_file: OpenFile, piece_bytes: int) -> Iterator[Piece]:
     yield from _gap(tower.name, 0, min(vocabulary.first_row, matrix.rows), rows)
     row, count = vocabulary.first_row, 0
     with open_file(vocabulary.path) as file:
-        for ids, span, lengths in cut_ids(file, tower, rows):
-            if row + ids > matrix.rows and vocabulary.fills:
-                total = sum(ids for ids, _, _ in cut_ids(file, tower, rows))
+        for found, ids, lengths in cut_ids(file, tower, rows):
+            if row + found > matrix.rows and vocabulary.fills:
+                total = sum(found for found, _, _ in cut_ids(file, tower, rows))
                 require_as_many(tower.name, vocabulary, total, vocabulary.count or 0)
-            if row + ids > matrix.rows:
+            if row + found > matrix.rows:
                 first_beyond = max(0, matrix.rows - row)
-                name = read_ids(file, tower, ids, span, lengths)[first_beyond].as_py()
+                name = read_ids(file, tower, found, ids, lengths)[first_beyond].as_py()
                 raise BadIdError(
                     f"tower {tower.name!r}: id {shown(name)} has row {row + first_beyond:,}, but the matrix has only "
                     f"{matrix.rows:,} rows: vocabulary and weights are of two trainings; log the model again"
                 )
-            yield Piece(tower.name, row, ids, span, lengths=lengths)
-            row, count = row + ids, count + ids
+            yield Piece(tower.name, row, found, ids, lengths=lengths)
+            row, count = row + found, count + found
     check_count(tower, count)
     yield from _gap(tower.name, row, matrix.rows, rows)
     yield from cut_rest(tower, piece_bytes)
@@ -124,8 +125,8 @@ def read(piece: Piece, tower: Tower, open_file: OpenFile) -> pa.Array:
     return ids
 
 
-def cut_ids(file: ByteFile, tower: Tower, ids: int) -> Iterator[tuple[int, Span, Span | None]]:
-    """Yields (number of ids, where they are, where their lengths are if apart from them), `ids` at a time.
+def cut_ids(file: ByteFile, tower: Tower, most: int) -> Iterator[tuple[int, Span, Span | None]]:
+    """Yields (number of ids, where they are, where their lengths are if apart from them), `most` at a time.
 
     Raises:
         ChecksumError: the ids do not match the artifact's checksum.
@@ -133,10 +134,10 @@ def cut_ids(file: ByteFile, tower: Tower, ids: int) -> Iterator[tuple[int, Span,
     """
     vocabulary = tower.vocabulary
     if vocabulary.encoding is Encoding.STRING_TENSOR:
-        yield from _cut_strings(file, tower, ids)
+        yield from _cut_strings(file, tower, most)
         return
     start = vocabulary.span.start
-    for count, end in cuts(file, vocabulary, ids):
+    for count, end in cuts(file, vocabulary, most):
         check_size(tower, count, end - start)
         yield count, Span(start, end), None
         start = end
@@ -155,6 +156,8 @@ def read_ids(file: ByteFile, tower: Tower, count: int, ids: Span, lengths: Span 
         CorruptFileError: the bytes are not that many ids.
     """
     data = file.read(ids.start, ids.end - ids.start)
+    if tower.vocabulary.heap is not None:
+        return heap.read_strings(file, tower.vocabulary.heap, data)
     if lengths is None:
         return decode(tower.vocabulary.encoding, data, count)
     sizes = varints(file.read(lengths.start, lengths.end - lengths.start))
@@ -165,7 +168,7 @@ def read_ids(file: ByteFile, tower: Tower, count: int, ids: Span, lengths: Span 
     return pa.Array.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
-def _cut_strings(file: ByteFile, tower: Tower, ids: int) -> Iterator[tuple[int, Span, Span]]:
+def _cut_strings(file: ByteFile, tower: Tower, most: int) -> Iterator[tuple[int, Span, Span]]:
     """Cuts a string tensor, once its checksums are compared.
 
     The layout, and what the checksums cover, is that of WriteStringTensor in
@@ -176,9 +179,9 @@ def _cut_strings(file: ByteFile, tower: Tower, ids: int) -> Iterator[tuple[int, 
     left = vocabulary.count or 0
     while left:
         start, count, size = at, 0, 0
-        while count < min(ids, left):
+        while count < min(most, left):
             block = file.read(at, min(_VARINT_BLOCK, vocabulary.span.end - at))
-            ends = np.flatnonzero(np.frombuffer(block, np.uint8) < 0x80)[: min(ids, left) - count]
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) < 0x80)[: min(most, left) - count]
             if not ends.size:
                 raise CorruptFileError(f"{file.path}: no length of an id at byte {at:,}")
             lengths = varints(block[: int(ends[-1]) + 1])
@@ -217,18 +220,19 @@ def are_same(one: Tower, other: Tower, open_file: OpenFile) -> bool:
             for tower in (one, other)
         ]
         return names[0] == names[1]
-    if sizes[0] != sizes[1] or first.encoding != second.encoding:
+    # Sets of millions of ids take too much memory in a launcher; bytes are compared a block at a time.
+    if sizes[0] != sizes[1] or first.encoding != second.encoding or first.heap or second.heap:
         return False
     with open_file(first.path) as ours, open_file(second.path) as theirs:
         blocks = zip(ours.blocks(*first.span, _BLOCK), theirs.blocks(*second.span, _BLOCK), strict=True)
         return all(a == b for (_, a), (_, b) in blocks)
 
 
-def check_size(tower: Tower, ids: int, size: int) -> None:
+def check_size(tower: Tower, count: int, size: int) -> None:
     """Raises CorruptFileError if so many ids take more bytes than a worker reads at once."""
     if size > MAX_IDS_BYTES:
         raise CorruptFileError(
-            f"{tower.vocabulary.path}: {ids:,} ids of tower {tower.name!r} take {size:,} bytes, more than a "
+            f"{tower.vocabulary.path}: {count:,} ids of tower {tower.name!r} take {size:,} bytes, more than a "
             f"worker reads at once ({MAX_IDS_BYTES:,}): is that a vocabulary?"
         )
 
@@ -267,7 +271,7 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
     """Returns the towers such that together they read every byte that their matrices' checksums cover.
 
     A checksum may cover more than a matrix: in a `.keras` file both towers, the optimizer's state and whatever else
-    lies in `model.weights.h5`. What belongs to no matrix becomes the `rest` of the first of the towers concerned. A
+    is in `model.weights.h5`. What belongs to no matrix becomes the `rest` of the first of the towers concerned. A
     matrix without a checksum is read alone.
 
     Raises:
@@ -284,13 +288,13 @@ def cover(towers: Sequence[Tower]) -> tuple[Tower, ...]:
     for path, checksum in dict.fromkeys((tower.matrix.path, tower.matrix.checksum) for tower in towers):
         if checksum is None:
             continue
-        those = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]
+        sharing = [i for i, t in enumerate(towers) if (t.matrix.path, t.matrix.checksum) == (path, checksum)]
         gaps, at = [], checksum.span.start
-        for span in sorted({towers[i].contiguous.span for i in those}):
+        for span in sorted({towers[i].contiguous.span for i in sharing}):
             if span.start < at:
                 raise CorruptFileError(f"{path}: bytes {span.start:,} to {at:,} belong to two embeddings")
             gaps += [Span(at, span.start)] if span.start > at else []
             at = span.end
         gaps += [Span(at, checksum.span.end)] if checksum.span.end > at else []
-        rest[those[0]] = tuple(gaps)
+        rest[sharing[0]] = tuple(gaps)
     return tuple(replace(tower, rest=rest[i]) if rest.get(i) else tower for i, tower in enumerate(towers))

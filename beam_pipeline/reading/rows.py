@@ -42,13 +42,13 @@ class Batch:
 
 
 Element = tuple[str, Piece] | Batch
-"""What travels from step to step: (run id, a piece of a tower), or vectors that lie in no file but were computed."""
+"""What travels from step to step: (run id, a piece of a tower), or vectors that are in no file but were computed."""
 
 
 def read(element: Element, towers: Mapping[str, Tower], open_file: OpenFile) -> tuple[Batch | None, Report]:
     """Returns the rows of an element, if it has any, and what was seen of them, which says what is wrong.
 
-    What is wrong is not raised, since a retry would not mend it.
+    What is wrong is not raised, since a retry would not fix it.
 
     Args:
         element: a piece of a tower, or its computed vectors.
@@ -122,7 +122,7 @@ def read_piece(run_id: str, piece: Piece, tower: Tower, open_file: OpenFile) -> 
     Raises:
         PipelineError: anything that is wrong with its bytes.
     """
-    # The one place that knows how vectors lie in a file.
+    # The one place that knows how vectors are laid out in a file.
     content = _read_matrix(piece, tower, open_file)
     rows, names = content.rows, content.names
     report = Report(

@@ -32,7 +32,7 @@ class Report:
         first_row, rows: rows of the matrix that were read; 0 rows if none could be. The first is None for computed
             vectors, which are in no order: they are only counted.
         ids: how many of them belong to ids.
-        offset, bytes: where in the matrix's file they lie, and how many bytes they are.
+        offset, bytes: where in the matrix's file they are, and how many bytes.
         crc: checksum of these bytes, by the algorithm of the matrix's; 0 if it has none.
         norms: Euclidean norms of the ids' vectors; None without ids.
         announced: of a computed tower, rows that the source of its ids says it has.
@@ -77,12 +77,13 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
     Raises:
         PipelineError: the first problem of the reports, in row order.
         ChecksumError: the bytes that were read do not match the artifact's checksum.
-        AuditError: reports are missing or double.
+        AuditError: reports are missing or duplicated.
     """
     ordered = sorted(reports, key=lambda report: (report.run_id, report.tower, report.first_row or 0))
     problems = [report.problem for report in ordered if report.problem]
     if problems:
-        more = f" (and {len(problems) - 1:,} more problems)" if len(problems) > 1 else ""
+        others = len(problems) - 1
+        more = f" (and {others:,} more problem{'s' if others > 1 else ''})" if others else ""
         raise type(problems[0])(f"{problems[0]}{more}")
     by_tower: dict[tuple[str, str], list[Report]] = {}
     for report in ordered:
@@ -92,14 +93,14 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
     read: dict[tuple[str, Checksum], set[tuple[int, int, int]]] = {}
     for run_id, tower in towers:
         matrix = tower.matrix
-        own = by_tower.get((run_id, tower.name), [])
-        rows = [report for report in own if report.rows]
+        of_tower = by_tower.get((run_id, tower.name), [])
+        rows = [report for report in of_tower if report.rows]
         row = 0
         for report in rows:
             if report.first_row is not None and report.first_row != row:
                 raise AuditError(f"tower {tower.name!r}: rows {row:,} to {report.first_row:,} were not read once")
             row += report.rows
-        expected = sum(report.announced for report in own) if tower.is_computed else matrix.rows
+        expected = sum(report.announced for report in of_tower) if tower.is_computed else matrix.rows
         if row != expected:
             raise AuditError(f"tower {tower.name!r}: {row:,} of {expected:,} rows were read")
         if matrix.checksum:
@@ -107,15 +108,16 @@ def tally(reports: Iterable[Report], trainings: Sequence[Training]) -> dict[tupl
             # A set: towers that share a matrix read it once each.
             spans = read.setdefault((matrix.path, matrix.checksum), set())
             spans.add((matrix.offset, matrix.size, crc))
-            spans.update((report.offset, report.bytes, report.crc) for report in own if not report.rows)
-        count = sum(report.ids for report in own)
-        norms = [report.norms for report in own if report.norms]
-        if not count or not norms:
-            empty = "their source is empty" if tower.is_computed else "its vocabulary is empty; train it with one"
+            spans.update((report.offset, report.bytes, report.crc) for report in of_tower if not report.rows)
+        count = sum(report.ids for report in of_tower)
+        norms = [report.norms for report in of_tower if report.norms]
+        if not norms:
+            its = "its vocabulary is empty; train it with one"
+            empty = f"{tower.ids_place} is empty" if tower.has_ids_beside_it else its
             raise BadIdError(f"tower {tower.name!r} has no ids: {empty}")
         tallies[run_id, tower.name] = Tally(
             ids=count,
-            bytes=sum(report.bytes for report in own),
+            bytes=sum(report.bytes for report in of_tower),
             norm_min=min(norm.smallest for norm in norms),
             norm_mean=math.fsum(norm.total / count for norm in norms),
             norm_max=max(norm.largest for norm in norms),

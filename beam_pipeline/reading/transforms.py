@@ -78,8 +78,8 @@ def _matrix_pieces(run_id: str, towers: dict[str, Tower]) -> Iterator[Any]:
     named = np.arange(len(tower.vocabulary.special_tokens), dtype=np.int64)
     names = pa.array([token.encode() for token in tower.vocabulary.special_tokens], pa.binary())
     for number in range(-(-tower.matrix.rows // step)):
-        own = slice(number * step, (number + 1) * step)
-        yield (run_id, number), (named[own], names[own])
+        of_piece = slice(number * step, (number + 1) * step)
+        yield (run_id, number), (named[of_piece], names[of_piece])
 
 
 class _SortFn(beam.DoFn):
@@ -104,12 +104,12 @@ class _SortFn(beam.DoFn):
             return
         order = np.argsort(numbers, kind="stable")
         parts, starts = np.unique(numbers[order] // tower.matrix.rows_in(pieces.PIECE_BYTES), return_index=True)
-        for part, own in zip(parts.tolist(), np.split(order, starts[1:]), strict=True):
-            yield (run_id, part), (numbers[own], names.take(pa.array(own)))
+        for part, entries_of_part in zip(parts.tolist(), np.split(order, starts[1:]), strict=True):
+            yield (run_id, part), (numbers[entries_of_part], names.take(pa.array(entries_of_part)))
 
 
 def _sorted_piece(element: tuple[tuple[str, int], Iterable[Any]], towers: dict[str, Tower]) -> tuple[str, Piece]:
-    """Returns a piece of a matrix with its ids and their rows, from as many arrays of them as there were entries."""
+    """Returns a piece of a matrix with its ids and their rows, from arrays of them: one of each share of entries."""
     (run_id, number), arrays = element
     tower = towers[run_id]
     numbers, names = zip(*arrays, strict=True)
@@ -128,7 +128,7 @@ class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
     They are "pieces" and "reports" of what is returned. Cutting is one sequential scan of the vocabulary; a piece is
     then read wherever it lands, by whatever takes it. Every row of the matrix is in exactly one piece. Where ids are
     not in row order, they are first sorted by piece of the matrix, in a shuffle of ids and row numbers. What is wrong
-    with a vocabulary is reported, not raised: a retry would not mend it. Of Parquet files a row group is the piece, and
+    with a vocabulary is reported, not raised: a retry would not fix it. Of Parquet files a row group is the piece, and
     comes out as batches of its rows.
 
     Attributes:
@@ -144,6 +144,7 @@ class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
             | "Create" >> beam.Create([*self.towers])
             | "Cut" >> beam.ParDo(_CutFn(self.towers)).with_outputs(REPORTS, ENTRIES, GROUPS, main="pieces")
         )
+        # Without a Reshuffle, fusion would read every piece on the worker that cut it, one after the other.
         spread: Any = cut.pieces | "Spread" >> beam.Reshuffle()
         reports = cut[REPORTS]
         if any(isinstance(tower.matrix, VectorTable) for tower in self.towers.values()):
@@ -165,13 +166,15 @@ class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
         )
         # Rows that no id has are read too: the checksum is that of the whole matrix.
         special = (
-            pbegin | "Unordered" >> beam.Create([*not_in_order]) | "Rows" >> beam.FlatMap(_matrix_pieces, not_in_order)
+            pbegin
+            | "CreateUnordered" >> beam.Create([*not_in_order])
+            | "SpecialRows" >> beam.FlatMap(_matrix_pieces, not_in_order)
         )
         ordered = (
             (found.entries, special)
-            | "Both" >> beam.Flatten()
-            | "Group" >> beam.GroupByKey()
-            | "Gather" >> beam.Map(_sorted_piece, not_in_order)
+            | "EntriesAndSpecialRows" >> beam.Flatten()
+            | "GroupByPiece" >> beam.GroupByKey()
+            | "JoinEntries" >> beam.Map(_sorted_piece, not_in_order)
         )
         return {
             PIECES: (spread, ordered) | "Pieces" >> beam.Flatten(),
@@ -180,17 +183,17 @@ class CutTower(beam.PTransform[PBegin, dict[str, PCollection[Any]]]):
 
 
 class _ReadFn(beam.DoFn):
-    """Reads elements into rows; what else it is asked to show stands beside what is read."""
+    """Reads elements into rows."""
 
     def __init__(
-        self, towers: dict[str, Tower], split: Callable[[Batch], Iterable[Any]], shown: dict[str, Any]
+        self, towers: dict[str, Tower], split: Callable[[Batch], Iterable[Any]], displayed: dict[str, Any]
     ) -> None:
         self._towers = towers
         self._split = split
-        self._shown = shown
+        self._displayed = displayed
 
     def display_data(self) -> dict[str, Any]:
-        return {**displayed(self._towers), **self._shown}
+        return {**display_data(self._towers), **self._displayed}
 
     def setup(self) -> None:
         emulators.connect_if_emulated()
@@ -211,17 +214,17 @@ class ReadRows(beam.PTransform[PCollection[Element], dict[str, PCollection[Any]]
 
     Attributes:
         towers: run id → the tower in that run's model.
-        split: makes rows of a batch.
-        shown: further display data.
+        split: yields the rows of a batch.
+        displayed: further display data.
     """
 
     towers: dict[str, Tower]
     split: Callable[[Batch], Iterable[Any]]
-    shown: dict[str, Any] = field(default_factory=dict)
+    displayed: dict[str, Any] = field(default_factory=dict)
 
     def expand(self, elements: PCollection[Element]) -> Any:
         """Applies the transform."""
-        read = elements | "Read" >> beam.ParDo(_ReadFn(self.towers, self.split, self.shown)).with_outputs(
+        read = elements | "Read" >> beam.ParDo(_ReadFn(self.towers, self.split, self.displayed)).with_outputs(
             REPORTS, main="rows"
         )
         return {ROWS: read.rows, REPORTS: read[REPORTS]}
@@ -233,8 +236,8 @@ def count_read(report: Report) -> None:
     metrics.count("read-bytes", report.bytes)
 
 
-def displayed(towers: dict[str, Tower]) -> dict[str, Any]:
-    """What Dataflow's page of the job shows; of several runs, the last."""
+def display_data(towers: dict[str, Tower]) -> dict[str, Any]:
+    """Returns what Dataflow's page of the job shows; of several runs, the last."""
     run_id, tower = [*towers.items()][-1]
     matrix = tower.matrix
     return {

@@ -98,6 +98,7 @@ def _read_entries(entries: Entries, tower: Tower, open_file: OpenFile) -> tuple[
         raise ValueError("entries without rows")
     with open_file(vocabulary.path) as file:
         ids = read_ids(file, tower, entries.count, entries.ids, entries.lengths)
+    # A checkpoint may have ids and rows in two of its data files.
     with open_file(vocabulary.row_numbers_path or vocabulary.path) as file:
         numbers = np.frombuffer(file.read(vocabulary.row_numbers.start + 8 * entries.first, 8 * entries.count), "<i8")
     return numbers, ids

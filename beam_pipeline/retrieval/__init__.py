@@ -1,1 +1,1 @@
-"""Who is near whom in one training: recommended items, nearest items, similar users."""
+"""The search within one training: nearest items, recommended items, similar users."""

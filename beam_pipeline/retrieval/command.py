@@ -36,22 +36,22 @@ def parser() -> argparse.ArgumentParser:
         _EPILOG,
     )
     result.add_argument("--version", action="version", version=__version__)
-    what = result.add_argument_group("what is searched")
-    whose = what.add_mutually_exclusive_group(required=True)
+    searched = result.add_argument_group("what is searched")
+    whose = searched.add_mutually_exclusive_group(required=True)
     whose.add_argument("--item", metavar="ID", help="the items that are nearest to this item")
     whose.add_argument("--user", metavar="ID", help="the items that this user is recommended: the highest scores")
-    what.add_argument("--users", action="store_true", help="with --user: the users that are nearest to this user")
-    what.add_argument("--k", type=int, default=10, help="how many (default: %(default)s)")
-    what.add_argument(
+    searched.add_argument("--users", action="store_true", help="with --user: the users that are nearest to this user")
+    searched.add_argument("--k", type=int, default=10, help="how many (default: %(default)s)")
+    searched.add_argument(
         "--distance",
         choices=options.DISTANCES,
         help="how near is measured (default: DOT_PRODUCT for a user's items, as the model scores them; else COSINE)",
     )
-    asking.add_towers(what)
-    asking.add_labels(what)
+    asking.add_towers(searched)
+    asking.add_labels(searched)
     which = result.add_argument_group("which training", "the latest one, unless it is named")
     one = which.add_mutually_exclusive_group()
-    one.add_argument("--date", metavar="DATE", type=asking.to_date, help="day of the training (train_date)")
+    one.add_argument("--date", metavar="DATE", type=options.to_date, help="day of the training (train_date)")
     one.add_argument("--run_id", metavar="ID", help="MLflow run of the training")
     options.add_destination(which)
     which.add_argument("--project", help="Google Cloud project of the tables; searches run and are billed there")
@@ -81,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels, others = asking.labels(ours, found.labels or [])
     if others:
         ours.error(f"--labels={others[0]!r}: TOWER=SELECT…, a query for id, label and group_name")
+    if labels and (found.sql or found.plan):
+        ours.error(
+            f"--labels are joined to an answer, which {'--sql' if found.sql else '--plan'} does not ask for; "
+            "leave them out"
+        )
     return boundary.exit_code(lambda: _run(found, named, labels, dataset_project, dataset))
 
 
@@ -99,6 +104,8 @@ def _run(
         towers = history.find_towers(client, destination, named)
         trainings = history.find_trainings(client, destination, towers.names)
         search = choose(found, destination, towers, trainings)
+        if other := next((tower for tower in labels if tower in towers.names and tower != search.among), None):
+            raise ConfigError(f"--labels={other}=…: the answer has ids of {search.among}; name labels for these")
         history.check_labels(client, labels, towers.names)
         if found.sql:
             print(f"{sql.search_sql(search)};")
@@ -124,7 +131,7 @@ def choose(found: argparse.Namespace, destination: Destination, towers: Towers, 
         trainings: in the tables, oldest first.
 
     Raises:
-        TrainingMissingError: there is no such training, or it has not the towers.
+        TrainingMissingError: there is no such training, or it lacks a tower.
         ConfigError: there is no such tower, a date has several runs, or k is above the number of rows.
     """
     from beam_pipeline.bigquery import history
@@ -192,6 +199,7 @@ def lines(neighbours: Sequence[Neighbour]) -> list[str]:
 
 
 def _printable(text: str) -> str:
+    # An id is whatever the training's data had: a terminal would obey its control characters.
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

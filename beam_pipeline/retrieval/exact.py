@@ -70,7 +70,7 @@ def _matrix(column: pa.Array, dimension: int) -> np.ndarray:
     if (lengths != dimension).any():
         other = lengths[lengths != dimension][0]
         raise DimensionChangedError(
-            f"there are vectors of {other} values beside the id's own of {dimension}: no distance"
+            f"there are vectors of {other} values, and the id's own has {dimension}: they have no distance"
         )
     values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
     return values.reshape(-1, dimension)

@@ -98,6 +98,7 @@ def plan(client: bigquery.Client, search: Search, *, emulated: bool) -> list[str
     result = [f"table       {table}, partition {search.training.train_date}"]
     if emulated:
         return [*result, "reads       every vector of the partition; emulators do not say how many bytes a query reads"]
+    # An answer from the cache would cost nothing, and say so.
     dry = bigquery.QueryJobConfig(dry_run=True, use_query_cache=False)
     try:
         size = client.query(sql.search_sql(search), job_config=dry).total_bytes_processed or 0

@@ -131,7 +131,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _register(auth: _Auth) -> None:
-    """Makes the token known to MLflow, whose plugins would have to be installed as packages otherwise."""
+    """Registers the token's source with MLflow, whose plugins would otherwise have to be installed as packages."""
     from mlflow.tracking.request_auth import registry
     from mlflow.tracking.request_auth.abstract_request_auth_provider import RequestAuthProvider
 

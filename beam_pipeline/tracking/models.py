@@ -45,7 +45,7 @@ class Model:
         name: for a person: its folder in the run, the name it was logged by, or its URI.
         root: URI of a folder, as MLflow has it.
         path: the model's folder (or file) below it; empty for the folder itself. Not quoted, unlike the URI.
-        notable: whether it was found by anything but its name in the run.
+        notable: whether it was found by anything but its name in the run, which a person should see.
     """
 
     name: str
@@ -267,7 +267,7 @@ def _unfinished(uri: str, model: entities.LoggedModel) -> str:
 
 
 def _require_mounted(client: MlflowClient, run: Run, root: str) -> None:
-    """A folder that only another machine has would look like a run that has logged nothing."""
+    """Raises ConfigError for a folder that only another machine has: its run would seem to have logged nothing."""
     folder = stores.local_folder(root)
     if folder is None or os.path.exists(folder):
         return
@@ -281,17 +281,17 @@ def _logged_models(client: MlflowClient, run: Run) -> list[entities.LoggedModel]
     from mlflow.exceptions import MlflowException
 
     found: list[entities.LoggedModel] = []
-    token = None
+    page_token = None
     while True:
         try:
             page = client.search_logged_models(
-                [run.experiment_id], f"source_run_id = '{run.run_id}'", max_results=50, page_token=token
+                [run.experiment_id], f"source_run_id = '{run.run_id}'", max_results=50, page_token=page_token
             )
         except MlflowException as error:
             if error.error_code == "ENDPOINT_NOT_FOUND":  # a server of MLflow 2, which has no such models
                 return []
             raise
         found += page
-        token = page.token
-        if not token:
+        page_token = page.token
+        if not page_token:
             return found

@@ -269,17 +269,17 @@ def _run(run: entities.Run, experiment: entities.Experiment) -> Run:
 
 def _finished(client: MlflowClient, experiment_id: str, run_name: str | None) -> Iterator[entities.Run]:
     """Yields the FINISHED runs of an experiment (of that name), latest first."""
-    token = None
+    page_token = None
     while True:
         page = client.search_runs(
             [experiment_id],
             "attributes.status = 'FINISHED'",
             order_by=["attributes.start_time DESC"],
             max_results=100,
-            page_token=token,
+            page_token=page_token,
         )
         # A name is compared here rather than in the filter, whose quoting does not allow every name.
         yield from (run for run in page if not run_name or run.info.run_name == run_name)
-        token = page.token
-        if not token:
+        page_token = page.token
+        if not page_token:
             return

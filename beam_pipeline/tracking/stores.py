@@ -104,7 +104,7 @@ def elsewhere(root: str) -> str:
         )
     return (
         f"{root} does not exist on this machine; mount that folder here, start the job on the machine that has it, or "
-        "log the model if no run has"
+        "log the model if it was never logged"
     )
 
 
@@ -139,5 +139,5 @@ def _remedy(error: Exception, root: str) -> str:
             "DATABRICKS_HOST and DATABRICKS_TOKEN"
         )
     if "registered artifact repository" in why:
-        return f"MLflow's client reads no {scheme}://, where {where} is; install the MLflow plugin for it"
+        return f"MLflow's client cannot read {scheme}://, where {where} is; install the MLflow plugin for it"
     return f"{where} cannot be read: {why}; check that this machine reaches it and has credentials for it"

@@ -83,7 +83,7 @@ def test_a_model_below_the_threshold_is_not_historized(dag, here):
 def test_what_stops_the_job_fails_the_task_and_is_in_its_log(dag, here, capfd):
     run = dag.test(run_conf={**here, "env": "prod"})
     assert states(run) == {"evaluate": "success", "historize": "failed", "compare": "upstream_failed"}
-    assert "error: dataset local.raw_prod does not exist; make it where the bucket is" in capfd.readouterr().out
+    assert "error: dataset local.raw_prod does not exist; create it where the bucket is" in capfd.readouterr().out
 
 
 # Dataflow, a small one.

@@ -65,7 +65,7 @@ def test_nothing_is_published_where_the_models_do_not_say_which_is_which(job, st
     assert "has 3 models" in refused(job, capsys, run)
     run = store.log({**pair, "candidate_model": indexes("alone_dense")}, "deep", MARCH_1)
     line = refused(job, capsys, run)
-    assert "tower 'item': the model goes on after the embedding of 'candidate_model:sequential': dense" in line
+    assert "tower 'item': the model continues after the embedding of 'candidate_model:sequential': dense" in line
     run = store.log({**pair, "query_model": indexes("tfrs")}, "two layers", MARCH_1)
     line = refused(job, capsys, run, "--tower=user=candidate_model:", "--tower=item=query_model:nothing")
     assert "layer 'nothing' does not exist" in line

@@ -116,12 +116,16 @@ def test_plan_and_inspect_name_inputs(job, store, deep, capsys):
 @pytest.mark.parametrize(
     ("column", "change", "message"),
     [
-        ("user_id", lambda ids: [*ids[:-1], ids[0]], "id 'user-000' appears 2 times"),
+        ("user_id", lambda ids: [*ids[:-1], ids[0]], "users.parquet; an id has one embedding: remove the duplicates ["),
         ("user_id", lambda ids: [*ids[:-1], None], "user_id is NULL in 1 of"),
-        ("time", lambda times: [*times[:-1], None], "of id 'user-059', time is NULL"),
+        (
+            "time",
+            lambda times: [*times[:-1], None],
+            "user-059', time is NULL, and the tower has nothing to take instead; l",
+        ),
         ("time", lambda times: [*times[:-1], float("nan")], "the vector of id 'user-059' holds NaN"),
-        ("last", lambda lists: [*lists[:-1], ["a"]], "of id 'user-059', last has 1 values, and the tower takes 3"),
-        ("age", lambda ages: [*ages[:-1], 1 << 40], "of id 'user-059', age is 1,099,511,627,776, and the tower takes"),
+        ("last", lambda lists: [*lists[:-1], ["a"]], "for id 'user-059', last has 1 values, and the tower takes 3"),
+        ("age", lambda ages: [*ages[:-1], 1 << 40], "for id 'user-059', age is 1,099,511,627,776, and the tower takes"),
     ],
 )
 def test_bad_features_publish_nothing(job, store, deep, capsys, tmp_path, column, change, message):
@@ -143,6 +147,103 @@ def test_bad_features_publish_nothing(job, store, deep, capsys, tmp_path, column
         f"--features=user={tmp_path}/*.parquet",
     )
     assert message in line
+
+
+TAKES = "takes user_id, age (int32), history (string[]), last (string[3]), member (bool), time (float32)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.drop_columns(["age"]), f"lack the column 'age'; the tower {TAKES}"),
+        (lambda table: table.append_column("shoe", [[1] * 60]), "have the column 'shoe', which is no"),
+        (lambda table: table.rename_columns(["uid", *table.column_names[1:]]), "have no column 'user_id', which names"),
+        (
+            lambda table: replaced(table, "age", ["1"] * 60),
+            "column 'age' is string, and the tower takes int32: CAST it",
+        ),
+        (lambda table: replaced(table, "time", [True] * 60), "column 'time' is bool, and the tower takes float32"),
+        (lambda table: replaced(table, "history", ["a"] * 60), "column 'history' is no"),
+        (
+            lambda table: replaced(table, "user_id", [0.5] * 60),
+            "column 'user_id' is double, and the tower takes string",
+        ),
+        (lambda table: table.slice(0, 0), "tower 'user' has no ids: "),
+    ],
+)
+def test_features_that_do_not_fit_publish_nothing(job, store, deep, capsys, tmp_path, change, message):
+    import pyarrow.parquet as pq
+
+    pq.write_table(change(pq.read_table(features(deep("features")))), tmp_path / "users.parquet")
+    run = store.log(deep("features"), "features", MARCH_1)
+    source = f"--features=user={tmp_path}/users.parquet"
+    flags = ["--tower=user=query_model,item=candidate_model", "--compute=user,item"]
+    line = refused(job, capsys, run, *flags, source)
+    assert message in line.replace("is not an input", "is no input").replace("is not a list", "is no list")
+    assert f"{tmp_path}/users.parquet" in line
+
+
+def replaced(table, name, values):
+    return table.set_column(table.column_names.index(name), name, [values])
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("deep", ["--tower=user=two,item=item_layer"], "returns 2 outputs (norm, vector) instead of one vector; parts"),
+        ("deep", ["--tower=user=fixed,item=item_layer"], "takes 'user_id' of exactly 2 row(s), not of any number"),
+        (
+            "exported",
+            ["--tower=user=serve,item=serve"],
+            "returns one number for each row, not a vector; parts that comp",
+        ),
+        (
+            "exported",
+            [],
+            "none; log the model with the tower as a layer, or a signature, of its own (model.export() alone",
+        ),
+        (
+            "features",
+            ["--tower=user=query_model,item=candidate_model"],
+            "not an id alone; give the columns user_id, age",
+        ),
+    ],
+)
+def test_parts_that_are_no_tower_publish_nothing(job, store, deep, capsys, name, flags, message):
+    run = store.log(deep(name), name, MARCH_1)
+    assert message in refused(job, capsys, run, "--compute=user", "--embedding_rows", *flags)
+
+
+def test_without_tensorflow_nothing_is_published(job, store, deep, capsys, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "tensorflow" else find(name, *more)
+    )
+    line = refused(job, capsys, store.log(deep("deep"), "deep", MARCH_1), "--compute=user,item")
+    assert line.startswith(
+        "error: --compute needs TensorFlow, which is not installed here: pip install 'beam-pipeline[com"
+    )
+
+
+def test_an_id_that_the_model_does_not_know_gets_what_the_model_serves(job, store, deep, capsys, tmp_path):
+    """Keras's own answer for it is that of any other unknown id, and is in no vocabulary."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(features(deep("keras3"))).to_pylist()
+    new = [{"user_id": f"new {number}", "age": 3.0} for number in range(2)]
+    pq.write_table(pa.Table.from_pylist(rows + new), tmp_path / "users.parquet")
+    run = store.log(deep("keras3"), "keras3", MARCH_1)
+    flags = ["--tower=user=user_tower,item=item_tower", "--compute=user,item"]
+    assert job.run(run, *flags, f"--features=user={tmp_path}/users.parquet") == 0
+    assert "an id that the model does not know gets its vector of unknown ids" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    found = job.rows("user")[("2026-03-01", run)]
+    assert found.keys() - set(deep("keras3").ids("user")) == {"new 0", "new 1"}
+    assert found["new 0"] == found["new 1"] != found["user-003"]
 
 
 def test_a_damaged_model_publishes_nothing(job, store, deep, capsys, tmp_path):
@@ -174,16 +275,24 @@ transforms.compute = stopped
     assert_computed(job, run, deep("deep"), "user")
 
 
-def test_the_examples_forms_give_the_same_tables(job, tmp_path):
-    found = []
+def test_the_forms_of_the_example_give_the_same_tables(job, tmp_path):
+    forms = {
+        "packed": ("embedding", []),
+        "vectors": ("file", ["--vectors=user=vectors/user.parquet,item=vectors/item.parquet"]),
+        "model": ("computed", ["--compute=user,item"]),
+    }
     uri, runs = example_runs("deep", tmp_path / "store")
-    for run, day, flags in zip(runs, ("2026-03-01", "2026-03-02"), ([], ["--compute=user,item"]), strict=True):
-        assert job.run(run, f"--tracking_uri={uri}", *flags) == 0
-        found.append([job.rows(tower)[(day, run)] for tower in ("user", "item")])
-    for packed, computed in zip(*found, strict=True):
-        assert packed.keys() == computed.keys()
-        for name, vector in packed.items():
-            np.testing.assert_allclose(computed[name], vector, atol=1e-5)
+    found = []
+    for run, (source, flags) in zip(runs, forms.values(), strict=True):
+        assert job.run(run, f"--tracking_uri={uri}", "--if_partition_taken=replace", *flags) == 0
+        found.append([job.rows(tower)[("2026-03-01", run)] for tower in ("user", "item")])
+        sources = f"SELECT DISTINCT vector_source FROM {{log}} WHERE mlflow_run_id = '{run}'"
+        assert job.query(sources) == [(source,)]
+    for packed, *others in zip(*found, strict=True):
+        for other in others:
+            assert other.keys() == packed.keys()
+            for name, vector in packed.items():
+                np.testing.assert_allclose(other[name], vector, rtol=0, atol=1e-6)
 
 
 def test_dataflows_graph_computes_and_holds_no_model(job, store, deep, tmp_path):

@@ -94,7 +94,7 @@ def test_serving_a_folder_that_is_not_there(tmp_path):
     command = [sys.executable, "-m", "beam_pipeline.emulators", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: no warehouse at \S+; a job with --warehouse=\S+ makes one\n", done.stderr)
+    assert re.fullmatch(r"error: no warehouse at \S+; a job with --warehouse=\S+ creates one\n", done.stderr)
 
 
 def test_emulators_that_do_not_start(tmp_path, monkeypatch):

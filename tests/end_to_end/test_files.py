@@ -173,7 +173,7 @@ def test_a_tower_that_goes_on_is_refused_as_others_are(job, store, tmp_path, cap
     model = made_by("make_label_encoded.py")("keras3_deep")
     run = store.log(model, "deep", MARCH_1)
     line = refused(job, capsys, run, "--ids=user=rows,item=rows")
-    assert "goes on after the embedding of 'user_embedding': user_dense (Dense)" in line
+    assert "continues after the embedding of 'user_embedding': user_dense (Dense)" in line
 
 
 def test_all_runs(job, store, files, tmp_path):
@@ -273,7 +273,7 @@ def test_bad_vectors_are_one_line_and_nothing_is_published(job, store, tmp_path,
         ("ids.txt", "x\n" * 90, "id 'x' appears 90 times"),
         ("ids.json", '{"a": 0, "b": 90}', "id 'b' has row 90, but the matrix has only rows 0 to 89"),
         ("ids.json", '{"a": 0, "a": 1}', "id 'a' appears 2 times"),
-        ("ids.json", '{"0": "a"}', "the row of id '0' is no integer"),
+        ("ids.json", '{"0": "a"}', "the row of id '0' is not an integer"),
         ("ids.csv", "id,row\na,\n", "id 'a' has no row"),
         ("ids.csv", "id;row\na;1\n", "0 columns named id or item_id; its first line names 'id;row'"),
         ("ids.pkl", "x", "is a pickle, which would run code"),
@@ -310,7 +310,7 @@ def test_damage_is_found_by_the_zips_checksum(job, store, files, capsys):
         (["--vectors=item=s3://x/y.parquet"], "a path inside the run's artifacts"),
         (["--ids=shop=x.txt"], "NAME=PATH of one of the towers, which are user, item"),
         (["--ids=user=x.txt", "--ids=user=y.txt"], "tower 'user' is named twice"),
-        (["--first_row=user=1"], "of ids that --ids names, and there are none for 'user'"),
+        (["--first_row=user=1"], "needs --ids of the same tower, and there are none for 'user'"),
         (["--ids=user=x.txt", "--first_row=user=-1"], "the number of a row, 0 or more"),
     ],
 )

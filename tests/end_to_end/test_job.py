@@ -143,7 +143,7 @@ def test_what_a_person_sees(job, store, models):
         f"ok    table user   {table}_user_embedding will be created, partitions kept forever",
         f"ok    table item   {table}_item_embedding will be created, partitions kept forever",
         "ok    bucket       gs://warehouse in US",
-        "note  permissions  not asked: emulators have none",
+        "note  permissions  not checked: emulators have none",
         "ok    size         at most 5,031 rows, 161 kB of vectors to read, 719 kB in BigQuery",
         "ok    cost         publishing reads 452 kB: about $0.00 at $6.25/TiB; loading is free",
     ]

@@ -12,7 +12,10 @@ def test_mutated_models(models, tables, keras_files):
     """What `make fuzz` does, a few thousand times less: see fuzz.py."""
     indexes = made_by("make_indexes.py", "tfrs", "own_in_the_graph", "own_long_integers")
     folders = [
-        *(make("any").folder.parent for make in (models, tables, keras_files, indexes)),
+        *(
+            make("any").folder.parent
+            for make in (models, tables, keras_files, indexes, made_by("make_keras_indexes.py"))
+        ),
     ]
     summaries = fuzz.run(1500, 1, folders)
     for summary in summaries.values():

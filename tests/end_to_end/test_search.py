@@ -98,6 +98,10 @@ def test_what_cannot_be_answered(search, history, capsys):
         (["--item=item-00007", "--k=200"], "--k=200: training 2026-03-08 weekly r2 has 199 item ids to find"),
         (["--item=item-00007", "--labels=song=SELECT 1"], "--labels=song=…: there is no tower 'song'"),
         (
+            ["--item=item-00007", "--labels=user=SELECT 1"],
+            "--labels=user=…: the answer has ids of item; name labels for",
+        ),
+        (
             ["--item=item-00007", "--labels=item=SELECT nothing"],
             "--labels=item=…: the query for id, label and group_name fails",
         ),

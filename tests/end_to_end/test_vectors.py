@@ -24,13 +24,13 @@ def test_a_tower_that_goes_on_is_refused_unless_its_rows_are_asked_for(job, stor
     run = store.log(tails("dense"), "dense", MARCH_1)
     line = refused(job, capsys, run)
     assert line.startswith(
-        "error: tower 'user': the model goes on after the embedding of 'user_layer': dense (MatMul, BiasAdd); the rows "
+        "error: tower 'user': the model continues after the embedding of 'user_layer': dense (MatMul, BiasAdd); the rows "
         "of the embedding are not the vectors that it serves."
     )
     assert "publish the rows all the same with --embedding_rows" in line
     assert job.run(run, "--embedding_rows") == 0
     assert report(capsys, "vectors user")[0].startswith(
-        "note: rows of the embedding, which the model does not serve: user_layer goes on with dense (MatMul, BiasAdd)"
+        "note: rows of the embedding, which the model does not serve: user_layer continues with dense (MatMul, BiasAdd)"
     )
     assert len(job.rows("user")[("2026-03-01", run)]) == 9
     assert job.query("SELECT tower, vector_source FROM {log} ORDER BY tower") == [
@@ -78,7 +78,7 @@ def test_towers_with_the_same_ids(job, store, tails, models, capsys):
     assert launch(job.config(run, "--plan")) == 1
     lines = capsys.readouterr().out.splitlines()
     (stop,) = [line for line in lines if line.startswith("stop")]
-    assert "the model goes on after the embedding of 'user_layer': Mean" in stop
+    assert "the model continues after the embedding of 'user_layer': Mean" in stop
     assert any("user and item have the same ids: they cannot be searched" in line for line in lines)
     # Items can be had.
     assert job.run(run, "--tower=item=item_layer") == 0
@@ -103,6 +103,6 @@ def test_inspect_says_how_each_layer_goes_on(job, store, tails, capsys):
     assert launch(job.config(run, "--inspect")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition(": ")[0] for line in lines if line.startswith("  then ")] == [
-        "  then      goes on after the embedding",
-        "  then      goes on after the embedding",
+        "  then      continues after the embedding",
+        "  then      continues after the embedding",
     ]

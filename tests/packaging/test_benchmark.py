@@ -1,10 +1,12 @@
-"""The benchmark runs, at a size that says nothing of speed: nobody else runs it between releases."""
+"""The benchmarks run, at a size that says nothing of speed: nobody else runs it between releases."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCH = Path(__file__).parents[2] / "benchmarks/bench.py"
 
@@ -33,3 +35,18 @@ def test_ten_thousand_rows(tmp_path):
     ended = [float(seconds) for _, seconds in phases]
     assert ended == sorted(ended)
     assert (docs / "benchmark.png").stat().st_size > 10_000
+
+
+def test_the_cut_of_a_small_vocabulary(tmp_path):
+    flags = ["--engines=", "--cut=0.01,0.05", "--times=1", f"--work={tmp_path}"]
+    script = BENCH.with_name("engines.py")
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [
+        ["0.01 million", "0 MB"],
+        ["0.05 million", "1 MB"],
+        ["100 million, at that rate", "1,500 MB"],
+    ]
+    assert float(rows[4][3]) == pytest.approx(2000 * float(rows[3][3]), abs=10 + 2000 * 0.005)
+    assert {len(row) for row in rows} == {5}

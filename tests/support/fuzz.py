@@ -46,6 +46,7 @@ from beam_pipeline import files
 from beam_pipeline.errors import PipelineError
 from beam_pipeline.formats import open_artifact
 from beam_pipeline.formats.keras.reader import KerasFile
+from beam_pipeline.formats.keras.weights import STRINGS
 from beam_pipeline.formats.saved_model import checkpoint
 from beam_pipeline.launch.options import DEFAULT_TOWERS
 from beam_pipeline.launch.selection import discover
@@ -173,7 +174,7 @@ def _subject(folder):
             weights = artifact._members["model.weights.h5"].span
             start, spans = weights.start, []
             for dataset in artifact._weights._datasets.values():
-                if dataset.offset is not None:
+                if dataset.offset is not None and dataset.dtype != STRINGS:  # References are mutated, too.
                     size = int(np.prod(dataset.shape)) * int(re.sub(r"\D", "", dataset.dtype) or 1)
                     spans.append((dataset.offset, dataset.offset + size))
             data = contents[artifact.path]
@@ -759,8 +760,8 @@ def model_folders():
     """Returns folders with models of both formats."""
     from models import made_by  # Not for the batches, whose memory is measured.
 
-    scripts = ("make_models.py", "make_tables.py", "make_exported_models.py", "make_keras_files.py")
-    return [str(made_by(script)("").folder) for script in scripts]
+    scripts = ("models", "tables", "exported_models", "keras_files", "indexes", "keras_indexes")
+    return [str(made_by(f"make_{script}.py")("").folder) for script in scripts]
 
 
 def main(argv):

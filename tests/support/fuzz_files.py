@@ -1,10 +1,10 @@
-"""Mutates real files of vectors and ids and reads them as the job does: rows or a named error, in bounded memory.
+"""Mutates real files of vectors, ids and features and reads them as the job does: rows or a named error, in bounded memory.
 
     python tests/support/fuzz_files.py [--number=5000] [--seed=1] [--first=0]
 
 prints what came of them; exit 1 if one of them hung, took too much memory or ended in anything but a named error. A
 mutation is made from (seed, number) alone. What the files have no checksum of may differ: vectors in `.npy` and
-`.safetensors`, and ids. Of `.npz` and of Parquet with checksums of its pages, vectors may not.
+`.safetensors`, ids and features. Of `.npz` and of Parquet with checksums of its pages, vectors may not.
 """
 
 import argparse
@@ -27,6 +27,9 @@ from fuzz import EXTREMES, MEGABYTES, SECONDS, TooSlowError, _memory, _wrong_wit
 from safetensors.numpy import save
 from wire_format import varint
 
+from beam_pipeline.computing import sources
+from beam_pipeline.computing.columns import Columns, arrays, bind, ids_of
+from beam_pipeline.computing.signature import Input, Signature
 from beam_pipeline.errors import PipelineError
 from beam_pipeline.formats.files import ids, vectors
 from beam_pipeline.formats.model import VectorTable
@@ -76,6 +79,49 @@ def vector_files():
         "v.npy": numpy(np.save, VECTORS),
         "v.safetensors": save({"v": VECTORS, "w": VECTORS[:3]}),
     }
+
+
+INPUTS = {
+    "age": (Input("age", "int32"), pa.array(np.arange(ROWS) % 90, pa.int32())),
+    "time": (Input("time", "float32"), pa.array(np.arange(ROWS) / ROWS, pa.float32())),
+    "city": (Input("city", "string"), pa.array([["Metz", "Lens", "Albi"][n % 3] for n in range(ROWS)])),
+    "last": (Input("last", "int64", (2,)), pa.array([[n, n + 1] for n in range(ROWS)], pa.list_(pa.int64(), 2))),
+    "history": (Input("history", "string", (None,)), pa.array([[f"h{n % 5}"] * (n % 4) for n in range(ROWS)])),
+}
+COLUMNS = Columns("item", "item_id", tuple(INPUTS), tuple(each for each, _ in INPUTS.values()))
+FEATURES = pa.table({"item_id": IDS, **{name: values for name, (_, values) in INPUTS.items()}})
+
+
+def feature_files():
+    def written(**options):
+        buffer = io.BytesIO()
+        pq.write_table(FEATURES, buffer, **options)
+        return buffer.getvalue()
+
+    return {
+        "features.parquet": written(row_group_size=70),
+        "plain.features.parquet": written(compression="none", use_dictionary=False, write_page_checksum=True),
+        "zstd.features.parquet": written(compression="zstd", data_page_version="2.0"),
+    }
+
+
+def read_features(path, contents):
+    """Returns the rows of features, checked and turned into what a model is called with."""
+    sources.open_file = opener(contents)
+    files, found, counted = sources.ParquetFiles(path, (path,)), [], 0
+    signature = Signature(COLUMNS.inputs, DIMENSION)
+    assert bind("item", signature, files.schema(), path).all == COLUMNS.all
+    for share, said in files.cut(COLUMNS, None):
+        counted += said
+        for table in files.read(share, COLUMNS):
+            assert table.num_rows <= sources.CHUNK_ROWS
+            names = ids_of(table, COLUMNS)
+            for _ in arrays(table, COLUMNS, names):
+                pass
+            found.append(table)
+    table = pa.Table.from_batches(found) if found else FEATURES.slice(0, 0)
+    assert table.num_rows == counted
+    return table
 
 
 def read(path, names, ids_path, contents, batch_bytes):
@@ -134,6 +180,7 @@ def one(seed, number, files, beside):
     rng = random.Random(f"{seed}:{number}")
     name = rng.choice(list(files))
     own_ids = not name.endswith((".npy", ".safetensors"))
+    is_features = name.endswith("features.parquet")
     ids_name = None if own_ids else rng.choice(list(beside))
     contents = {name: files[name], **({ids_name: beside[ids_name]} if ids_name else {})}
     target = rng.choice(list(contents))
@@ -150,9 +197,13 @@ def one(seed, number, files, beside):
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     problem, outcome = None, "same"
     try:
-        found = read(name, ("v",) if name.endswith(".safetensors") else (), ids_name, contents, 1 << 10)
+        if is_features:
+            is_same = read_features(name, contents).equals(FEATURES)
+        else:
+            found = read(name, ("v",) if name.endswith(".safetensors") else (), ids_name, contents, 1 << 10)
+            is_same = np.array_equal(found, VECTORS)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        if not np.array_equal(found, VECTORS):
+        if not is_same:
             outcome = "other rows"
             if name == "v.npz":
                 problem = "other rows, although the zip's checksums cover what was changed"
@@ -185,6 +236,9 @@ def main(argv):
             contents = {**files, **beside}
             found = read(name, ("v",) if name.endswith(".safetensors") else (), ids_name, contents, 1 << 10)
             assert np.array_equal(found, VECTORS), (name, ids_name)
+    for name, data in feature_files().items():
+        assert read_features(name, {name: data}).equals(FEATURES), name
+    files |= feature_files()
     outcomes, problems, slowest, largest = Counter(), 0, 0.0, 0
     for number in range(options.first, options.first + options.number):
         print(number, end="\r", file=sys.stderr)  # what crashed the process

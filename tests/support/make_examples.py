@@ -16,8 +16,7 @@ TRAININGS = {
         ("examples/train_two_tower.py", "--start=2026-03-15T23:30", "--seed=3", "--moved_item=item-jazz-007"),
     ],
     "deep": [
-        ("examples/train_deep_towers.py", "--start=2026-03-01T10:00", "--form=packed"),
-        ("examples/train_deep_towers.py", "--start=2026-03-02T10:00", "--form=model"),
+        ("examples/train_deep_towers.py", "--start=2026-03-01T10:00", "--form", "packed", "vectors", "model"),
     ],
 }
 
@@ -38,7 +37,7 @@ def main(folder):
             ]
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
-            runs.append(output.getvalue().strip())
+            runs += output.getvalue().split()
         (store / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from apache_beam.metrics import monitoring_infos
 from apache_beam.options.pipeline_options import DirectOptions
@@ -28,7 +29,7 @@ from apache_beam.runners.portability.fn_api_runner.worker_handlers import BeamFn
 
 ATTEMPTS = 4
 BUNDLES_PER_WORKER = 2
-_START_SECONDS = 25
+_START_SECONDS = 90
 _LOG = logging.getLogger("retrying")
 
 
@@ -74,8 +75,21 @@ class Workers:
 def alive(worker):
     connection = worker.control_conn
     if connection._state == BeamFnControlServicer.UNSTARTED_STATE:
-        return time.monotonic() - worker.started < _START_SECONDS
+        seconds = time.monotonic() - worker.started
+        return seconds < 2 or (seconds < _START_SECONDS and starts(worker))
     return connection._read_thread.is_alive()  # It ends with the stream that it reads.
+
+
+def starts(worker):
+    """Returns whether Beam's boot program, which stays while its worker lives, is there for a worker of this machine."""
+    arguments = {f"--id={worker.worker_id}".encode(), f"--control_endpoint={worker.control_address}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if arguments <= {*(process / "cmdline").read_bytes().split(b"\0")}:
+                return True
+        except OSError:  # It has ended.
+            continue
+    return False
 
 
 class RetryingBundles(fn_runner.BundleManager):

@@ -89,10 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(start)
             while start < end and (block := file.read(min(1 << 20, end - start))):
-                self.wfile.write(block)
                 start += len(block)
-                with storage.lock:
+                with storage.lock:  # Before it is sent: who has it may ask at once what was fetched.
                     storage.fetched[name] += len(block)
+                self.wfile.write(block)
 
     def _list(self, bucket, prefix):
         """What lies in a folder, for who asks with the delimiter `/`."""

@@ -24,7 +24,7 @@ def serving(handler, **state):
         server.url = f"http://127.0.0.1:{server.server_port}"
         for name, value in state.items():
             setattr(server, name, value)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds until it ends
         yield server
         server.shutdown()
 

@@ -21,13 +21,11 @@ _HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length
 def step(method, path, body):
     """Returns what a worker does that sends this request; None for what says nothing."""
     kind = f"{method} {path}"
-    if (
-        "/o/" in path
-        and method == "GET"
-        and re.search(r"variables\.data|weights|\.keras", path)
-        and "alt=media" in path
-    ):
-        return "read"
+    if "/o/" in path and method == "GET" and "alt=media" in path:
+        if "features" in path:
+            return "features"
+        if re.search(r"variables\.data|weights|\.keras|\.parquet|\.npy", path):
+            return "read"
     if method in ("POST", "PUT") and "/upload/" in path:
         return "write"
     if re.search(r"^POST .*/jobs(\?|$)", kind):
@@ -58,6 +56,7 @@ class Traffic:
     Attributes:
         bigquery_url, storage_url: for the job's environment.
         steps: of the requests so far, in order.
+        last: step → the id of the process that sent its latest request, None if it is no worker.
         loaded: files of the load jobs that were accepted.
         before, after: called with (step, process id) ahead of a request and once it was carried out, before its answer.
     """
@@ -68,7 +67,7 @@ class Traffic:
         self.forget()
 
     def forget(self):
-        self.steps, self.loaded = [], []
+        self.steps, self.loaded, self.last = [], [], {}
         self.before = self.after = lambda step, pid: None
 
     def workers(self):
@@ -136,6 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         job = self._job_id(body) if found in ("load", "copy", "publish", "audit", "query") else None
         with traffic.lock:
             traffic.steps.append(found)
+            traffic.last[found] = pid
             again = job is not None and job in traffic.used
             if job is not None:
                 traffic.used[job] = True

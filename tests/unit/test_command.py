@@ -1,5 +1,6 @@
 """What a person or a supervising process sees of a command that was stopped."""
 
+import gc
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import pytest
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 
-from beam_pipeline.command import exit_code
+from beam_pipeline.command import end_start_up, exit_code
 from beam_pipeline.errors import ConfigError
 
 
@@ -51,17 +52,6 @@ def test_a_command_that_ends_well(capsys):
     assert capsys.readouterr() == ("done\n", "")
 
 
-def test_python_searches_nothing_for_garbage_when_it_exits():
-    script = (
-        "import atexit, gc\n"
-        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
-        "from beam_pipeline.command import exit_code\n"
-        "exit_code(lambda: print(gc.get_freeze_count()))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "True"]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command(number, capsys):
     assert exit_code(lambda: os.kill(os.getpid(), number), interrupted="start again") == 130
@@ -90,3 +80,24 @@ def test_tagging_without_credentials_or_project(flags, credentials, reason, tmp_
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert reason in done.stderr
+
+
+def test_start_up_is_not_searched_for_garbage():
+    script = (
+        "import gc\n"
+        "from beam_pipeline.command import end_start_up, run_process\n"
+        "def main():\n"
+        "    print(gc.isenabled(), gc.get_freeze_count() > 0)\n"
+        "    end_start_up()\n"
+        "    print(gc.isenabled(), gc.get_freeze_count() > 0)\n"
+        "    return 3\n"
+        "run_process(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("False False\nTrue True\n", 3), done.stderr
+
+
+def test_a_session_in_somebody_elses_process_leaves_the_collector_alone():
+    frozen = gc.get_freeze_count()
+    end_start_up()
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, frozen)

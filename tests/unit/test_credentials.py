@@ -155,7 +155,7 @@ def test_who_may_not_impersonate_is_told_the_role(cloud):
 def test_a_process_acts_as_one_account(cloud):
     """Beam keeps the first credentials, and would go on with them in silence."""
     credentials.follow(PipelineOptions([CHAIN]))
-    with pytest.raises(ConfigError, match=r"acts as another account than other@p\.iam already; start a new one"):
+    with pytest.raises(ConfigError, match=r"already acts as an account other than other@p\.iam; start a new one"):
         credentials.follow(PipelineOptions(["--impersonate_service_account=other@p.iam"]))
 
 
@@ -187,14 +187,15 @@ def test_a_chain_in_any_form(command, given):
 def test_what_is_no_account(given, capsys):
     with pytest.raises(SystemExit):
         parse(["--run_id=r", f"--impersonate_service_account={given}"])
-    assert "is no account: NAME@PROJECT.iam.gserviceaccount.com" in capsys.readouterr().err
+    assert "is not an account: NAME@PROJECT.iam.gserviceaccount.com" in capsys.readouterr().err
 
 
 def test_a_warehouse_has_nobody_to_impersonate(capsys):
     with pytest.raises(SystemExit):
         parse(["--run_id=r", "--warehouse=w", CHAIN])
     assert (
-        "--warehouse asks nothing of Google Cloud; leave out --impersonate_service_account" in capsys.readouterr().err
+        "--warehouse makes no requests to Google Cloud; leave out --impersonate_service_account"
+        in capsys.readouterr().err
     )
 
 

@@ -62,7 +62,7 @@ def arguments(model, **changes):
         ({"dataset": "raw_dev"}, "dataset='raw_dev': PROJECT.DATASET"),
         ({"temp_location": "/tmp"}, "temp_location='/tmp': load files need a bucket"),
         ({"if_partition_taken": "maybe"}, "if_partition_taken='maybe': one of fail, replace, keep"),
-        ({"run": dataclasses.replace(RUN, run_id="a'b")}, "run: .* cannot stand in the publish script"),
+        ({"run": dataclasses.replace(RUN, run_id="a'b")}, "run: .* is not allowed in the publish script"),
     ],
 )
 def test_arguments_that_are_refused_before_anything_runs(models, changes, words):
@@ -83,6 +83,6 @@ def test_a_tower_that_goes_on_is_refused_unless_its_rows_are_wanted(models):
     towers = towers_of(models("plain"))
     tail = Tail(Ending.GOES_ON, (("dense", "MatMul"),))
     user = dataclasses.replace(towers["user"], description=dataclasses.replace(towers["user"].description, tail=tail))
-    with pytest.raises(bp.errors.VectorNotServedError, match=r"goes on after the embedding of 'user_layer': dense"):
+    with pytest.raises(bp.errors.VectorNotServedError, match=r"continues after the embedding of 'user_layer': dense"):
         bp.PublishEmbeddings(**arguments(models("plain"), towers={**towers, "user": user}))
     bp.PublishEmbeddings(**arguments(models("plain"), towers={**towers, "user": user}, embedding_rows=True))

@@ -54,7 +54,7 @@ def read_groups(path: str, data: bytes) -> list[Group]:
     try:
         return _Reader(data).groups()
     except (IndexError, ValueError, OverflowError) as error:
-        raise CorruptFileError(f"{path} cannot be read as Parquet (its footer is damaged); log it again") from error
+        raise CorruptFileError(f"{path} cannot be read as Parquet (its footer is damaged); write it again") from error
 
 
 class _Reader:

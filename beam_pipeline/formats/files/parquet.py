@@ -1,4 +1,4 @@
-"""Parquet files with an id and its vector, or its row, in two columns: read row group by row group.
+"""Parquet files: found, opened, and read row group by row group where two columns are an id and its vector, or its row.
 
 pyarrow reads them, through a file of byte ranges. What the footer says of sizes and counts is checked before a column
 is read; a column is then decoded some rows at a time, so that memory does not depend on the size of a row group.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from beam_pipeline.errors import (
     PipelineError,
     UnsupportedModelError,
 )
-from beam_pipeline.files import OpenFile, join
+from beam_pipeline.files import OpenFile
 from beam_pipeline.formats.encodings import shown
 from beam_pipeline.formats.files.footer import Group, Leaf, read_groups
 from beam_pipeline.formats.model import RowGroup, Table, VectorTable
@@ -36,6 +37,7 @@ ID_COLUMNS = ("id", "{tower}_id")
 ROW_COLUMNS = ("row", "index")
 VECTOR_COLUMNS = ("vector", "embedding", "{tower}_vector", "{tower}_embedding")
 
+_SUFFIXES = (".parquet", ".parq")
 _MAX_FOOTER = 16 << 20
 _MAX_FILES, _MAX_GROUPS = 100_000, 1_000_000
 _MAX_DIMENSION = 1 << 20
@@ -53,28 +55,32 @@ _TYPES = {pa.float32(): "float32", pa.float64(): "float64", pa.float16(): "float
 def is_parquet(path: str) -> bool:
     """Whether a path names Parquet files: one, a folder of them, or a pattern."""
     last = path.rstrip("/").rpartition("/")[2]
-    return last.endswith((".parquet", ".parq")) or "*" in last or "." not in last
+    return last.endswith(_SUFFIXES) or "*" in last or "." not in last
 
 
 def find_files(path: str, list_folder: ListFolder) -> list[str]:
     """Returns the Parquet files that a path names: itself, those in a folder, or those that match a pattern.
 
     Args:
-        path: local or `gs://`; a pattern has `*` in its last part.
+        path: local or `gs://`; a pattern has `*` or `?` in its last part.
         list_folder: lists the names in a folder.
 
     Raises:
         ArtifactMissingError: there are none.
+        UnsupportedModelError: there are too many, or the pattern is of folders.
     """
-    folder, _, last = path.rstrip("/").rpartition("/")
-    if "*" in last:
-        parts = last.split("*")
-        names = [name for name in list_folder(folder) if _matches(name, parts)]
-    elif last.endswith((".parquet", ".parq")) and not list_folder(path):
+    last = path.rstrip("/").rpartition("/")[2]
+    folder = path.rstrip("/").removesuffix(last)
+    if _is_pattern(folder):
+        raise UnsupportedModelError(f"{path}: * and ? are for names of files, not for {folder}; name one folder")
+    if _is_pattern(last):
+        pattern = last.replace("[", "[[]")
+        names = [name for name in list_folder(folder.rstrip("/") or folder or ".") if fnmatchcase(name, pattern)]
+    elif last.endswith(_SUFFIXES) and not list_folder(path):
         return [path]
     else:
-        folder = path.rstrip("/")
-        names = [name for name in list_folder(folder) if name.endswith((".parquet", ".parq"))]
+        folder = f"{path.rstrip('/')}/"
+        names = [name for name in list_folder(path.rstrip("/")) if name.endswith(_SUFFIXES)]
     # Spark and others note what is no data in such names.
     names = sorted(name for name in names if not name.startswith(("_", ".")))
     if not names:
@@ -83,20 +89,11 @@ def find_files(path: str, list_folder: ListFolder) -> list[str]:
         raise UnsupportedModelError(
             f"{path} names {len(names):,} files, more than {_MAX_FILES:,}; write fewer and larger ones"
         )
-    return [join(folder, name) for name in names]
+    return [f"{folder}{name}" for name in names]
 
 
-def _matches(name: str, parts: Sequence[str]) -> bool:
-    """Whether a name consists of these parts, in order, with anything between them."""
-    if len(name) < sum(map(len, parts)) or not name.startswith(parts[0]) or not name.endswith(parts[-1]):
-        return False
-    at, end = len(parts[0]), len(name) - len(parts[-1])
-    for part in parts[1:-1]:
-        at = name.find(part, at, end)
-        if at < 0:
-            return False
-        at += len(part)
-    return at <= end
+def _is_pattern(path: str) -> bool:
+    return "*" in path or "?" in path
 
 
 def find_vectors(
@@ -119,11 +116,11 @@ def find_vectors(
     found: list[tuple[str, tuple[int, ...]]] = []
     first: tuple[str, str, int, str] | None = None
     for file_path in find_files(path, list_folder):
-        with _opened(file_path, open_file) as file:
+        with opened(file_path, open_file) as file:
             names = columns or _columns(file_path, file, tower, VECTOR_COLUMNS, "--vectors", "VECTORS")
             _require_id_column(file_path, file, names[0])
             dtype = _vector_type(file_path, file, names[1])
-            counts: tuple[int, ...] = _counts(file_path, file)
+            counts: tuple[int, ...] = row_counts(file_path, file)
             if first is None and any(counts):
                 dimension = _dimension(file_path, file, names[1])
                 first = (*names, dimension, dtype)
@@ -152,7 +149,7 @@ def find_rows(
     found: list[tuple[str, tuple[int, ...]]] = []
     first: tuple[str, str] | None = None
     for file_path in find_files(path, list_folder):
-        with _opened(file_path, open_file) as file:
+        with opened(file_path, open_file) as file:
             names = columns or _columns(file_path, file, tower, ROW_COLUMNS, "--ids", "ROWS")
             _require_id_column(file_path, file, names[0])
             kind = file.parquet.schema_arrow.field(_index(file_path, file, names[1])).type
@@ -163,7 +160,7 @@ def find_rows(
             first = first or names
             if names != first:
                 raise UnsupportedModelError(f"{file_path} has columns {names}, the files before it {first}")
-            found.append((file_path, _counts(file_path, file)))
+            found.append((file_path, row_counts(file_path, file)))
     if first is None or not any(any(counts) for _, counts in found):
         raise BadIdError(f"{path} has no rows: no ids")
     return Table(path, _bounded(path, found), *first)
@@ -197,7 +194,7 @@ def read_vectors(
                 _require(ids, fits, group, at, problem)
         flat = values.flatten()
         if len(flat) != len(ids) * table.dimension:
-            raise CorruptFileError(f"{group.path}: row group {group.number} is not as its footer says; log it again")
+            raise CorruptFileError(f"{group.path}: row group {group.number} is not as its footer says; write it again")
         if flat.null_count:
             valid = flat.is_valid().to_numpy(zero_copy_only=False).reshape(-1, table.dimension).all(axis=1)
             _require(ids, pa.array(valid), group, at, "a vector with NULL in it")
@@ -217,7 +214,7 @@ def read_rows(table: Table, group: RowGroup, rows: int, open_file: OpenFile) -> 
 def _batches(table: Table, group: RowGroup, rows: int, open_file: OpenFile) -> Iterator[tuple[int, pa.Array, pa.Array]]:
     """Yields (rows before them, ids, values) of a row group."""
     at = 0
-    with _opened(group.path, open_file) as file:
+    with opened(group.path, open_file) as file:
         if group.number >= len(file.groups) or file.groups[group.number].rows != group.rows:
             raise CorruptFileError(
                 f"{group.path}: row group {group.number} has no longer {group.rows:,} rows: the file changed since the "
@@ -242,23 +239,34 @@ def _batches(table: Table, group: RowGroup, rows: int, open_file: OpenFile) -> I
             at += len(batch)
     if at != group.rows:
         raise CorruptFileError(
-            f"{group.path}: row group {group.number} has {at:,} rows, its footer says {group.rows:,}; log it again"
+            f"{group.path}: row group {group.number} has {at:,} rows, its footer says {group.rows:,}; write it again"
         )
 
 
-class _File(NamedTuple):
-    """An open Parquet file, and the row groups that its footer describes."""
+class File(NamedTuple):
+    """An open Parquet file, and the row groups that its footer describes.
+
+    Attributes:
+        parquet: reads it.
+        groups: what the footer says of them.
+    """
 
     parquet: pq.ParquetFile
     groups: list[Group]
 
 
 @contextmanager
-def _opened(path: str, open_file: OpenFile) -> Iterator[_File]:
-    """Opens a Parquet file; what pyarrow raises while it is open becomes an error that names the file."""
+def opened(path: str, open_file: OpenFile) -> Iterator[File]:
+    """Opens a Parquet file; what pyarrow raises while it is open becomes an error that names the file.
+
+    Raises:
+        ChecksumError: a page does not match its checksum.
+        CorruptFileError: the file contradicts its format.
+        UnsupportedModelError: it is encrypted, or its footer is too large.
+    """
     with open_file(path) as source:
         if source.size < 12 or source.read(source.size - 4, 4) not in (b"PAR1", b"PARE"):
-            raise CorruptFileError(f"{path} is no Parquet file, or truncated; log it again")
+            raise CorruptFileError(f"{path} is no Parquet file, or truncated; write it again")
         if source.read(source.size - 4, 4) == b"PARE":
             raise UnsupportedModelError(f"{path} is encrypted, and cannot be read")
         if (footer := int.from_bytes(source.read(source.size - 8, 4), "little")) > _MAX_FOOTER:
@@ -277,20 +285,20 @@ def _opened(path: str, open_file: OpenFile) -> Iterator[_File]:
                 thrift_container_size_limit=_MAX_GROUPS,
             ) as parquet:
                 if parquet.num_row_groups != len(groups):
-                    raise CorruptFileError(f"{path} cannot be read as Parquet (its footer is damaged); log it again")
-                yield _File(parquet, groups)
+                    raise CorruptFileError(f"{path} cannot be read as Parquet (its footer is damaged); write it again")
+                yield File(parquet, groups)
         except PipelineError:
             raise
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if "CRC" in reason:
                 raise ChecksumError(
-                    f"{path}: a page does not match its checksum ({reason}); the file is damaged: log it again"
+                    f"{path}: a page does not match its checksum ({reason}); the file is damaged: write it again"
                 ) from error
-            raise CorruptFileError(f"{path} cannot be read as Parquet ({reason}); log it again") from error
+            raise CorruptFileError(f"{path} cannot be read as Parquet ({reason}); write it again") from error
 
 
-def _counts(path: str, file: _File) -> tuple[int, ...]:
+def row_counts(path: str, file: File) -> tuple[int, ...]:
     """Returns the rows of each row group."""
     counts, total = tuple(group.rows for group in file.groups), file.parquet.metadata.num_rows
     if any(count < 0 for count in counts) or sum(counts) != total:
@@ -305,7 +313,7 @@ def _bounded(path: str, files: list[tuple[str, tuple[int, ...]]]) -> tuple[tuple
     return tuple(files)
 
 
-def _columns(path: str, file: _File, tower: str, values: Sequence[str], flag: str, metavar: str) -> tuple[str, str]:
+def _columns(path: str, file: File, tower: str, values: Sequence[str], flag: str, metavar: str) -> tuple[str, str]:
     """Returns the names of the columns of ids and of values, if the file has one of each that is called so."""
     there = file.parquet.schema_arrow.names
     found = []
@@ -322,7 +330,7 @@ def _columns(path: str, file: _File, tower: str, values: Sequence[str], flag: st
     return found[0], found[1]
 
 
-def _index(path: str, file: _File, column: str) -> int:
+def _index(path: str, file: File, column: str) -> int:
     """Returns the position of a column, which has to be there once."""
     there = [position for position, name in enumerate(file.parquet.schema_arrow.names) if name == column]
     if len(there) != 1:
@@ -331,14 +339,14 @@ def _index(path: str, file: _File, column: str) -> int:
     return there[0]
 
 
-def _require_id_column(path: str, file: _File, column: str) -> None:
+def _require_id_column(path: str, file: File, column: str) -> None:
     kind = file.parquet.schema_arrow.field(_index(path, file, column)).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain not in _TEXTS and not pa.types.is_integer(plain):
         raise UnsupportedModelError(f"{path}: column {column!r} has type {kind}, and an id is a string or an integer")
 
 
-def _vector_type(path: str, file: _File, column: str) -> str:
+def _vector_type(path: str, file: File, column: str) -> str:
     """Returns the type of a vector's values."""
     kind = file.parquet.schema_arrow.field(_index(path, file, column)).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -347,22 +355,22 @@ def _vector_type(path: str, file: _File, column: str) -> str:
     return _TYPES[kind.value_type]
 
 
-def _leaf(path: str, file: _File, group: int, column: str) -> Leaf:
+def find_leaf(path: str, file: File, group: int, column: str) -> Leaf:
     """Returns what the footer says of the values of a column in a row group."""
     found = [leaf for leaf in file.groups[group].leaves if leaf.path == column or leaf.path.startswith(f"{column}.")]
     if len(found) != 1:
-        raise CorruptFileError(f"{path}: row group {group} has {len(found)} columns {column!r}; log it again")
+        raise CorruptFileError(f"{path}: row group {group} has {len(found)} columns {column!r}; write it again")
     return found[0]
 
 
-def _dimension(path: str, file: _File, column: str) -> int:
+def _dimension(path: str, file: File, column: str) -> int:
     """Returns the length of the first vector."""
     kind = file.parquet.schema_arrow.field(column).type
     if pa.types.is_fixed_size_list(kind):
         dimension = int(kind.list_size)
     else:
         group = next(number for number, one in enumerate(file.groups) if one.rows)
-        leaf, rows = _leaf(path, file, group, column), file.groups[group].rows
+        leaf, rows = find_leaf(path, file, group, column), file.groups[group].rows
         if not 0 < leaf.values <= rows * _MAX_DIMENSION:
             raise BadVectorError(f"{path}: row group {group} has {leaf.values:,} values in {rows:,} vectors")
         # What most have; the one that differs is named when its row group is read.
@@ -374,21 +382,21 @@ def _dimension(path: str, file: _File, column: str) -> int:
     return dimension
 
 
-def _require_lengths(path: str, file: _File, columns: tuple[str, str], dimension: int, dtype: str) -> None:
+def _require_lengths(path: str, file: File, columns: tuple[str, str], dimension: int, dtype: str) -> None:
     """Raises if the footer has more or fewer values in a row group than its vectors, or more bytes than these take."""
     width = np.dtype(dtype).itemsize
     for number, group in enumerate(file.groups):
-        leaf = _leaf(path, file, number, columns[1])
+        leaf = find_leaf(path, file, number, columns[1])
         values = group.rows * dimension
         if leaf.values != values:
             _name_length(path, file, number, columns, leaf.values, dimension)
         if not 0 <= leaf.size <= values * (width + _LEVELS) + _SLACK:
             raise CorruptFileError(
-                f"{path}: row group {number} has {leaf.size:,} bytes for {values:,} values of {dtype}; log it again"
+                f"{path}: row group {number} has {leaf.size:,} bytes for {values:,} values of {dtype}; write it again"
             )
 
 
-def _name_length(path: str, file: _File, number: int, columns: tuple[str, str], values: int, dimension: int) -> None:
+def _name_length(path: str, file: File, number: int, columns: tuple[str, str], values: int, dimension: int) -> None:
     """Raises BadVectorError for a row group with another number of values, and names an id if it is cheap to find."""
     rows = file.groups[number].rows
     if 0 < values <= 2 * rows * dimension:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from beam_pipeline.formats.keras.config import EMBEDDING, LOOKUPS, TEXT, Config, Layer, is_reference
+from beam_pipeline.formats.keras.config import EMBEDDING, INDEXES, LOOKUPS, TEXT, Config, Layer, is_reference
 from beam_pipeline.formats.tails import SCALING, UNKNOWN, Function, Operation, Shape, State, Use, Value
 
 _PASSING = frozenset(
@@ -121,6 +121,12 @@ class Calls:
             rows = ((Use(self._number(layer), ""), State(Shape.ROW)),)
             yield Operation(f"{name}/matrix", "Const", value=Value(rows=rows))
             yield Operation(name, "GatherV2", ((f"{name}/matrix", 0), *inputs))
+        elif kind in INDEXES:
+            number = self._number(layer)
+            rows = ((Use(number, ""), State(Shape.ROW)),)
+            yield Operation(f"{name}/matrix", "Const", value=Value(rows=rows, matrix=number))
+            yield Operation(f"{name}/scores", "MatMul", (*inputs, (f"{name}/matrix", 0)), is_transposed=True)
+            yield Operation(name, "TopKV2", ((f"{name}/scores", 0),))
         elif kind in LOOKUPS or kind == TEXT:
             yield Operation(f"{name}/table", "Const", value=Value(table=self._number(layer)))
             found = f"{name}/found" if settings.get("output_mode", "int") != "int" else name

@@ -33,6 +33,8 @@ _LONGEST_LIST_HEAD = 64
 
 LOOKUPS = ("StringLookup", "IntegerLookup")
 EMBEDDING, TEXT = "Embedding", "TextVectorization"  # The latter stores a vocabulary.txt, too: of words.
+INDEXES = ("BruteForce", "BruteForceRetrieval")
+"""Search indexes that compare a vector with all candidates, by dot product."""
 
 Config = Mapping[str, Any]
 """An object of config.json."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from beam_pipeline.errors import CorruptFileError, NotAModelError, UnsupportedModelError
+from beam_pipeline.errors import CorruptFileError, NotAModelError, TowerMissingError, UnsupportedModelError
 from beam_pipeline.files import OpenFile
-from beam_pipeline.formats.keras import tails
+from beam_pipeline.formats.keras import indexes, tails
 from beam_pipeline.formats.keras.archive import CONFIG, METADATA, WEIGHTS, asset, asset_owner, read_directory
-from beam_pipeline.formats.keras.config import Layer, is_keras_2, read_config, read_layers
+from beam_pipeline.formats.keras.config import INDEXES, Layer, is_keras_2, read_config, read_layers
+from beam_pipeline.formats.keras.heap import REFERENCE_BYTES
 from beam_pipeline.formats.keras.ids import Ids
+from beam_pipeline.formats.keras.indexes import Index
 from beam_pipeline.formats.keras.towers import Layers
-from beam_pipeline.formats.keras.weights import Weights
-from beam_pipeline.formats.model import Checksum, Matrix, Tail, Tower
+from beam_pipeline.formats.keras.weights import STRINGS, Dataset, Weights, require_offset
+from beam_pipeline.formats.model import Checksum, Encoding, Matrix, Tail, Tower, Vocabulary
+from beam_pipeline.formats.protobuf import Span
 
+_ID_TYPES = {"<i4": (Encoding.INT32, 4), "<i8": (Encoding.INT64, 8), STRINGS: (Encoding.REFERENCES, REFERENCE_BYTES)}
 _DTYPES = {"<f4": "float32", "<f8": "float64", "<f2": "float16", "|V2": "bfloat16"}  # h5py has no name for the last.
 
 
@@ -64,6 +68,7 @@ class KerasFile:
                 requested=layers,
                 is_reversed=is_reversed,
             )
+            self._indexes = {index.name.replace("/", "."): index for index in indexes.find(self._layers)}
         except BaseException:
             self._file.close()
             raise
@@ -72,13 +77,17 @@ class KerasFile:
         """Returns the tower that `layer` holds: an embedding that is fed by a lookup, or a layer with one of each.
 
         In a Functional or Sequential model `layer` is a layer's name, or names joined by dots for a layer inside of
-        another. In a subclassed model it is an attribute path, a layer's name or a path in `model.weights.h5`.
+        another. In a subclassed model it is an attribute path, a layer's name or a path in `model.weights.h5`. A search
+        index is the tower of the items that it finds; one that is the model itself is called `candidates`.
 
         Raises:
             TowerMissingError: no such layer, or it does not hold one lookup and one embedding.
             UnsupportedModelError: it holds them in a form that cannot be read.
             CorruptFileError: the file contradicts itself.
         """
+        if index := self._index(layer):
+            matrix = self._candidates(name, index)
+            return Tower(name, layer, matrix, self._identifiers(name, index, matrix.rows), source="index")
         found = self._layers.tower(name, layer)
         lookup = found.lookup
         noted_name = self._weights.groups.get(lookup.path, "")
@@ -92,6 +101,12 @@ class KerasFile:
             TowerMissingError: no such layer, or it holds a lookup, or not one embedding.
             UnsupportedModelError, CorruptFileError: as `tower`.
         """
+        if index := self._index(layer):
+            if index.ids is not None:
+                raise TowerMissingError(
+                    f"tower {name!r}: index {layer!r} in {self.path} has ids of its own; leave out --ids {name}=…"
+                )
+            return self._candidates(name, index)
         return self._matrix(self._layers.without_lookup(name, layer).embedding)
 
     def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
@@ -106,19 +121,23 @@ class KerasFile:
         Raises:
             TowerMissingError: there is no such tower.
         """
-        return tails.read(self.path, self._layers, layers, without_lookup)
+        found = {name: index for name, layer in layers.items() if (index := self._index(layer))}
+        return tails.read(self.path, self._layers, layers, without_lookup, found, self._indexes.values())
 
     def tower_layers(self) -> list[str]:
-        """Returns all layers that are towers, outermost ones only."""
-        return self._layers.tower_names()
+        """Returns all layers that are towers, outermost ones only, and the search indexes."""
+        certain = {index.name for index in self._indexes.values() if index.is_certain and not _needs_ids(index)}
+        return sorted(certain.union(self._layers.tower_names()))
 
     def embeddings_without_ids(self) -> list[str]:
-        """Returns what could be given as `layer` to `matrix`: the names of embeddings that no lookup feeds."""
-        return self._layers.names_without_ids()
+        """Returns what could be given as `layer` to `matrix`: embeddings that no lookup feeds, indexes without ids."""
+        paths = {index.path for index in self._indexes.values()}
+        without = {index.name for index in self._indexes.values() if index.is_certain and _needs_ids(index)}
+        return sorted(without.union(name for name in self._layers.names_without_ids() if name not in paths))
 
     def index_layers(self) -> list[str]:
-        """Returns none: indexes are read in SavedModels alone."""
-        return []
+        """Returns those of the layers that are search indexes."""
+        return [index.name for index in self._indexes.values() if index.is_certain]
 
     def close(self) -> None:
         """Closes the file."""
@@ -134,6 +153,49 @@ class KerasFile:
         if "Quantized" in policy or self._weights.count(embedding.path) > 1:
             raise UnsupportedModelError(f"{where} is quantized; save the model before quantize()")
         offset, variable = self._weights.variable(embedding.path, where)
+        return self._placed(where, offset, variable)
+
+    def _index(self, layer: str) -> Index | None:
+        return self._indexes.get(layer.replace("/", "."))
+
+    def _candidates(self, name: str, index: Index) -> Matrix:
+        """Returns the vectors of an index."""
+        where = f"{self.path}: the vectors of index {index.name!r}"
+        if index.vectors is None:
+            raise UnsupportedModelError(
+                f"tower {name!r}: {index.kind} {index.name!r} in {self.path} has no matrix of vectors there: "
+                + (
+                    "a .keras file does not hold what ScaNN searches; save a BruteForce index beside it, or the model "
+                    "with tf.saved_model.save"
+                    if index.kind not in INDEXES
+                    else "give it its candidates (index, update_candidates) before the model is saved"
+                )
+            )
+        return self._placed(where, require_offset(index.vectors, where), index.vectors)
+
+    def _identifiers(self, name: str, index: Index, rows: int) -> Vocabulary:
+        """Returns the ids of an index; damage to them is found by the checksum of the file that the vectors are in."""
+        if index.ids is None:
+            raise TowerMissingError(
+                f"tower {name!r}: index {index.name!r} in {self.path} has vectors, and no ids; name them with --ids "
+                f"{name}=PATH (text, JSON, .npy, CSV or Parquet), or --ids {name}=rows if the ids are the numbers of "
+                "the rows"
+            )
+        where = f"{self.path}: the ids of index {index.name!r}"
+        (count,) = index.ids.shape
+        if count != rows:
+            raise CorruptFileError(f"{where} are {count:,}, and its vectors {rows:,}: there must be one id for each")
+        encoding, width = _ID_TYPES[index.ids.dtype]
+        member = self._members[WEIGHTS].span
+        start = member.start + require_offset(index.ids, where)
+        span = Span(start, start + count * width)
+        if span.start < member.start or span.end > member.end:
+            raise CorruptFileError(f"{where} are beyond the end of {WEIGHTS}: the file is damaged, log the model again")
+        heap = Span(member.start + self._weights.base, member.end) if encoding is Encoding.REFERENCES else None
+        return Vocabulary(self.path, span, encoding, 0, count, heap=heap)
+
+    def _placed(self, where: str, offset: int, variable: Dataset) -> Matrix:
+        """Returns a variable as a matrix whose rows are vectors."""
         shape = variable.shape
         if variable.dtype not in _DTYPES:
             raise UnsupportedModelError(f"{where} has values of type {variable.dtype}, not one of the float types")
@@ -148,3 +210,7 @@ class KerasFile:
                 f"{member.span.end - member.span.start:,}: the file is damaged, log the model again"
             )
         return matrix
+
+
+def _needs_ids(index: Index) -> bool:
+    return index.vectors is not None and index.ids is None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from beam_pipeline.formats.keras.calls import Calls
-from beam_pipeline.formats.keras.config import Layer, outermost_graph, read_layers
+from beam_pipeline.formats.keras.config import INDEXES, Layer, outermost_graph, read_layers
+from beam_pipeline.formats.keras.indexes import Index
 from beam_pipeline.formats.keras.towers import MAX_STEPS, Layers
 from beam_pipeline.formats.model import Ending, Tail
 from beam_pipeline.formats.tails import Steps, Trace, rivals, tail
@@ -22,7 +24,14 @@ _WITHOUT_EFFECT = frozenset(
 """Layers beside an embedding that leave its rows as they are when a model serves, as their paths have them."""
 
 
-def read(path: str, layers: Layers, towers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
+def read(
+    path: str,
+    layers: Layers,
+    towers: Mapping[str, str],
+    without_lookup: Collection[str] = (),
+    indexes: Mapping[str, Index] = MappingProxyType({}),
+    all_indexes: Collection[Index] = (),
+) -> dict[str, Tail]:
     """Returns how towers go on after their embeddings, until they meet each other or are returned.
 
     Args:
@@ -30,6 +39,8 @@ def read(path: str, layers: Layers, towers: Mapping[str, str], without_lookup: C
         layers: of the model.
         towers: all towers that are published together: name → layer.
         without_lookup: names of those whose ids are elsewhere.
+        indexes: those that are search indexes.
+        all_indexes: of the model.
 
     Raises:
         TowerMissingError: there is no such tower.
@@ -37,6 +48,7 @@ def read(path: str, layers: Layers, towers: Mapping[str, str], without_lookup: C
     found = {
         name: layers.without_lookup(name, layer) if name in without_lookup else layers.tower(name, layer)
         for name, layer in towers.items()
+        if name not in indexes
     }
     numbers = _Numbers(layers)
     chosen = {name: numbers.of_path(tower.embedding.path) for name, tower in found.items()}
@@ -44,24 +56,35 @@ def read(path: str, layers: Layers, towers: Mapping[str, str], without_lookup: C
         name: {numbers.of_path(embedding.path) for embedding in layers.parts(tower.holder)[1]}
         for name, tower in found.items()
     }
+    searched = {numbers.of_path(index.path) for index in all_indexes}
+    chosen |= {name: numbers.of_path(index.path) for name, index in indexes.items()}
+    are_towers = rivals([(chosen[name], inside.get(name, {chosen[name]})) for name in towers])
+
+    def are_rivals(one: int, other: int, is_pairing: bool) -> bool:
+        # Whatever is compared with an index is a tower's vector.
+        return are_towers(one, other, is_pairing) or (is_pairing and (one in searched) != (other in searched))
+
     calls = Calls(numbers.of_layer)
-    trace = Trace(
-        calls.function,
-        numbers.widths(),
-        rivals([(chosen[name], inside[name]) for name in towers]),
-        Steps(path, MAX_STEPS),
-    )
+    trace = Trace(calls.function, numbers.widths(), are_rivals, Steps(path, MAX_STEPS))
     is_graph = layers.root.is_graph
     of_model = [[trace.returned(calls.add(layers.root), [])]] if is_graph else []
     models = _Models(layers)
-    tails = {}
+    tails = {name: _of_index(index) for name, index in indexes.items()}
     for name, tower in found.items():
         model = tower.holder if is_graph else models.around(tower.embedding)
         of_tower = [[trace.returned(calls.add(model), [])]] if model and model.is_graph else []
         tails[name] = tail(chosen[name], of_model, of_tower, trace.meetings)
         if not is_graph and tails[name].ending != Ending.GOES_ON:
-            tails[name] = _by_layers(layers, tower.holder, tails[name], towers[name])
+            paths = {index.path for index in all_indexes}
+            tails[name] = _by_layers(layers, tower.holder, tails[name], towers[name], paths)
     return tails
+
+
+def _of_index(index: Index) -> Tail:
+    """Returns how the vectors of a search index go on: the libraries compare them as they are."""
+    if index.kind in INDEXES:
+        return Tail(Ending.EMBEDDING)
+    return Tail(Ending.UNKNOWN, reason="the code of the index's call is not in the file")
 
 
 class _Numbers:
@@ -108,7 +131,7 @@ class _Models:
         return known
 
 
-def _by_layers(layers: Layers, holder: Layer, by_calls: Tail, requested: str) -> Tail:
+def _by_layers(layers: Layers, holder: Layer, by_calls: Tail, requested: str, indexes: Collection[str]) -> Tail:
     """Returns what the layers beside the embedding of a subclassed model's tower say of its tail."""
     weights = layers.weights
     operations, scales = [], False
@@ -126,7 +149,7 @@ def _by_layers(layers: Layers, holder: Layer, by_calls: Tail, requested: str) ->
     if operations:
         return Tail(Ending.GOES_ON, tuple(operations))
     reason = "the model is subclassed, and the code of its call is not in the file"
-    if others := _layers_outside(layers):
+    if others := _layers_outside(layers, indexes):
         reason += f", which has layers with weights beside its towers: {', '.join(others)}"
     if holder.path != requested.replace(".", "/"):
         reason += f"; {requested!r} is taken to be {holder.path}"
@@ -135,10 +158,10 @@ def _by_layers(layers: Layers, holder: Layer, by_calls: Tail, requested: str) ->
     return Tail(Ending.UNKNOWN, reason=reason)
 
 
-def _layers_outside(layers: Layers) -> list[str]:
-    """Returns some of the layers that have weights and are in no tower."""
+def _layers_outside(layers: Layers, indexes: Collection[str]) -> list[str]:
+    """Returns some of the layers that have weights and are in no tower, and no search index."""
     groups = layers.weights.groups
     towers = layers.tower_paths()
-    paths = (path for path in groups if path and layers.weights.count(path))
+    paths = (path for path in groups if path and path not in indexes and layers.weights.count(path))
     outside = [path for path in paths if not any(path == tower or path.startswith(f"{tower}/") for tower in towers)]
     return [groups[path] or path for path in outside][:_MAX_NAMED]

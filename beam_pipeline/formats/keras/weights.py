@@ -21,6 +21,9 @@ _MAX_GROUPS, _LONGEST_PATH, _DEEPEST_PATH = 100_000, 512, 64
 _MAX_VALUES = 1000
 """Values of an HDF5 attribute; Keras writes one."""
 
+STRINGS = "strings"
+"""Type of a variable of strings, each of its own length; NumPy has no name for it."""
+
 
 def _bounded(read: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps pyfive's reading of an attribute, which allocates as many values as the file claims before it reads one."""
@@ -41,7 +44,7 @@ class Dataset:
     Attributes:
         offset: of its first byte in the HDF5 file; None if it is not stored in one piece.
         shape: its dimensions.
-        dtype: NumPy's name of the type of its values.
+        dtype: NumPy's name of the type of its values, or `STRINGS`.
     """
 
     offset: int | None
@@ -54,6 +57,7 @@ class Weights:
 
     Attributes:
         groups: path of each saved object → the layer's name as Keras noted it, "" if it did not.
+        base: where in the HDF5 file its addresses count from.
     """
 
     def __init__(self, file: ByteFile, span: Span) -> None:
@@ -73,7 +77,7 @@ class Weights:
         self._sorted: list[str] = []
         try:
             root = pyfive.File(Window(file, span, _MAX_METADATA, WEIGHTS))
-            self._base = int(root.userblock_size)
+            self.base = int(root.userblock_size)
             self._walk(pyfive, root)
         except PipelineError:
             raise
@@ -107,9 +111,11 @@ class Weights:
                     queue.append((below, child))
                 elif is_vars and isinstance(child, pyfive.Dataset):
                     plain = child.id.layout_class == 1 and not child.id.filter_pipeline
-                    offset = int(child.id.data_offset) + self._base if plain else None
+                    offset = int(child.id.data_offset) + self.base if plain else None
                     self._counts[path] += 1
-                    self._datasets[below] = Dataset(offset, tuple(int(n) for n in child.shape), child.dtype.str)
+                    is_text = (child.dtype.metadata or {}).get("vlen") in (bytes, str)
+                    dtype = STRINGS if is_text else child.dtype.str
+                    self._datasets[below] = Dataset(offset, tuple(int(n) for n in child.shape), dtype)
 
     def add_group(self, path: str) -> None:
         """Notes a saved object, and those that hold it: one without variables may be nowhere in the HDF5 file."""
@@ -138,11 +144,12 @@ class Weights:
 
     def count(self, path: str) -> int:
         """Returns the number of variables of a layer."""
-        return self._counts[f"{path}/vars"]
+        return self._counts[f"{path}/vars" if path else "vars"]
 
     def width(self, path: str) -> int:
-        """Returns the last dimension of a layer's first variable, 0 if it has none."""
-        return (self._shape(path) or (0,))[-1]
+        """Returns the last dimension of a layer's first variable, or of its first matrix; 0 if it has none."""
+        matrices = (each.shape for each in self.variables(path) if len(each.shape) == 2)
+        return next(matrices, self._shape(path) or (0,))[-1]
 
     def is_table(self, path: str) -> bool:
         """Whether a layer's only variable has two dimensions."""
@@ -152,14 +159,27 @@ class Weights:
         dataset = self._datasets.get(f"{path}/vars/0")
         return dataset.shape if dataset else ()
 
+    def variables(self, path: str) -> list[Dataset]:
+        """Returns all variables of a layer."""
+        names = (f"{path}/vars/{number}" if path else f"vars/{number}" for number in range(self.count(path)))
+        return [self._datasets[name] for name in names if name in self._datasets]
+
     def variable(self, path: str, where: str) -> tuple[int, Dataset]:
         """Returns a layer's first variable, which is stored in one piece, and its offset in the HDF5 file."""
         name = f"{path}/vars/0"
         if name not in self._datasets:
             raise CorruptFileError(f"{where} is in config.json, but {WEIGHTS} has no {name}; was the model built?")
-        dataset = self._datasets[name]
-        if dataset.offset is None:
-            raise UnsupportedModelError(
-                f"{where} is stored in chunks or compressed, which Keras does not do; save it again"
-            )
-        return dataset.offset, dataset
+        return require_offset(self._datasets[name], where), self._datasets[name]
+
+
+def require_offset(dataset: Dataset, where: str) -> int:
+    """Returns where a variable is in the HDF5 file.
+
+    Raises:
+        UnsupportedModelError: it is not stored in one piece.
+    """
+    if dataset.offset is None:
+        raise UnsupportedModelError(
+            f"{where} is stored in chunks or compressed, which Keras does not do; save it again"
+        )
+    return dataset.offset

@@ -1,4 +1,4 @@
-"""TensorFlow's tensor bundle: where each variable's bytes lie, without reading them.
+"""TensorFlow's tensor bundle: where each variable's bytes are, without reading them.
 
 `<prefix>.index` is an SSTable in LevelDB's table format (leveldb/doc/table_format.md) from variable key to
 `BundleEntryProto`; `<prefix>.data-SSSSS-of-NNNNN` holds the tensors' bytes
@@ -33,7 +33,7 @@ DTYPES = {1: "float32", 2: "float64", 14: "bfloat16", 19: "float16"}
 """The `DataType` numbers (tensorflow/core/framework/types.proto) that an embedding may have."""
 
 ID_TYPES = {3: Encoding.INT32, 7: Encoding.STRING_TENSOR, 9: Encoding.INT64}
-"""The `DataType` numbers that ids may have, and how these lie in a checkpoint."""
+"""The `DataType` numbers that ids may have, and how these are laid out in a checkpoint."""
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
@@ -124,7 +124,7 @@ def read_bundle(prefix: str, open_file: OpenFile) -> Bundle:
             start, size, _ = _handle(footer, at)
             entries: dict[str, Entry] = {}
             shards = None
-            done = 0  # Data blocks lie one after the other: none is read twice.
+            done = 0  # Data blocks follow one another: none is read twice.
             for _, block in _block(file, start, size):
                 data_start, data_size, _ = _handle(block, 0)
                 if data_start < done:
@@ -187,6 +187,7 @@ def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
         raise UnsupportedModelError(
             f"{file.path} has compressed blocks, which TensorFlow does not write; save the model again"
         )
+    # A block ends with the offsets of its restart points and their number, which only a search by key needs.
     data = raw[:size]
     restarts = int.from_bytes(data[-4:], "little")
     end = size - 4 - 4 * restarts
@@ -196,20 +197,22 @@ def _block(file: ByteFile, start: int, size: int) -> list[tuple[bytes, bytes]]:
     key, at = b"", 0
     while at < end:
         shared, at = protobuf.read_varint(data, at)
-        own, at = protobuf.read_varint(data, at)
+        unshared, at = protobuf.read_varint(data, at)
         length, at = protobuf.read_varint(data, at)
-        if shared > len(key) or at + own + length > end:
+        if shared > len(key) or at + unshared + length > end:
             raise ValueError("an entry that is longer than its block")
-        if shared + own > _MAX_KEY or len(pairs) == _MAX_ENTRIES:  # Shared parts of keys are not paid for in bytes.
-            raise ValueError(f"a key of {shared + own:,} bytes, or more than {_MAX_ENTRIES:,} of them")
-        key = key[:shared] + data[at : at + own]
-        pairs.append((key, data[at + own : at + own + length]))
-        at += own + length
+        # Shared parts of keys take no bytes in the file: a small one could hold keys without end.
+        if shared + unshared > _MAX_KEY or len(pairs) == _MAX_ENTRIES:
+            raise ValueError(f"a key of {shared + unshared:,} bytes, or more than {_MAX_ENTRIES:,} of them")
+        key = key[:shared] + data[at : at + unshared]
+        pairs.append((key, data[at + unshared : at + unshared + length]))
+        at += unshared + length
     return pairs
 
 
 def _shards(message: ByteFile) -> int:
     """Returns `num_shards` of the BundleHeaderProto, refusing what cannot be read."""
+    # BundleHeaderProto: num_shards (1), endianness (2), of which 0 is little.
     header = {
         number: value for number, value in protobuf.scan(message, Span(0, message.size)) if isinstance(value, int)
     }
@@ -222,6 +225,7 @@ def _entry(message: ByteFile) -> Entry:
     numbers: dict[int, int] = {}
     shape: list[int] = []
     sliced = False
+    # BundleEntryProto: dtype (1), shape (2), shard_id (3), offset (4), size (5), crc32c (6), slices (7).
     for number, value in protobuf.scan(message, Span(0, message.size)):
         if isinstance(value, int):
             numbers[number] = value

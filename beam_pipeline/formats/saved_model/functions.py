@@ -60,6 +60,7 @@ class FunctionLibrary:
         names: list[str] = []
         operations: dict[str, Operation] = {}
         returned: dict[str, tuple[str, int]] = {}
+        # FunctionDef: signature (1), node_def (3), ret (4), a map from the name of an output to what it is.
         for number, value in protobuf.scan(self._file, definition):
             if not isinstance(value, Span):
                 continue
@@ -88,6 +89,7 @@ class FunctionLibrary:
     def _operation(self, node: Span) -> Operation:
         name, kind, inputs = "", "", []
         attributes: dict[str, Span] = {}
+        # NodeDef: name (1), op (2), input (3), attr (5).
         for number, content in protobuf.scan(self._file, node):
             if not isinstance(content, Span):
                 continue
@@ -150,6 +152,7 @@ class FunctionLibrary:
             return Value()
         kind, size = 0, 1
         numbers: list[float] = []
+        # TensorProto: dtype (1), tensor_shape (2), and the values as tensor_content (4) or a list of their type.
         for number, value in protobuf.scan(self._file, tensor):
             if number == 1 and isinstance(value, int):
                 kind = value

@@ -1,7 +1,7 @@
 """Which lookup feeds which embedding: what a SavedModel's functions compute (tensorflow/core/framework/function.proto).
 
 Keras 3's `export()` keeps variables and tables in flat lists, and a Functional model has a lookup and its embedding in
-separate layers. There only the graph of a call tells which belong together: the row numbers that a gather takes from a
+separate layers. There, only the graph of a call says which belong together: the row numbers that a gather takes from a
 variable come from a table, unchanged.
 """
 
@@ -122,28 +122,29 @@ def _of_function(
         for argument, number in zip(arguments[-len(objects) :], objects, strict=False)
         if number in tables or number in variables
     }
-    own_tables = tables & {*objects}
+    captured_tables = tables & {*objects}
     found: list[tuple[int, int, str | None]] = []
+    # Until nothing is learned any more: a node in a loop may come before its input.
     for _ in range(_PASSES):
         found, before = [], dict(values)
         for name, op, inputs in nodes:
-            own = [values.get(source, _NONE) for source in inputs]
-            steps.take(1 + sum(1 + len(unchanged) + len(changed) for unchanged, changed in own))
-            if op in _GATHERS and len(own) > 1 and variables & own[0][0]:
-                same, changed = own[1]
-                for variable in variables & own[0][0]:
-                    steps.take(len(own_tables))
-                    if len(own[0][0]) == len(same) == 1 and same <= tables and not changed:
+            taken = [values.get(source, _NONE) for source in inputs]
+            steps.take(1 + sum(1 + len(unchanged) + len(changed) for unchanged, changed in taken))
+            if op in _GATHERS and len(taken) > 1 and variables & taken[0][0]:
+                same, changed = taken[1]
+                for variable in variables & taken[0][0]:
+                    steps.take(len(captured_tables))
+                    if len(taken[0][0]) == len(same) == 1 and same <= tables and not changed:
                         found += [(table, variable, name) for table in same]
-                    found += [(table, variable, None) for table in own_tables - same - changed]
+                    found += [(table, variable, None) for table in captured_tables - same - changed]
                 values[name] = _NONE
-            elif op in _PASSING and own:
-                values[name] = own[0]
-            elif op in _SELECTS and any(unchanged for unchanged, _ in own[1:]):
+            elif op in _PASSING and taken:
+                values[name] = taken[0]
+            elif op in _SELECTS and any(unchanged for unchanged, _ in taken[1:]):
                 # Unknown ids, the mask, or rows counted from the end take the other branch.
-                values[name] = (frozenset().union(*(unchanged for unchanged, _ in own[1:])), frozenset())
+                values[name] = (frozenset().union(*(unchanged for unchanged, _ in taken[1:])), frozenset())
             else:
-                values[name] = (frozenset(), frozenset().union(*(a | b for a, b in own)))
+                values[name] = (frozenset(), frozenset().union(*(a | b for a, b in taken)))
         if values == before:
             return found
     return []

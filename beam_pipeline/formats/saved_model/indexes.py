@@ -104,13 +104,13 @@ def _places(graph: ObjectGraph) -> _Places:
 
 def _named(graph: ObjectGraph, places: _Places, matrix: int, lists: tuple[int | Span, ...]) -> Index:
     """Returns an index by the name of the object that holds its ids, or its matrix."""
-    own = places.of.get(matrix)
-    if own is None:  # A flat list, as `export()` of Keras 3 writes it.
+    place = places.of.get(matrix)
+    if place is None:  # A flat list, as `export()` of Keras 3 writes it.
         name = graph.string(graph.nodes[matrix].content, 6)
         return Index(name or ".".join(graph.path(matrix)), matrix, lists, (".".join(graph.path(matrix)),))
     holders = [places.of[ids].path for ids in lists if isinstance(ids, int) and ids in places.of]
-    path = next((path for path in (*holders, own.path) if path), ()) or (*own.path, own.name)[:1]
-    return Index(".".join(path), matrix, lists, (".".join((*own.path, own.name)),))
+    path = next((path for path in (*holders, place.path) if path), ()) or (*place.path, place.name)[:1]
+    return Index(".".join(path), matrix, lists, (".".join((*place.path, place.name)),))
 
 
 def _chosen(graph: ObjectGraph, places: _Places, lists: Iterable[int | Span]) -> tuple[int | Span, ...]:

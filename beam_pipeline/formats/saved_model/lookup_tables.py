@@ -66,9 +66,7 @@ def _initializer(graph: ObjectGraph, function: str, where: str) -> tuple[str, li
                 if len(inputs) < (2 if op == _FILE_OP else 3) or any(i not in arguments for i in inputs):
                     raise CorruptFileError(f"{where}: its initializer has other inputs than its arguments")
                 return op, [arguments[name] for name in inputs], _integer_attributes(graph, node)
-    raise UnsupportedModelError(
-        f"{where} is initialized in a way that is not known: neither from a list nor from a file"
-    )
+    raise UnsupportedModelError(f"{where} is initialized in an unknown way: neither from a list nor from a file")
 
 
 def _integer_attributes(graph: ObjectGraph, node: Span) -> dict[str, int]:
@@ -95,7 +93,7 @@ def _key_type(graph: ObjectGraph, table: int, where: str) -> int:
 
 
 def _checkpoint_vocabulary(graph: ObjectGraph, key: str) -> Vocabulary:
-    """The vocabulary of a mutable table: in the order of its hashes, so its rows are in none."""
+    """Returns the vocabulary of a mutable table, whose ids are in the order of their hashes, not in row order."""
     where = f"{graph.bundle.prefix}.index: lookup {key!r}"
     keys, values = (graph.bundle.entries.get(f"{key}-{part}") for part in ("keys", "values"))
     if keys is None or values is None:
@@ -143,7 +141,7 @@ def _file_vocabulary(
         raise UnsupportedModelError(f"{where} {_other_types(key_type, _DT_INT64)}")
     first_row = attributes.get("offset", 0)
     if {"", ".", ".."} & {*name.split("/")}:
-        raise CorruptFileError(f"{where}: its vocabulary file {name!r} is none of the model; log the model again")
+        raise CorruptFileError(f"{where}: its vocabulary file {name!r} is not in the model; log the model again")
     if not 0 <= first_row < 1 << 62:
         raise CorruptFileError(f"{where}: its first id has row {first_row}")
     path = join(graph.folder, "assets", name)
@@ -176,7 +174,7 @@ def _constant_vocabulary(graph: ObjectGraph, keys: int, values: int, where: str)
 
 
 def constant_ids(graph: ObjectGraph, tensor: Span, dtype: int, count: int, where: str) -> tuple[Encoding, Span]:
-    """Returns how and where the ids of a TensorProto lie: strings, or integers of 32 or 64 bits."""
+    """Returns how and where the ids of a TensorProto are stored: strings, or integers of 32 or 64 bits."""
     if not count:
         return Encoding.PROTOBUF, Span(tensor.end, tensor.end)
     if dtype == _DT_STRING:
@@ -236,7 +234,7 @@ def _other_types(ids: int, rows: int) -> str:
 
 
 def _row_order(file: ByteFile, span: Span) -> tuple[int, bool, int]:
-    """Returns (the lowest row, whether each is the next one of that before, crc32c) of an array of int64."""
+    """Returns (the lowest row, whether each is one more than the one before, crc32c) of an array of int64."""
     first, lowest, in_order, crc = 0, 0, True, 0
     for offset, block in file.blocks(span.start, span.end, _BLOCK):
         rows = np.frombuffer(block, "<i8")
@@ -246,5 +244,5 @@ def _row_order(file: ByteFile, span: Span) -> tuple[int, bool, int]:
         in_order = in_order and bool((rows == np.arange(position, position + len(rows))).all())
         lowest = min(lowest, int(rows.min()))
         crc = google_crc32c.extend(crc, block)
-    # An id below row 0 is left to whoever reads it, and its name.
+    # An id with a row below 0 is reported by whoever reads it, with its name.
     return max(lowest, 0), in_order and first >= 0, crc

@@ -76,6 +76,7 @@ class ObjectGraph:
         graph = next(protobuf.spans(self.file, Span(0, self.file.size), 2), None)
         if graph is None:
             raise CorruptFileError(f"{self.file.path} holds no graph; log the model again")
+        # MetaGraphDef: graph_def (2), asset_file_def (6), object_graph_def (7), which TensorFlow 1 does not write.
         parts = {number: value for number, value in protobuf.scan(self.file, graph) if isinstance(value, Span)}
         self._graph = parts.get(2, Span(0, 0))
         self._assets = []
@@ -165,13 +166,13 @@ class ObjectGraph:
 
     def keys(self, node: int) -> dict[str, str] | None:
         """Returns the checkpoint key of each attribute of an object; None if the checkpoint does not know it."""
-        there = 0
+        number = 0
         for name in self.path(node):
-            children = self._checkpoint_nodes[there][0] if there < len(self._checkpoint_nodes) else {}
+            children = self._checkpoint_nodes[number][0] if number < len(self._checkpoint_nodes) else {}
             if name not in children:
                 return None
-            there = children[name]
-        return self._checkpoint_nodes[there][1] if there < len(self._checkpoint_nodes) else {}
+            number = children[name]
+        return self._checkpoint_nodes[number][1] if number < len(self._checkpoint_nodes) else {}
 
     def function(self, node: int | None) -> str | None:
         """Returns the name of the first concrete function of a function object."""
@@ -193,6 +194,7 @@ class ObjectGraph:
 
     def captured(self, function: str) -> list[int]:
         """Returns the objects that a concrete function captured: its last arguments."""
+        # SavedConcreteFunction.bound_inputs
         return protobuf.integers(self.file, self.functions[function], 2)
 
     @property
@@ -239,6 +241,7 @@ class ObjectGraph:
             raise CorruptFileError(f"{self.file.path} has more than {_MAX_OBJECTS:,} objects; log the model again")
 
     def _read_objects(self, span: Span) -> None:
+        # SavedObjectGraph: nodes (1), each with its children (1) and one of the kinds above; concrete_functions (2).
         for number, value in protobuf.scan(self.file, span):
             if not isinstance(value, Span):
                 continue
@@ -278,6 +281,7 @@ class ObjectGraph:
         data = self.bundle.read_string(checkpoint.OBJECT_GRAPH_KEY, self.open_file)
         file = ByteFile(f"{self.bundle.prefix} ({checkpoint.OBJECT_GRAPH_KEY})", io.BytesIO(data), len(data))
         nodes = []
+        # TrackableObjectGraph: nodes (1), each with children (1) and attributes (2): name (1), checkpoint_key (3).
         for span in protobuf.spans(file, Span(0, file.size), 1):
             children: dict[str, int] = {}
             keys: dict[str, str] = {}

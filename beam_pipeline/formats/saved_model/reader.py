@@ -94,7 +94,7 @@ class SavedModel:
         return self._matrix(self._without_lookup(name, layer))
 
     def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
-        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+        """Returns how towers continue after their embeddings, until they meet each other or are returned.
 
         Args:
             layers: of all towers that are published together: name → layer, as `tower` takes them.
@@ -128,8 +128,8 @@ class SavedModel:
             # What the call of an embedding returns is a row; a layer around it says more.
             is_around = node and variable not in (node, *self._graph.nodes[node].children.values())
             has_ids = node and self._parts(node)[0]
-            own = self._returned(trace, self._graph.calls(node) if node and (has_ids or is_around) else [])
-            found[name] = tail(variable, calls, own, trace.meetings) if calls else self._untraced(node, variable)
+            of_layer = self._returned(trace, self._graph.calls(node) if node and (has_ids or is_around) else [])
+            found[name] = tail(variable, calls, of_layer, trace.meetings) if calls else self._untraced(node, variable)
             others = inside[name] - {variable}
             if others and (not found[name].is_row or others & taking_part(calls, trace.meetings)):
                 paths = sorted(self._path_below(node or 0, each, layer) for each in inside[name])
@@ -169,8 +169,8 @@ class SavedModel:
             if number not in fed and self._graph.is_matrix(number) and self._is_looked_up(number):
                 path = self._path_below(0, number, "").removeprefix(".").removesuffix(".embeddings")
                 # Keras numbers the layers of a Functional model, and says their names in those of the variables.
-                own = self._own_layer(number) if path.startswith(("layer", "variables", "_")) else ""
-                found.append(next((each for each in (own, path) if each and self._bare(each) == [number]), path))
+                name = self._own_layer(number) if path.startswith(("layer", "variables", "_")) else ""
+                found.append(next((each for each in (name, path) if each and self._bare(each) == [number]), path))
         return sorted(set(found))
 
     def index_layers(self) -> list[str]:
@@ -233,7 +233,7 @@ class SavedModel:
         else:
             below = self._graph.matrices(node)
             found = [gather for gather in self._fed() if gather.variable in below]
-        # What the calls do says more than what lies where.
+        # What the calls do says more than where things are.
         if len(found) == 1:
             return found[0].table, found[0].variable
         if not found and not tables and len(self._bare(layer)) == 1:
@@ -273,8 +273,8 @@ class SavedModel:
             raise TowerMissingError(f"{where} has a lookup that holds its ids; leave out --ids {name}=…")
         if len(found) != 1:
             problem = f"holds {len(found)} embeddings" if found else "holds no embedding, or does not exist"
-            there = ", ".join(self.embeddings_without_ids()) or "none"
-            raise TowerMissingError(f"{where} {problem}; embeddings without ids: {there}; choose with --tower {name}=")
+            names = ", ".join(self.embeddings_without_ids()) or "none"
+            raise TowerMissingError(f"{where} {problem}; embeddings without ids: {names}; choose with --tower {name}=")
         return found[0]
 
     def _bare(self, layer: str) -> list[int]:
@@ -330,7 +330,7 @@ class SavedModel:
             )
 
     def _is_embedding(self, variable: int) -> bool:
-        """Whether a matrix is one whose rows are looked up, as far as can be told."""
+        """Whether a matrix is one whose rows are looked up, as far as that is known."""
         if self._graph.path(variable)[-1] == "embeddings" or variable in self._read_once().gathered:
             return True
         return not self._outermost(variable)
@@ -398,7 +398,7 @@ class SavedModel:
         return SCALAR if is_scalar else UNKNOWN
 
     def _gathered(self) -> list[Gather]:
-        """Returns what the model's functions tell of tables and embeddings."""
+        """Returns what the model's functions say about tables and embeddings."""
         if self._gathers is None:
             captured = {name: self._graph.captured(name) for name in self._graph.functions}
             tables = {number for number, node in enumerate(self._graph.nodes) if node.kind == RESOURCE}
@@ -463,5 +463,5 @@ class SavedModel:
 
 def _called(name: str, found: list[tuple[str, int]]) -> list[int]:
     """Returns the objects of that name, or all if none has it, each once."""
-    named = [node for own, node in found if own == name]
+    named = [node for found_name, node in found if found_name == name]
     return list(dict.fromkeys(named or [node for _, node in found]))

@@ -270,7 +270,7 @@ def test_no_common_ids(history, capsys):
     assert item["score_change_p50"] is item["distance_p50"] is item["neighbours_kept"] is None
     assert item["note"] == "no common ids"
     assert len(history.changes("item")["r1", "r2"]) == 160
-    assert "Nothing can be said: no common ids" in capsys.readouterr().out
+    assert "No verdict: no common ids" in capsys.readouterr().out
 
 
 def test_towers_of_other_names(history):

@@ -58,7 +58,9 @@ def test_the_staged_graph(history):
     }
     assert staged.size < 1_000_000
     names = {name.split("/")[1] for name in staged.steps if name.count("/") == 1}
-    wanted = "Launch Keep Prepare Join Fit Measure Total Ask Look Nearest Finish Load Shape Publish Clean Gate"
+    wanted = (
+        "LaunchPrefix KeepLaunchId Prepare Join Fit Measure Total Ask Look Nearest Finish Load Shape Publish Clean Gate"
+    )
     assert {*wanted.split()} <= names
     # What lets Dataflow use many workers: streams are spread before they are read.
     for spread, reads in (("Spread", "Join"), ("Streams", "Measure"), ("Items", "Look")):

@@ -7,6 +7,9 @@ import dataclasses
 import inspect
 import io
 import pickle
+import re
+import threading
+import time
 from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
@@ -26,13 +29,14 @@ from towers import described
 
 from beam_pipeline.bigquery import avro, tables
 from beam_pipeline.bigquery.publication import Publication
-from beam_pipeline.bigquery.staging import WriteStaging
+from beam_pipeline.bigquery.staging import MAX_FILE_BYTES, WriteStaging
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.files import open_file
 from beam_pipeline.formats.saved_model.reader import SavedModel
 from beam_pipeline.reading import pieces
 from beam_pipeline.reading.rows import Batch, to_rows
 from beam_pipeline.reading.tally import Report
+from beam_pipeline.reading.transforms import REPORTS
 from beam_pipeline.training import Run, Training
 
 CONSTANTS = {"train_date": date(2026, 3, 1), "training": 2}
@@ -138,6 +142,38 @@ def test_blocks_keep_to_their_size(rows, length):
     assert sum(bodies) > rows * (length + 256)
 
 
+def rows_of_blocks(batch, dtype):
+    blocks = fastavro.block_reader(io.BytesIO(columnar_file(batch, [*CONSTANTS.values()], dtype)))
+    return [block.num_records for block in blocks]
+
+
+def test_a_block_has_a_mebibyte_of_vectors_and_at_least_a_row(monkeypatch):
+    batch = Batch("run", pa.array([f"{i}" for i in range(10_000)]), np.zeros((10_000, 64), "<f4"))
+    assert rows_of_blocks(batch, "<f4") == [4096, 4096, 1808]
+    assert rows_of_blocks(batch, "<f8") == [2048] * 4 + [1808]
+    monkeypatch.setattr(avro, "BLOCK_BYTES", 255)
+    assert rows_of_blocks(Batch("run", batch.ids[:3], batch.vectors[:3]), "<f4") == [1] * 3
+
+
+@pytest.mark.parametrize(("more", "rows"), [(0, [2, 2, 1]), (-1, [1] * 5)])
+def test_a_block_may_reach_its_limit_to_the_byte(monkeypatch, more, rows):
+    batch = Batch("run", pa.array([*"abcde"]), np.zeros((5, 8), "<f4"))
+    record = len(avro.encode(batch, [*CONSTANTS.values()], "<f4", 0, 1)[0].as_py())
+    monkeypatch.setattr(avro, "_LARGEST_BLOCK", 2 * record + more)
+    assert rows_of_blocks(batch, "<f4") == rows
+
+
+def test_no_rows_are_no_records():
+    batch = Batch("run", pa.array([], pa.string()), np.zeros((0, 8), "<f4"))
+    records = avro.encode(batch, [*CONSTANTS.values()], "<f4", 0, 1)
+    assert (len(records), records.type) == (0, pa.binary())
+
+
+def test_the_header_says_that_nothing_is_compressed():
+    batch = Batch("run", pa.array(["a"]), np.zeros((1, 2), "<f4"))
+    assert fastavro.reader(io.BytesIO(columnar_file(batch, [*CONSTANTS.values()]))).metadata["avro.codec"] == "null"
+
+
 def test_beam_still_has_what_is_overridden():
     """Fails on the day that an upgrade of Beam moves a part that the columnar writer stands on."""
     loads = bigquery_file_loads.BigQueryBatchFileLoads
@@ -185,7 +221,9 @@ def test_a_file_that_has_reached_its_limit_is_closed(tmp_path):
     outputs += [windowed.value for windowed in step.finish_bundle()]
     files = [output[1] for output in outputs if isinstance(output, tuple)]
     assert [size for _, size in files] == [header + 2 * block, header + 2 * block, header + block]
+    assert len({path for path, _ in files}) == 3
     for path, size in files:
+        assert re.fullmatch(re.escape(f"{tmp_path}/p.d.t/") + "[0-9a-f]{32}", path)
         data = Path(path).read_bytes()
         assert len(data) == size
         assert {record["user_id"] for record in read(data)[1]} == {"a", "b"}
@@ -234,6 +272,61 @@ def test_a_bundle_that_is_retried_reads_again_and_writes_files_of_its_own(models
     assert [report.first_row for report in reports] == [piece.first_row for _, piece in cut]
 
 
+def test_blocks_are_written_in_their_order(tmp_path):
+    """By one thread: two would mix them."""
+
+    class Slow(io.BytesIO):
+        def writelines(self, parts):
+            time.sleep(0.2 * (self.tell() == 0))
+            super().writelines(parts)
+
+        def close(self):
+            pass
+
+    batch = Batch("run", pa.array([*"abcde"]), np.zeros((5, 8), "<f4"))
+    file = avro._AvroFile(str(tmp_path), avro.avro_schema({"fields": tables.staging_schema("user")}, "<f4"))
+    file._stream.close()
+    file._stream, header = Slow(), file.size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(avro, "BLOCK_BYTES", 32)
+        file.write(batch, [*CONSTANTS.values()], "<f4")
+        blocks = [*avro.blocks(batch, [*CONSTANTS.values()], file._sync, "<f4")]
+    _, size = file.close()
+    assert file._stream.getvalue() == b"".join(b"".join(block) for block in blocks)
+    assert size == header + len(file._stream.getvalue())
+
+
+def test_load_files_are_avro_objects_that_nothing_compresses(monkeypatch):
+    created = []
+    monkeypatch.setattr(
+        avro.FileSystems, "create", lambda *args, **options: created.append((args, options)) or io.BytesIO()
+    )
+    path, _ = avro._AvroFile("gs://bucket/folder", {}).close()
+    assert path.startswith("gs://bucket/folder/")
+    assert created == [((path, "application/avro"), {"compression_type": avro.CompressionTypes.UNCOMPRESSED})]
+
+
+def test_one_piece_is_read_at_a_time(sink, monkeypatch, tmp_path):
+    """One more is in memory, which is written meanwhile."""
+    reading, at_once = threading.Lock(), []
+
+    def read(element, towers, open_file):
+        at_once.append(not reading.acquire(blocking=False))
+        time.sleep(0.05)
+        reading.release()
+        return None, Report("run", "user", element)
+
+    monkeypatch.setattr(avro.rows, "read", read)
+    reports, _ = bundle(sink(described("user")), [1, 2, 3, 4], str(tmp_path))
+    assert [report.first_row for report in reports] == [1, 2, 3, 4]
+    assert at_once == [False] * 4
+
+
+def test_what_is_shown_of_the_step(sink):
+    shown = sink(described("user"), displayed={"writer": "columnar"}).display_data()
+    assert (shown["run"], shown["tower"], shown["writer"]) == ("run", "user", "columnar")
+
+
 def test_computed_vectors_enter_the_same_step(sink, tmp_path):
     batches = [
         Batch("run", pa.array(["a", "b"]), np.ones((2, 8), "<f4")),
@@ -261,13 +354,17 @@ def test_files_have_floats_wide_enough_for_every_run(dtypes, written):
     what = Publication(Destination("p", "d", "EU", "t"), tuple(trainings), "gs://b/tmp", "fail", "token")
     pipeline = beam.Pipeline(options=PipelineOptions(["--project=p"]))
     prepared = beam.pvalue.AsSingleton(pipeline | beam.Create(["launch"]))
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        init = avro.WritePieces.__init__
-        patch.setattr(
-            avro.WritePieces,
-            "__init__",
-            lambda self, **options: made.append(options["writing"]) or init(self, **options),
-        )
-        _ = pipeline | "Pieces" >> beam.Create([]) | WriteStaging("user", what, prepared, "columnar")
-    assert [writing.dtype for writing in made] == [written]
+    outputs = pipeline | "Pieces" >> beam.Create([]) | WriteStaging("user", what, prepared, "columnar")
+    writing = outputs[REPORTS].producer
+    assert writing.full_label == "WriteStaging/Load/WritePiecesToFiles/ParDo(_WriteFn)"
+    step = writing.transform.fn
+    assert step._writing.dtype == written
+    assert step._max_bytes == MAX_FILE_BYTES
+    assert step._schema == avro.avro_schema({"fields": tables.staging_schema("user")}, written)
+    loads = next(part for part in parents(writing) if isinstance(part.transform, avro.WritePieces))
+    assert loads.transform.dynamic_destinations is False  # Beam would load temporary tables and copy them.
+
+
+def parents(part):
+    while part := part.parent:
+        yield part

@@ -6,14 +6,16 @@ import sys
 
 import pytest
 
+from beam_pipeline.bigquery.history import Towers
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.comparison import tables
+from beam_pipeline.comparison import command, tables
 from beam_pipeline.comparison.command import parse
+from beam_pipeline.errors import ConfigError
 
 
 def test_defaults():
     config = parse(["--project=my-project", "--temp_location=gs://b/t"])
-    assert (config.dataset, config.ids, config.k, config.queries, config.top) == ("raw_dev", "item", 10, 2000, 25)
+    assert (config.dataset, config.ids, config.k, config.queries, config.top) == ("raw_dev", None, 10, 2000, 25)
     assert config.beam_args == ("--temp_location=gs://b/t", "--project=my-project")
 
 
@@ -58,6 +60,8 @@ def test_labels_are_ours_if_they_are_sql_and_beams_if_not():
         (["--runner=DataflowRunner", "--report=p.html"], "--report needs the results"),
         (["--runner=DataflowRunner", "--log_run"], "--log_run needs the results"),
         (["--labels=item=SELECT 1", "--labels=item=SELECT 2"], "--labels: tower 'item' has two queries"),
+        (["--tracking_uri=https://m"], "--tracking_uri is of the server to which --log_run logs; add --log_run"),
+        (["--tracking_audience=a"], "--tracking_audience is of the server to which --log_run logs"),
     ],
 )
 def test_malformed_flags(flags, message, capsys):
@@ -69,10 +73,26 @@ def test_malformed_flags(flags, message, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_a_report_that_logs_nothing_needs_no_tracking_server(capsys):
+    with pytest.raises(SystemExit):
+        command.report(["--output=p.html", "--tracking_uri=https://m"])
+    assert "--tracking_uri is of the server to which --log_run logs" in capsys.readouterr().err
+
+
+def test_ids_are_of_towers_that_are_compared():
+    both, items, users = Towers("user", "item"), Towers(None, "item"), Towers("user", None)
+    assert command._ids(None, both) == command._ids("item", both) == ("item",)
+    assert command._ids("both", both) == ("user", "item")
+    assert command._ids("none", items) == command._ids(None, users) == ()
+    for wanted, towers in (("user", items), ("both", items), ("item", users)):
+        with pytest.raises(ConfigError, match=f"--ids={wanted}: only tower '{towers.names[0]}' is compared"):
+            command._ids(wanted, towers)
+
+
 @pytest.mark.parametrize("module", ["compare", "report"])
 def test_help_imports_no_beam(module):
-    command = [sys.executable, "-X", "importtime", "-m", f"beam_pipeline.{module}", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    line = [sys.executable, "-X", "importtime", "-m", f"beam_pipeline.{module}", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=dict(os.environ))
     assert "--table_prefix" in done.stdout
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert not imported & {"tensorflow", "apache_beam", "mlflow", "matplotlib"}

@@ -115,7 +115,7 @@ def test_a_page_of_little():
     }
     html = page.render([Result(nothing, measures.usual([]))], DESTINATION)
     checked(html)
-    assert "Nothing can be said: no id has a value." in html
+    assert "No verdict: no id has a value." in html
     assert "None" not in html
     assert "nan" not in html
 

@@ -88,7 +88,7 @@ def test_verdicts():
     assert "farther" not in result(0.5, usual, movers, 1.6).verdict
     assert result(None, [0.7] * 5).verdict.startswith("As usual: the 99th percentile of distance is 0.70")
     nothing = Result({**result(None, usual).values, "distance_p99": None, "note": "no common ids"}, measures.usual([]))
-    assert nothing.verdict == "Nothing can be said: no common ids."
+    assert nothing.verdict == "No verdict: no common ids."
 
 
 def test_statements_carry_keys_labels_and_expiration():

@@ -72,7 +72,7 @@ def test_a_slice_is_read_where_it_begins():
     [
         ([TEXT, NUMBERS], {"user_id": ["a"]}, "lack the column 'age'; the tower takes user_id, age (int32)"),
         ([TEXT], {"user": ["a"]}, "have no column 'user_id', which names the rows; they have user"),
-        ([TEXT], {"user_id": ["a"], "city": ["x"]}, "have the column 'city', which is no input of the tower"),
+        ([TEXT], {"user_id": ["a"], "city": ["x"]}, "have the column 'city', which is not an input of the tower"),
         ([TEXT, NUMBERS], {"user_id": ["a"], "age": [1.5]}, "column 'age' is double, and the tower takes int32: CAST"),
         ([TEXT, NUMBERS], {"user_id": ["a"], "age": ["1"]}, "column 'age' is string, and the tower takes int32"),
         ([TEXT], {"user_id": [1]}, "column 'user_id' is int64, and the tower takes string"),
@@ -81,7 +81,7 @@ def test_a_slice_is_read_where_it_begins():
         (
             [TEXT, Input("last", "string", (3,))],
             {"user_id": ["a"], "last": ["x"]},
-            "is no list (string), and the tower takes 3 values of string for each row",
+            "is not a list (string), and the tower takes 3 values of string for each row",
         ),
     ],
 )
@@ -103,8 +103,8 @@ def test_a_tower_of_several_inputs_needs_features():
         ({"user_id": ["a", None], "age": [1, 2]}, FeaturesError, "user_id is NULL in 1 of 2 rows"),
         ({"user_id": ["a", ""], "age": [1, 2]}, BadIdError, "an id is empty"),
         ({"user_id": [b"a", b"\xff"], "age": [1, 2]}, BadIdError, "is not UTF-8"),
-        ({"user_id": ["a", "b"], "age": [1, None]}, FeaturesError, "of id 'b', age is NULL"),
-        ({"user_id": ["a", "b"], "age": [1, -(1 << 31) - 1]}, FeaturesError, "of id 'b', age is -2,147,483,649"),
+        ({"user_id": ["a", "b"], "age": [1, None]}, FeaturesError, "for id 'b', age is NULL"),
+        ({"user_id": ["a", "b"], "age": [1, -(1 << 31) - 1]}, FeaturesError, "for id 'b', age is -2,147,483,649"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(columns, error, message):
@@ -114,9 +114,9 @@ def test_a_value_that_does_not_fit_is_named(columns, error, message):
 
 def test_null_in_a_list_and_a_wrong_length_are_named():
     last = Input("last", "string", (2,))
-    with pytest.raises(FeaturesError, match="of id 'b', last holds a NULL"):
+    with pytest.raises(FeaturesError, match="for id 'b', last holds a NULL"):
         called([TEXT, last], user_id=["a", "b"], last=[["x", "y"], ["x", None]])
-    with pytest.raises(FeaturesError, match="of id 'b', last has 3 values, and the tower takes 2"):
+    with pytest.raises(FeaturesError, match="for id 'b', last has 3 values, and the tower takes 2"):
         called([TEXT, last], user_id=["a", "b"], last=[["x", "y"], ["x", "y", "z"]])
 
 
@@ -125,3 +125,22 @@ def test_integers_are_ids_by_their_digits():
     assert ids_of(table, found).to_pylist() == ["7", "-13"]
     ((_, (values,)),) = arrays(table, found, ids_of(table, found))
     assert values.dtype == np.int64
+
+
+def test_text_that_is_not_utf8_is_named():
+    def text(*values):
+        offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+        return pa.Array.from_buffers(
+            pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+        )
+
+    cities = text(b"Lyon", b"M\xe4tz")
+    with pytest.raises(
+        FeaturesError, match=r"for id 'b', city is 'M\\\\xe4tz', which is not UTF-8; make the column BYTES"
+    ):
+        called([Input("city", "string")], user_id=["a", "b"], city=cities)
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), cities)
+    with pytest.raises(FeaturesError, match=r"the features of tower 'user': city is 'M\\\\xe4tz', which is not UTF-8"):
+        called([Input("city", "string", (None,))], user_id=["a", "b"], city=lists)
+    as_bytes = pa.array([b"Lyon", b"M\xe4tz"])
+    assert called([Input("city", "string")], user_id=["a", "b"], city=as_bytes) == [(None, [[b"Lyon", b"M\xe4tz"]])]

@@ -96,13 +96,13 @@ def test_parquet_is_read_by_row_group(deep, tmp_path):
 
     other = pq.read_table(path).drop_columns(["age"])
     pq.write_table(other, tmp_path / "other.parquet")
-    with pytest.raises(FeaturesError, match="column 'age' is not there in"):
+    with pytest.raises(FeaturesError, match="column 'age' is there 0 times in"):
         list(ParquetFiles("", (str(path), str(tmp_path / "other.parquet"))).cut(columns, None))
 
 
 def test_damaged_parquet_is_one_line(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(50) + b"PAR1")
-    with pytest.raises(CorruptFileError, match="cannot be read as Parquet"):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(50) + b"PAR0")
+    with pytest.raises(CorruptFileError, match="is no Parquet file, or truncated; write it again"):
         ParquetFiles("", (str(tmp_path / "a.parquet"),)).schema()
     with pytest.raises(ArtifactMissingError, match="does not exist"):
         ParquetFiles("", (str(tmp_path / "b.parquet"),)).schema()

@@ -165,7 +165,7 @@ def rewritten(model, path, change, name="saved_model.pb"):
 def test_a_vocabulary_file_outside_of_the_model(damaged, name):
     # MetaGraphDef.asset_file_def, AssetFileDef.filename
     model = rewritten(damaged("plain"), [2, 6, 2], lambda _: name.encode())
-    with pytest.raises(CorruptFileError, match=r"its vocabulary file .* is none of the model"):
+    with pytest.raises(CorruptFileError, match=r"its vocabulary file .* is not in the model"):
         model.tower("item", "item_layer")
 
 
@@ -195,10 +195,10 @@ def test_a_first_row_before_the_matrix(damaged):
         ({"num_oov_indices": [1]}, "has no sensible number of out-of-vocabulary rows"),
         ({"num_oov_indices": True}, "has no sensible number of out-of-vocabulary rows"),
         ({"num_oov_indices": 10**4200}, "has no sensible number of out-of-vocabulary rows"),
-        ({"oov_token": ["x"]}, "token that is no text of up to 300 bytes"),
-        ({"oov_token": "x" * 301}, "token that is no text of up to 300 bytes"),
-        ({"mask_token": "\ud800"}, "token that is no text of up to 300 bytes"),
-        ({"mask_token": 10**4299}, "token that is no text of up to 300 bytes"),
+        ({"oov_token": ["x"]}, "token that is not text of up to 300 bytes"),
+        ({"oov_token": "x" * 301}, "token that is not text of up to 300 bytes"),
+        ({"mask_token": "\ud800"}, "token that is not text of up to 300 bytes"),
+        ({"mask_token": 10**4299}, "token that is not text of up to 300 bytes"),
         ({"x": "<9>"}, "no lookup's config"),
         ({"x": "<[>"}, "no lookup's config"),
     ],

@@ -1,7 +1,11 @@
 """Options on their way to Beam, and what a person reads of a job that failed, from the texts that Beam hands over."""
 
+import socket
+import threading
+
+import grpc
 import pytest
-from apache_beam.options.pipeline_options import SetupOptions
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 
 from beam_pipeline.errors import BadIdError, ConfigError, PipelineError
 from beam_pipeline.launch import execution, launcher
@@ -80,3 +84,53 @@ def test_a_setup_file_that_is_not_there(tmp_path):
     missing = tmp_path / "setup.py"
     with pytest.raises(ConfigError, match=f"--setup_file={missing}: there is no such file; leave it out with an image"):
         execution.given_options(parse(["--run_id=1", "--runner=DataflowRunner", "--setup_file", str(missing)]))
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:1", "localhost", "nowhere.invalid:8099"])
+def test_a_job_service_that_does_not_answer(endpoint):
+    options = PipelineOptions([f"--job_endpoint={endpoint}"])
+    with pytest.raises(ConfigError, match=f"--job_endpoint={endpoint}: no job service answers there .*start one"):
+        execution.require_job_service(options)
+
+
+def test_a_job_service_that_answers():
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        execution.require_job_service(PipelineOptions([f"--job_endpoint=127.0.0.1:{service.getsockname()[1]}"]))
+    execution.require_job_service(PipelineOptions([]))
+    execution.require_job_service(PipelineOptions(["--job_endpoint=embed"]))
+
+
+@pytest.fixture
+def broken():
+    """The error of a call to a service that ends meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        channel = grpc.insecure_channel(f"127.0.0.1:{server.getsockname()[1]}")
+        call = channel.unary_stream("/service/method")(b"")
+    with pytest.raises(grpc.RpcError) as raised:
+        next(call)
+    channel.close()
+    return raised.value
+
+
+def test_a_job_service_that_ended_is_one_line(broken):
+    line = str(execution.reason(broken, launcher.WHOLE))
+    assert line.startswith("the job service ended, or cannot be reached any more (failed to connect to all addresses")
+    assert line.endswith(f"; {launcher.WHOLE}")
+    assert "debug_error_string" not in line
+    assert "\n" not in line
+
+
+def test_its_other_connections_end_without_a_traceback(broken, monkeypatch):
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: reported.append(args.exc_value))
+
+    def fail(error):
+        raise error
+
+    other = ValueError("another")
+    with execution._noticing_dead_workers([]):
+        for error in (broken, other):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+    assert reported == [other]

@@ -97,7 +97,7 @@ def test_without_the_flag_nothing_is_asked_or_reported():
 def test_emulators_have_none(monkeypatch):
     monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", "x")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "x")
-    assert lines(None) == [("note", "none is created: emulators know no vector index")]
+    assert lines(None) == [("note", "none is created: emulators have no vector indexes")]
     ensure_index(None, TABLE, "item", "COSINE")
 
 

@@ -76,12 +76,20 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--shared_files"], "--shared_files is for PrismRunner, FlinkRunner, PortableRunner; leave it"),
         (["--run_id=1", "--runner=DataflowRunner", "--shared_files"], "leave it out with DataflowRunner"),
         (["--run_id=1", "--runner=PrismRunner", "--warehouse=w"], "--warehouse runs with DirectRunner only"),
+        (
+            ["--run_id=1", "--compute=user", "--features=user=/f/*.parquet", "--runner=DataflowRunner"],
+            "--features=user='/f/*.parquet': DataflowRunner cannot read files of this machine; put them on gs://, or use",
+        ),
+        (
+            ["--run_id=1", "--compute=user", "--features=user=/f/*.parquet", "--runner=PrismRunner"],
+            "put them on gs://, --shared_files if the workers can read it, or use --runner=DirectRunner",
+        ),
         (["--run_id=1", "--tower=user"], "--tower='user': NAME=LAYER"),
         (["--run_id=1", "--tower=User=a"], "--tower='User=a': NAME=LAYER"),
         (["--run_id=1", "--tower=a=b", "--tower=a=c"], "tower 'a' is named twice"),
         (["--run_id=1", "--dataset=a`b"], "--dataset='a`b'"),
         (["--run_id=1", "--dataset=a.b.c"], "--dataset='a.b.c'"),
-        (["--run_id=1", "--project=p`x"], "--project='p`x' is no project id"),
+        (["--run_id=1", "--project=p`x"], "--project='p`x' is not a project id"),
         (["--run_id=1", "--table_prefix=x;y"], "--table_prefix='x;y'"),
         (["--run_id=1", "--table_suffix=_x`"], "--table_suffix='_x`'"),
         (["--run_id=1", "--partition_expiration_days=0"], "at least 1"),
@@ -89,7 +97,7 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         (["--run_id=1", "--warehouse=w", "--env=prod"], "--warehouse is for the laptop"),
         (["--run_id=1", "--env=dev", "--dataset=d"], "--env=dev is dataset raw_dev and --dataset=d another"),
         (["--run_id=1", "--compute=film"], "--compute=film: there is no such tower; towers are user, item"),
-        (["--run_id=1", "--compute=user", "--include_oov"], "--include_oov is of rows of an embedding"),
+        (["--run_id=1", "--compute=user", "--include_oov"], "--include_oov adds rows of an embedding"),
         (["--run_id=1", "--features=user=SELECT 1"], "add --compute=user"),
         (
             ["--run_id=1", "--compute=user", "--features=user=SELECT 1", '--features={"user": "gs://b/*.parquet"}'],
@@ -97,8 +105,21 @@ def test_the_launcher_waits_for_a_portable_runner(runner):
         ),
         (["--run_id=1", "--compute=user", "--features=user=a.csv"], "a query or Parquet files"),
         (["--run_id=1", "--compute=user", "--features=user="], "NAME=SOURCE"),
-        (["--run_id=1", "--compute=user", "--features={"], "is no JSON object"),
+        (["--run_id=1", "--compute=user", "--features={"], "is not a JSON object"),
         (["--run_id=1", "--plan", "--inspect"], "--inspect stops before anything that --plan shows"),
+        (
+            ["--experiment_name=x", "--all_runs", "--inspect"],
+            "--inspect shows the model of one run; leave out --all_runs",
+        ),
+        (["--run_id=1", "--warehouse=w", "--temp_location=gs://b/t"], "--warehouse has a bucket of its own; leave out"),
+        (["--run_id=1", "--warehouse=w", "--temp_location", "gs://b/t"], "--warehouse has a bucket of its own; leave"),
+        (["--run_id=1", "--vectors=user=u.npz", "--embedding_rows"], "--embedding_rows is for towers that end in an"),
+        (["--run_id=1", "--compute=user,item", "--embedding_rows"], "--embedding_rows is for towers that end in an"),
+        (["--run_id=1", "--vectors=user=u.npz", "--include_oov"], "--include_oov is for towers with a lookup"),
+        (["--run_id=1", "--ids=user=rows,item=rows", "--include_oov"], "--include_oov is for towers with a lookup"),
+        (["--run_id=1", "--vectors=user=u.npz", "--artifact_path=m"], "--artifact_path is for towers in one model"),
+        (["--run_id=1", "--tower=user=a:,item=b:", "--artifact_path=m"], "--artifact_path is for towers in one model"),
+        (["--model_uri=runs:/1/m", "--tower=user=a:,item=b:"], "name the run with --run_id"),
         (
             ["--run_id=1", "--tag_run", "--runner=DataflowRunner"],
             "this process does not wait for DataflowRunner; leave it out and run python -m beam_pipeline.tag afterwards",
@@ -115,6 +136,20 @@ def test_misuse_is_one_line_and_exit_2(capsys, flags, words):
     assert error.endswith("; see python -m beam_pipeline --help\n")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--compute=user", "--embedding_rows"],  # The rows of the item tower.
+        ["--ids=user=rows", "--include_oov"],
+        ["--tower=user=a:,item=layer", "--artifact_path=m"],
+        ["--plan", "--tag_run", "--vector_index=COSINE"],  # A mode is for the command of a job as it is.
+        ["--inspect", "--tag_run", "--latest_tables"],
+    ],
+)
+def test_flags_that_do_something_for_one_tower_or_for_the_job(flags):
+    parse(["--run_id=1", *flags])
+
+
 def test_env_names_the_dataset_and_no_other_flag_has_to():
     assert (parse(["--run_id=1"]).env, parse(["--run_id=1"]).dataset) == ("dev", "raw_dev")
     assert (parse(["--run_id=1", "--env=stg"]).env, parse(["--run_id=1", "--env=stg"]).dataset) == ("stg", "raw_stg")
@@ -127,6 +162,19 @@ def test_runs_are_tagged_where_this_process_waits(runner):
 
 def test_beams_flags_in_any_form(capsys):
     parse(["--run_id", "1", "--no_use_public_ips", "--experiments=a", "--experiments", "b", "--labels", '{"a": "b"}'])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--features=user=/f/*.parquet"],
+        ["--features=user=/f/*.parquet", "--runner=FlinkRunner", "--shared_files"],
+        ["--features=user=gs://b/*.parquet", "--runner=DataflowRunner"],
+        ["--features=user=SELECT 1", "--runner=PrismRunner"],
+    ],
+)
+def test_features_that_the_workers_can_read(flags):
+    assert parse(["--run_id=1", "--compute=user", *flags]).features
 
 
 def test_features_may_be_one_json_object():
@@ -146,4 +194,4 @@ def test_an_index_needs_vectors_of_one_length(capsys):
     assert parse(["--run_id=1"]).vector_index is None
     with pytest.raises(SystemExit):
         parse(["--run_id=1", "--vector_index=COSINE", "--allow_dimension_change"])
-    assert "--vector_index=COSINE needs vectors of one length; leave out it or --allow_dim" in capsys.readouterr().err
+    assert "--vector_index=COSINE needs vectors of one length, and --allow_dim" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from contextlib import contextmanager
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlparse
 
@@ -14,12 +14,13 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
 from google.cloud.storage import Client as StorageClient
-from towers import described
+from towers import computed, described
 
 from beam_pipeline.bigquery import tables
 from beam_pipeline.bigquery.publication import Publication
 from beam_pipeline.bigquery.tables import Destination
-from beam_pipeline.errors import ConfigError
+from beam_pipeline.errors import ConfigError, DimensionChangedError, IncompatibleTableError, PartitionTakenError
+from beam_pipeline.formats.model import Ending, Tail
 from beam_pipeline.launch import bucket, permissions, preflight
 from beam_pipeline.launch.bucket import location_fits
 from beam_pipeline.launch.findings import Findings
@@ -102,6 +103,9 @@ class Cloud:
         tables: names of tables that exist.
         partitions: of the user's table, as YYYYMMDD -> a vector in it.
         queries: every query that was run.
+        held: rows of partitions, as (date, run id, rows), by table.
+        resources: name → table, of those that can be looked at.
+        forbidden: names of tables that may not be looked at.
         billing: the project that grants to run jobs.
     """
 
@@ -117,6 +121,9 @@ class Cloud:
         self.may_query = True
         self.partitions = {}
         self.queries = []
+        self.held = {}
+        self.resources = {}
+        self.forbidden = set()
         self.billing = "my-project"
 
     def answer(self, method, url, body):
@@ -137,14 +144,23 @@ class Cloud:
             return self._granted("table", json.loads(body)["permissions"])
         if path.endswith("/queries"):
             self.queries.append(json.loads(body))
-            latest = max(self.partitions, default=None)
-            return 200, {
-                "jobReference": {"projectId": "my-project", "jobId": "job", "location": "EU"},
-                "jobComplete": True,
-                "schema": {"fields": [{"name": "latest", "type": "STRING"}]},
-                "rows": [{"f": [{"v": latest}]}],
-                "totalRows": "1",
-            }
+            sql = self.queries[-1]["query"]
+            if "MAX(partition_id)" in sql:
+                return 200, self._result([("STRING", max(self.partitions, default=None))])
+            if "INFORMATION_SCHEMA" in sql:
+                return 200, self._result()
+            table = sql.split("`")[1]
+            if table not in self.held:
+                return 404, {"error": {"code": 404, "message": f"Not found: Table {table}"}}
+            rows = self.held[table]
+            return 200, self._result(
+                *([("DATE", day), ("STRING", run), ("INTEGER", count)] for day, run, count in rows)
+            )
+        if match := re.search(r"/projects/my-project/datasets/raw_prod/tables/(\w+)$", path):
+            if match[1] in self.forbidden:
+                return 403, {"error": {"code": 403, "message": f"Access Denied: Table {match[1]}\nAsk for access."}}
+            if match[1] in self.resources:
+                return 200, self.resources[match[1]]
         if match := re.search(
             r"/projects/my-project/datasets/raw_prod/tables/two_tower_user_embedding\$(\d+)/data$", path
         ):
@@ -158,6 +174,17 @@ class Cloud:
             assert configuration["dryRun"]
             return 200, {"configuration": configuration, "status": {"state": "DONE"}, "jobReference": {}}
         return 404, {"error": {"code": 404, "message": path}}
+
+    def _result(self, *rows):
+        return {
+            "jobReference": {"projectId": "my-project", "jobId": "job", "location": "EU"},
+            "jobComplete": True,
+            "schema": {
+                "fields": [{"name": f"f{at}_", "type": kind} for at, (kind, _) in enumerate(rows[0] if rows else ())]
+            },
+            "rows": [{"f": [{"v": None if value is None else str(value)} for _, value in row]} for row in rows],
+            "totalRows": str(len(rows)),
+        }
 
     def _granted(self, kind, asked):
         return 200, {"permissions": [permission for permission in asked if permission in self.granted[kind]]}
@@ -182,7 +209,7 @@ def served(cloud):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds until it ends
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -326,16 +353,16 @@ def examined_bucket(cloud, what=WHAT):
         (
             "EUR5",
             "note",
-            "gs://temp in EUR5, and the dataset in EU: only the load job tells whether that fits; to be sure,",
+            "gs://temp in EUR5, and the dataset in EU: only the load job will show whether that fits; to be sure,",
         ),
-        ("", "note", "gs://temp could not be asked for its location: "),
+        ("", "note", "the location of gs://temp is unknown: "),
         ("us-central1", "stop", "bucket gs://temp is in us-central1, from where a dataset in EU cannot load; name one"),
         (
             "europe-west2",
             "stop",
             "bucket gs://temp is in europe-west2, from where a dataset in EU cannot load; name one in EU with --temp_loc",
         ),
-        (None, "stop", "bucket gs://temp of --temp_location does not exist; make it where the dataset is: gcloud"),
+        (None, "stop", "bucket gs://temp of --temp_location does not exist; create it where the dataset is: gcloud"),
     ],
 )
 def test_the_bucket(cloud, location, status, text):
@@ -454,3 +481,420 @@ def test_more_dates_than_a_load_job_writes(cloud, count, stopped):
     found = preflight.examine(cloud.client, dataclasses.replace(WHAT, trainings=trainings), parse(["--run_id=r"]))
     stops = [line.text for line in found.lines if line.check == "dates"]
     assert stops == ["4,001 dates, and one load job writes 4,000; narrow --since and --until"] * stopped
+
+
+KEY = "projects/p/locations/europe/keyRings/r/cryptoKeys/k"
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "ignored"),
+    [
+        ({}, {}, ""),
+        ({"partition_expiration_days": 30}, {}, "--partition_expiration_days=30"),
+        ({"partition_expiration_days": 30}, {"expiration_ms": 30 * 24 * 3600 * 1000}, ""),
+        ({"require_partition_filter": True}, {}, "--require_partition_filter"),
+        ({"require_partition_filter": True}, {"require_partition_filter": True}, ""),
+        ({"kms_key": KEY}, {}, "--kms_key"),
+        ({"kms_key": KEY}, {"kms_key": f"{KEY}2"}, "--kms_key"),
+        ({"kms_key": KEY}, {"kms_key": KEY}, ""),
+        (
+            {"partition_expiration_days": 30, "require_partition_filter": True, "kms_key": KEY},
+            {},
+            "--partition_expiration_days=30, --require_partition_filter, --kms_key",
+        ),
+    ],
+)
+def test_settings_that_an_existing_table_does_not_have_are_noted(asked, settings, ignored):
+    table = bigquery.Table("p.d.t")
+    table.time_partitioning = bigquery.TimePartitioning(expiration_ms=settings.get("expiration_ms"))
+    table.require_partition_filter = settings.get("require_partition_filter")
+    if "kms_key" in settings:
+        table.encryption_configuration = bigquery.EncryptionConfiguration(settings["kms_key"])
+    findings = Findings()
+    preflight._examine_settings(findings, "table user", table, dataclasses.replace(WHAT, **asked))
+    found = [(line.status, line.text.partition(" would apply")[0]) for line in findings.lines]
+    assert found == ([("note", ignored)] if ignored else [])
+
+
+# The whole report.
+
+
+class Now(datetime):
+    """A clock that stands still, so that ages do not depend on when the test runs."""
+
+    @classmethod
+    def now(cls, tz):
+        assert tz is UTC
+        return cls(2026, 3, 10, 23, 59, tzinfo=UTC)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(preflight, "datetime", Now)
+
+
+def report(cloud, what=WHAT, *flags, **places):
+    """Returns (check, status, text) of every line."""
+    found = preflight.examine(cloud.client, what, parse(["--run_id=r", *flags]), **places)
+    return [(line.check, line.status, line.text) for line in found.lines]
+
+
+def lines_of(found, *checks):
+    return [line for line in found if line[0] in checks]
+
+
+def history(name, tower="user", *, partitioned=True, columns=None, **partitioning):
+    """Returns a table as BigQuery describes it."""
+    table = bigquery.Table(f"my-project.raw_prod.{name}", schema=columns or tables.schema_fields(tower))
+    if partitioned:
+        table.time_partitioning = bigquery.TimePartitioning(type_="DAY", field="train_date", **partitioning)
+    return table.to_api_repr()
+
+
+USER, ITEM = (WHAT.destination.table(tower) for tower in ("user", "item"))
+
+
+PERMITTED = "project my-project, bucket temp, table user, table item, a query (dry run)"
+UNKNOWN = "it is unknown whether {}_layer continues after its embedding: no call"
+
+
+def test_the_report_of_a_first_publication(cloud, clock):
+    assert report(cloud) == [
+        ("vectors user", "note", UNKNOWN.format("user")),
+        ("vectors item", "note", UNKNOWN.format("item")),
+        ("towers", "note", "user and item have the same ids: they cannot be searched against each other"),
+        ("dataset", "ok", "my-project.raw_prod in EU"),
+        ("project", "note", "jobs run and are billed in my-project, the dataset's project; --project names another"),
+        ("table user", "ok", f"{USER} will be created, partitions kept forever"),
+        ("table item", "ok", f"{ITEM} will be created, partitions kept forever"),
+        ("bucket", "ok", "gs://temp in EU"),
+        ("permissions", "ok", f"this account: {PERMITTED}"),
+        ("size", "ok", "at most 2,000,000 rows, 512 MB of vectors to read, 1.1 GB in BigQuery"),
+        ("cost", "ok", "publishing reads 1.1 GB: about $0.01 at $6.25/TiB; loading is free"),
+    ]
+
+
+def test_the_report_asks_every_part_about_this_job(cloud, clock):
+    """Staging elsewhere, keys, an index, Dataflow, towers that go on after their embedding."""
+    towers = tuple(dataclasses.replace(tower, tail=Tail(Ending.GOES_ON, (("dense", "MatMul"),))) for tower in TOWERS)
+    what = dataclasses.replace(
+        WHAT,
+        destination=dataclasses.replace(WHAT.destination, staging_dataset="my-project.scratch"),
+        trainings=(dataclasses.replace(WHAT.trainings[0], towers=by_name(towers)),),
+        kms_key=key("europe-west1"),
+        vector_index="COSINE",
+    )
+    cloud.granted["project"].discard("dataflow.jobs.create")
+    flags = ["--runner=DataflowRunner", "--embedding_rows"]
+    found = report(cloud, what, *flags, region="europe-west1", dataflow_kms_key=key("europe-west4"))
+    assert ("dataset", "ok", "my-project.raw_prod in EU, staging in my-project.scratch") in found
+    assert [status for _, status, _ in lines_of(found, "vectors user", "vectors item")] == ["note"] * 2
+    assert [text[:22] for _, _, text in lines_of(found, "index user", "index item")][:1] == ["COSINE, will be create"]
+    assert lines_of(found, "bucket") == [
+        ("bucket", "ok", "gs://temp in EU"),
+        *(line for line in found if line[0] == "bucket" and line[1] == "note"),
+    ]
+    assert any("load files are encrypted with Google's" in text for _, _, text in found)
+    assert [(status, text[:46]) for _, status, text in lines_of(found, "key")] == [
+        ("note", "--kms_key is in europe-west1, and BigQuery wan"),
+        ("stop", "--dataflow_kms_key is in europe-west4, and Dat"),
+    ]
+    ((_, status, text),) = lines_of(found, "permissions")
+    assert status == "note"
+    assert text.startswith("this account, not the workers', lacks dataflow.jobs.create on project my-project")
+
+
+def test_a_portable_runner_needs_no_permission_of_dataflow(cloud, clock):
+    cloud.granted["project"].discard("dataflow.jobs.create")
+    found = report(cloud, WHAT, "--runner=PrismRunner")
+    assert lines_of(found, "permissions") == [("permissions", "ok", f"this account, not the workers': {PERMITTED}")]
+
+
+@pytest.mark.parametrize("discovered", [False, True])
+def test_towers_that_were_found_and_not_named(cloud, clock, discovered):
+    towers = (TOWERS[0], dataclasses.replace(described("item", rows=5, dimension=32), layer="genre"))
+    named = ["--tower=user=user_layer", "--tower=item=genre"]
+    what = dataclasses.replace(WHAT, trainings=(dataclasses.replace(WHAT.trainings[0], towers=by_name(towers)),))
+    ((_, status, text),) = lines_of(report(cloud, what, *([] if discovered else named)), "towers")
+    assert text.startswith("user and item have vectors of 64 and of 32 values")
+    assert status == ("stop" if discovered else "note")
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ("RUNNING", "0123abcd is RUNNING: start the job again if it logs its model again before it ends"),
+        ("SCHEDULED", "0123abcd is SCHEDULED: start the job again if it logs its model again before it ends"),
+        ("FAILED", "0123abcd is FAILED: make sure that its model is the one to publish"),
+    ],
+)
+def test_a_run_that_has_not_finished(cloud, clock, state, text):
+    run = dataclasses.replace(RUN, status=state)
+    trainings = (dataclasses.replace(WHAT.trainings[0], run=run), WHAT.trainings[0])
+    found = report(cloud, dataclasses.replace(WHAT, trainings=trainings))
+    assert lines_of(found, "run") == [("run", "note", text)]
+
+
+def two(**changes):
+    """Two trainings, a week apart; the user's vectors of the second are changed."""
+    later = dataclasses.replace(RUN, run_id="later", train_date=date(2026, 3, 8))
+    user = dataclasses.replace(TOWERS[0], matrix=dataclasses.replace(TOWERS[0].matrix, **changes))
+    second = dataclasses.replace(WHAT.trainings[0], run=later, towers=by_name((user, TOWERS[1])))
+    return dataclasses.replace(WHAT, trainings=(*WHAT.trainings, second))
+
+
+def test_trainings_whose_vectors_differ_in_length(cloud, clock):
+    found = preflight.examine(cloud.client, two(dimension=32), parse(["--run_id=r"]))
+    (stop,) = [line for line in found.lines if line.status == "stop"]
+    assert (stop.check, type(stop.error)) == ("table user", DimensionChangedError)
+    assert stop.text == (
+        "tower 'user': vectors of different lengths: 32 (run later), 64 (run 0123abcd), and VECTOR_SEARCH needs one "
+        "length; --allow_dimension_change publishes all the same"
+    )
+    allowed = report(cloud, two(dimension=32), "--allow_dimension_change")
+    assert [status for _, status, _ in lines_of(allowed, "table user")] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("days", "stops"), [(None, False), (10, False), (9, True), (1, True)], ids=lambda value: str(value)
+)
+def test_partitions_that_would_be_deleted_at_once(cloud, clock, days, stops):
+    """The run is of March 1, and it is March 10."""
+    what = dataclasses.replace(WHAT, partition_expiration_days=days)
+    kept = f"partitions kept for {days} days" if days else "partitions kept forever"
+    first, *more = lines_of(report(cloud, what), "table user")
+    assert first == ("table user", "ok", f"{USER} will be created, {kept}")
+    words = (
+        f"table two_tower_user_embedding keeps partitions for {days} days, and 2026-03-01 was 9 days ago: BigQuery "
+        "would delete its rows at once; lengthen that expiration"
+    )
+    assert more == [("table user", "stop", words)] * stops
+
+
+def test_several_partitions_that_would_be_deleted_at_once(cloud, clock):
+    what = dataclasses.replace(two(), partition_expiration_days=2)
+    *_, (_, status, text) = lines_of(report(cloud, what), "table user")
+    assert status == "stop"
+    assert text == (
+        "table two_tower_user_embedding keeps partitions for 2 days, and 2026-03-01 was 9 days ago and 1 more date: "
+        "BigQuery would delete its rows at once; lengthen that expiration, or leave the date out with --since"
+    )
+    run = dataclasses.replace(RUN, run_id="third", train_date=date(2026, 3, 7))
+    three = dataclasses.replace(what, trainings=(*what.trainings, dataclasses.replace(WHAT.trainings[0], run=run)))
+    *_, (_, _, text) = lines_of(report(cloud, three), "table user")
+    assert "2026-03-01 was 9 days ago and 2 more dates: BigQuery" in text
+
+
+def test_a_table_that_exists(cloud, clock):
+    week = 7 * 24 * 60 * 60 * 1000
+    columns = [c for c in tables.schema_fields("user") if c.name not in ("mlflow_experiment_id", "mlflow_run_name")]
+    cloud.resources = {
+        "two_tower_user_embedding": history("two_tower_user_embedding", columns=columns, expiration_ms=week),
+        "two_tower_item_embedding": history("two_tower_item_embedding", "item"),
+    }
+    cloud.partitions = {"20260301": [1.0] * 64}
+    user, old, free = lines_of(report(cloud), "table user")
+    assert user == (
+        "table user",
+        "ok",
+        f"{USER} exists, partitions kept for 7 days; columns mlflow_experiment_id, mlflow_run_name will be added",
+    )
+    assert (old[1], old[2][:60]) == ("stop", "table two_tower_user_embedding keeps partitions for 7 days, ")
+    assert free == ("table user", "ok", "partition 2026-03-01 is free")
+    item, free, *_ = lines_of(report(cloud), "table item")
+    assert item == ("table item", "ok", f"{ITEM} exists, partitions kept forever")
+    assert lines_of(report(cloud), "vectors user")[1:] == [
+        ("vectors user", "ok", "64 values, as in the latest partition (2026-03-01)")
+    ]
+
+
+def test_a_table_that_cannot_be_used_or_looked_at(cloud, clock):
+    cloud.resources["two_tower_user_embedding"] = history("two_tower_user_embedding", partitioned=False)
+    cloud.forbidden.add("two_tower_item_embedding")
+    found = preflight.examine(cloud.client, WHAT, parse(["--run_id=r"]))
+    user, item = [line for line in found.lines if line.check.startswith("table")]
+    assert (user.status, type(user.error)) == ("stop", IncompatibleTableError)
+    assert "two_tower_user_embedding cannot be used: it is not partitioned" in user.text
+    assert (item.status, type(item.error)) == ("stop", ConfigError)
+    start = f"BigQuery cannot look up {ITEM}: 403 GET "
+    assert item.text.startswith(start)
+    assert item.text.endswith("Access Denied: Table two_tower_item_embedding")  # one line
+
+
+def test_the_length_of_the_last_training_is_compared(cloud, clock):
+    cloud.resources["two_tower_user_embedding"] = history("two_tower_user_embedding")
+    cloud.partitions = {"20260301": [1.0] * 32}
+    found = preflight.examine(cloud.client, two(dimension=32), parse(["--run_id=r"]))
+    assert [(line.status, line.text) for line in found.lines if line.check == "vectors user"][1:] == [
+        ("ok", "32 values, as in the latest partition (2026-03-01)")
+    ]
+    found = preflight.examine(cloud.client, WHAT, parse(["--run_id=r"]))
+    (stop,) = [line for line in found.lines if line.check == "vectors user" and line.status == "stop"]
+    assert isinstance(stop.error, DimensionChangedError)
+    assert stop.text == (
+        f"tower 'user': vectors of 64 values, but the latest partition of {USER} (2026-03-01) holds vectors of 32, and "
+        "VECTOR_SEARCH needs one length; --allow_dimension_change publishes all the same"
+    )
+    assert len(lines_of(report(cloud, WHAT, "--allow_dimension_change"), "vectors user")) == 1
+
+
+FEW = [(date(2026, 3, 1), "other", 1000), (date(2026, 3, 1), "more", 2000), (date(2026, 3, 8), "other", 3)]
+PARTITIONS = ("table user", "partition 2026-03-01 user", "partition 2026-03-08 user")
+
+
+def partitions_of(cloud, what, held):
+    cloud.held = {USER: held}
+    cloud.resources["two_tower_user_embedding"] = history("two_tower_user_embedding")
+    found = preflight.examine(cloud.client, what, parse(["--run_id=r"]))
+    return [line for line in found.lines if line.check in PARTITIONS][1:]
+
+
+def test_partitions_are_asked_for_by_their_dates(cloud, clock):
+    partitions_of(cloud, two(), [])
+    (asked,) = [query for query in cloud.queries if "BETWEEN" in query["query"]]
+    assert asked["query"] == tables.partitions_sql(USER)
+    assert [
+        (p["name"], p["parameterType"]["type"], p["parameterValue"]["value"]) for p in asked["queryParameters"]
+    ] == [
+        ("first", "DATE", "2026-03-01"),
+        ("last", "DATE", "2026-03-08"),
+    ]
+
+
+def test_partitions_of_a_table_that_is_not_there(cloud):
+    assert preflight.partitions(cloud.client, USER, date(2026, 3, 1), date(2026, 3, 8)) == {}
+    cloud.held = {USER: FEW}
+    assert preflight.partitions(cloud.client, USER, date(2026, 3, 1), date(2026, 3, 8)) == {
+        date(2026, 3, 1): {"other": 1000, "more": 2000},
+        date(2026, 3, 8): {"other": 3},
+    }
+
+
+def test_a_partition_of_another_run_stops_the_job(cloud, clock):
+    (stop,) = partitions_of(cloud, WHAT, FEW)
+    assert (stop.check, stop.status, type(stop.error)) == ("partition 2026-03-01 user", "stop", PartitionTakenError)
+    assert stop.text == (
+        f"partition 2026-03-01 of {USER} holds 2,000 rows of run more; --if_partition_taken=replace puts this run in its "
+        "place, keep leaves both"
+    )
+
+
+@pytest.mark.parametrize(("how", "words"), [("replace", "are replaced"), ("keep", "stay beside this run's")])
+def test_a_partition_of_another_run_that_does_not_stop_the_job(cloud, clock, how, words):
+    found = partitions_of(cloud, dataclasses.replace(two(), if_partition_taken=how), FEW[1:])
+    assert [(line.check, line.status, line.text) for line in found] == [
+        ("partition 2026-03-01 user", "note", f"2,000 rows of run more {words} (--if_partition_taken={how})"),
+        ("partition 2026-03-08 user", "note", f"3 rows of run other {words} (--if_partition_taken={how})"),
+    ]
+
+
+def test_a_partition_of_this_run(cloud, clock):
+    found = partitions_of(cloud, two(), [(date(2026, 3, 1), "0123abcd", 1000)])
+    assert [(line.check, line.status, line.text) for line in found] == [
+        ("partition 2026-03-01 user", "note", "holds 1,000 rows of this run already, which are published again"),
+        ("table user", "ok", "1 of 2 partitions are free"),
+    ]
+    both = partitions_of(cloud, two(), [(date(2026, 3, 1), "0123abcd", 1000), (date(2026, 3, 1), "other", 5)])
+    assert [(line.check, line.status) for line in both] == [
+        ("partition 2026-03-01 user", "stop"),
+        ("partition 2026-03-01 user", "note"),
+        ("table user", "ok"),
+    ]
+
+
+def test_partitions_that_are_free(cloud, clock):
+    assert [line.text for line in partitions_of(cloud, WHAT, [])] == ["partition 2026-03-01 is free"]
+    assert [line.text for line in partitions_of(cloud, two(), [])] == ["2 of 2 partitions are free"]
+
+
+LATEST = {tower: WHAT.destination.latest(tower) for tower in ("user", "item")}
+
+
+def latest_of(cloud, what):
+    return lines_of(report(cloud, what), "latest user", "latest item")
+
+
+def test_the_latest_tables(cloud, clock):
+    what = dataclasses.replace(WHAT, latest_tables=True)
+    assert latest_of(cloud, WHAT) == []
+    assert latest_of(cloud, what) == [
+        (f"latest {tower}", "ok", f"{LATEST[tower]} will be created") for tower in ("user", "item")
+    ]
+    cloud.resources["two_tower_user_embedding_latest"] = history("two_tower_user_embedding_latest", partitioned=False)
+    cloud.forbidden.add("two_tower_item_embedding_latest")
+    user, item = latest_of(cloud, what)
+    assert user == (
+        "latest user",
+        "ok",
+        f"{LATEST['user']} exists, and will hold this training if no newer one is published",
+    )
+    assert item[:2] == ("latest item", "stop")
+    assert item[2].startswith(f"BigQuery cannot look up {LATEST['item']}: 403 GET ")
+    cloud.resources["two_tower_user_embedding_latest"] = history("two_tower_user_embedding_latest")
+    found = preflight.examine(cloud.client, what, parse(["--run_id=r"]))
+    user, item = [line for line in found.lines if line.check.startswith("latest")]
+    assert (user.status, type(user.error), type(item.error)) == ("stop", IncompatibleTableError, ConfigError)
+    assert "cannot be used: it is partitioned, and holds one training alone" in user.text
+
+
+# What it costs.
+
+
+def estimate(what):
+    findings = Findings()
+    preflight._estimate(findings, what)
+    return [(line.check, line.status, line.text) for line in findings.lines]
+
+
+def test_the_estimate_of_several_trainings():
+    """A row of the history: DATE 8, four strings of 2 bytes each and 1, 9, 8 and 6, an id of 2 and 10, 64 doubles."""
+    small = described("user", rows=1000, dimension=64, ids_bytes=10_000)
+    one = dataclasses.replace(WHAT.trainings[0], towers=by_name((small,)))
+    accented = dataclasses.replace(one, run=dataclasses.replace(RUN, run_name="été"))  # 5 bytes instead of 6
+    row = 8 + 24 + 8 + 12 + 512
+    assert estimate(dataclasses.replace(WHAT, trainings=(one, accented))) == [
+        (
+            "size",
+            "ok",
+            f"at most 2,000 rows, 512 kB of vectors to read, {(1000 * row + 1000 * (row - 1)) / 1e6:.1f} MB in BigQuery",
+        ),
+        ("cost", "ok", "publishing reads 1.1 MB: about $0.00 at $6.25/TiB; loading is free"),
+    ]
+
+
+def test_the_estimate_of_latest_tables():
+    """They are copied from the history: what is written there is read, and what it replaces is read to be deleted."""
+    large = described("user", rows=1_000_000_000, dimension=64, ids_bytes=10_000_000_000)
+    what = dataclasses.replace(WHAT, trainings=(dataclasses.replace(WHAT.trainings[0], towers=by_name((large,))),))
+    staged, size = 540e9, 564e9
+    for latest, read in ((False, staged), (True, staged + 2 * size)):
+        ((_, _, text),) = estimate(dataclasses.replace(what, latest_tables=latest))[1:]
+        amount = f"{read / 1e12:.1f} TB" if read > 1e12 else f"{read / 1e9:.0f} GB"
+        assert text == f"publishing reads {amount}: about ${read / 2**40 * 6.25:.2f} at $6.25/TiB; loading is free"
+
+
+@pytest.mark.parametrize(("rows", "more"), [(0, " and those of features,"), (5, ",")])
+def test_the_estimate_of_computed_towers(rows, more):
+    towers = (computed("user", rows=rows), described("item", rows=10))
+    what = dataclasses.replace(WHAT, trainings=(dataclasses.replace(WHAT.trainings[0], towers=by_name(towers)),))
+    (_, _, text), _ = estimate(what)
+    assert text.startswith(f"at most {rows + 10} rows{more} 320 bytes of vectors to read, ")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (9_949, "9.9 kB"),
+        (10_000, "10 kB"),
+        (999_000, "999 kB"),
+        (1_000_000, "1.0 MB"),
+        (2_500_000_000, "2.5 GB"),
+        (1_000_000_000_000, "1.0 TB"),
+        (1_234_500_000_000_000, "1,234.5 TB"),
+    ],
+)
+def test_bytes_in_words(count, text):
+    assert preflight._bytes(count) == text

@@ -1,5 +1,6 @@
 """What the report says of towers whose vectors cannot be compared with each other."""
 
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -29,7 +30,7 @@ def findings(*towers, discovered=False):
         trainings=(Training(run, "model", by_name(towers)),),
         temp_location="gs://b/t",
         if_partition_taken="fail",
-        token="t",
+        launch_prefix="t",
         job_name="job",
     )
     report = Findings()
@@ -65,4 +66,14 @@ def test_what_cannot_be_told_is_a_note_with_the_reason(tmp_path):
     untold = tower(tmp_path, "user", ["a"], tail=Ending.UNKNOWN)
     ((status, text),) = findings(untold)
     assert status == "note"
-    assert text.startswith("whether user_tower goes on after its embedding cannot be told")
+    assert text.startswith("it is unknown whether user_tower continues after its embedding")
+
+
+def test_vectors_of_files_that_differ_in_length_are_refused(tmp_path):
+    user, item = (replace(tower(tmp_path, name, ["a"], dimension), source="file", tail=Tail(Ending.LOGGED))
+                  for name, dimension in (("user", 4), ("item", 8)))  # fmt: skip
+    stop = next(text for status, text in findings(user, item) if status == "stop")
+    assert stop.startswith(
+        "user and item have vectors of 4 and of 8 values: user_tower and item_tower cannot be searched"
+    )
+    assert not [text for status, text in findings(user, replace(item, source="index")) if status == "stop"]

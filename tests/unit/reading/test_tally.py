@@ -4,7 +4,7 @@ import dataclasses
 from datetime import date
 
 import pytest
-from towers import described
+from towers import computed, described
 
 from beam_pipeline import checksums
 from beam_pipeline.errors import AuditError, BadIdError, ChecksumError
@@ -34,6 +34,29 @@ def added(reports, *towers):
 def test_what_is_added_up():
     reports = [report(4, 6), report(0, 4, ids=3), Report("other", "user", 0, 10, 10)]
     assert added(reports) == {("run", "user"): Tally(9, 320, 1.0, pytest.approx(20 / 9), 3.0, 2)}
+
+
+def test_reports_come_in_any_order():
+    """Of the first two rows, one could pass for the other if rows began at 1."""
+    assert added([report(1, 9), report(0, 1)]).keys() == {("run", "user")}
+
+
+def test_one_problem_is_reported_as_it_is_and_two_with_their_number():
+    problems = [Report("run", "user", row, problem=BadIdError(f"row {row} is bad")) for row in (2, 1)]
+    with pytest.raises(BadIdError, match=r"^row 2 is bad$"):
+        tally(problems[:1], [])
+    with pytest.raises(BadIdError, match=r"^row 1 is bad \(and 1 more problem\)$"):
+        tally(problems, [])
+
+
+def test_computed_rows_are_as_many_as_their_source_announced():
+    sources = [Report("run", "user", None, announced=6), Report("run", "user", None, announced=4)]
+    reports = [Report("run", "user", None, rows, rows, norms=Norms(1.0, rows, 1.0, 0)) for rows in (7, 3)]
+    assert added([*sources, *reports], computed("user"))["run", "user"].ids == 10
+    with pytest.raises(AuditError, match=r"^tower 'user': 7 of 10 rows were read$"):
+        added([*sources, reports[0]], computed("user"))
+    with pytest.raises(BadIdError, match=r"^tower 'user' has no ids: SELECT 1 is empty$"):
+        added([Report("run", "user", None, announced=0)], computed("user"))
 
 
 @pytest.mark.parametrize(

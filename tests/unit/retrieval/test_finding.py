@@ -131,7 +131,7 @@ def test_zero_vectors(bigquery, vectors):
 
 
 def test_vectors_of_another_length(vectors):
-    with pytest.raises(DimensionChangedError, match="there are vectors of 2 values beside the id's own of 6"):
+    with pytest.raises(DimensionChangedError, match="there are vectors of 2 values, and the id's own has 6"):
         exactly(search(), {"item": {**vectors["item"], "short": np.ones(2)}}, 1)
 
 

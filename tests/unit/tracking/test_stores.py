@@ -134,7 +134,7 @@ def test_a_folder_of_a_windows_machine(client, uri, root):
         ("dbfs:/x", r"set MLFLOW_TRACKING_URI=databricks, DATABRICKS_HOST and DATABRICKS_TOKEN$"),
         ("dbfs:/databricks/mlflow-tracking/1/0123/artifacts", r"DATABRICKS_HOST and DATABRICKS_TOKEN$"),
         ("dbfs:/Volumes/a/b/c", r"DATABRICKS_HOST and DATABRICKS_TOKEN$"),
-        ("oss://bucket/x", r"reads no oss://, where oss://bucket/\S* is; install the MLflow plugin for it$"),
+        ("oss://bucket/x", r"cannot read oss://, where oss://bucket/\S* is; install the MLflow plugin for it$"),
         ("ftp://me:guess@127.0.0.1:9/x", r"me:…@127.0.0.1:9/\S* cannot be read: .*refused; check that this machine"),
         ("mlflow-artifacts:/x", r"through the tracking server, and sqlite:\S* is the store behind it; name the server"),
     ],

@@ -122,18 +122,18 @@ def test_files_without_ids(tmp_path, name, content, error, message):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("ids.json", b'{"a": "x"}', BadIdError, "the row of id 'a' is no integer"),
-        ("ids.json", b'{"a": true}', BadIdError, "the row of id 'a' is no integer"),
+        ("ids.json", b'{"a": "x"}', BadIdError, "the row of id 'a' is not an integer"),
+        ("ids.json", b'{"a": true}', BadIdError, "the row of id 'a' is not an integer"),
         ("ids.json", b'{"a": 99999999999999999999}', BadIdError, "is beyond 64 bits"),
-        ("ids.json", b'{"a": {"b": 1, "c": 2}}', BadIdError, "the row of id 'a' is no integer"),
+        ("ids.json", b'{"a": {"b": 1, "c": 2}}', BadIdError, "the row of id 'a' is not an integer"),
         (
             "ids.csv",
             b"id,row\na,x\n",
             BadIdError,
-            "no table of ids and their rows .*conversion error to int64: invalid value .x",
+            "not a table of ids and their rows .*conversion error to int64: invalid value .x",
         ),
         ("ids.csv", b"id,row\na,\n", BadIdError, "id 'a' has no row"),
-        ("ids.csv", b"id,row\na\n", BadIdError, "no table of ids and their rows"),
+        ("ids.csv", b"id,row\na\n", BadIdError, "not a table of ids and their rows"),
         ("ids.csv", b'id,row\n"a\nb",3\n', BadIdError, "no table|where 2 were counted"),
     ],
 )

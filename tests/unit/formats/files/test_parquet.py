@@ -235,3 +235,31 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
         most = max(most, pa.total_allocated_bytes() - before)
     assert at == len(values)
     assert most < 20 << 20
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("{}/part-*.parquet", ["{}/part-0.parquet", "{}/part-10.parquet"]),
+        ("{}/part-?.parquet", ["{}/part-0.parquet"]),
+        ("{}/*[1].parq", ["{}/x[1].parq"]),
+        ("{}", ["{}/part-0.parquet", "{}/part-10.parquet", "{}/x[1].parq"]),
+        ("{}/", ["{}/part-0.parquet", "{}/part-10.parquet", "{}/x[1].parq"]),
+        ("{}/part-0.parquet", ["{}/part-0.parquet"]),
+        ("{}/not-there.parquet", ["{}/not-there.parquet"]),
+        ("part-*.parquet", ["part-0.parquet", "part-10.parquet"]),
+        ("./part-1*.parquet", ["./part-10.parquet"]),
+    ],
+)
+def test_which_files_a_path_names(tmp_path, monkeypatch, path, found):
+    for name in ("part-0.parquet", "part-10.parquet", "x[1].parq", "_SUCCESS", "_metadata.parquet", ".part-1.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert parquet.find_files(path.format(tmp_path), list_folder) == [each.format(tmp_path) for each in found]
+
+
+def test_paths_that_name_no_files(tmp_path):
+    with pytest.raises(ArtifactMissingError, match="names no Parquet files"):
+        parquet.find_files(f"{tmp_path}/*.parquet", list_folder)
+    with pytest.raises(UnsupportedModelError, match=r"\* and \? are for names of files, not for gs://b/day=\*/; name"):
+        parquet.find_files("gs://b/day=*/x.parquet", list_folder)

@@ -97,9 +97,9 @@ def with_settings(**settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"oov_token": "x" * 1_000_000, "num_oov_indices": 100_000}, "no text of up to 300 bytes"),  # 100 GB of names
-        ({"oov_token": ["x"]}, "no text of up to 300 bytes"),
-        ({"mask_token": "\ud800"}, "no text of up to 300 bytes"),
+        ({"oov_token": "x" * 1_000_000, "num_oov_indices": 100_000}, "not text of up to 300 bytes"),  # 100 GB of names
+        ({"oov_token": ["x"]}, "not text of up to 300 bytes"),
+        ({"mask_token": "\ud800"}, "not text of up to 300 bytes"),
         ({"vocabulary_size": 10**4299}, None),
         ({"vocabulary_size": -(1 << 70)}, None),
         ({"num_oov_indices": 10**4200}, "no sensible number of out-of-vocabulary rows"),
