@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from job import DESTINATION_TABLES, MARCH_1, MARCH_2, refused
 from models import made_by
+from store import example_runs
 
 
 @pytest.fixture(scope="module")
@@ -277,20 +275,16 @@ transforms.compute = stopped
     assert_computed(job, run, deep("deep"), "user")
 
 
-def test_the_forms_of_the_example_give_the_same_tables(job, store, tmp_path):
+def test_the_forms_of_the_example_give_the_same_tables(job, tmp_path):
     forms = {
         "packed": ("embedding", []),
         "vectors": ("file", ["--vectors=user=vectors/user.parquet,item=vectors/item.parquet"]),
         "model": ("computed", ["--compute=user,item"]),
     }
-    script = Path(__file__).parents[2] / "examples/train_deep_towers.py"
-    where = [f"--tracking_uri={store.uri}", f"--artifact_root=file://{tmp_path}", "--start=2026-03-01T10:00"]
-    command = [sys.executable, script, *where, "--form", *forms]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    uri, runs = example_runs("deep", tmp_path / "store")
     found = []
-    for run, (source, flags) in zip(done.stdout.split(), forms.values(), strict=True):
-        assert job.run(run, "--if_partition_taken=replace", *flags) == 0
+    for run, (source, flags) in zip(runs, forms.values(), strict=True):
+        assert job.run(run, f"--tracking_uri={uri}", "--if_partition_taken=replace", *flags) == 0
         found.append([job.rows(tower)[("2026-03-01", run)] for tower in ("user", "item")])
         sources = f"SELECT DISTINCT vector_source FROM {{log}} WHERE mlflow_run_id = '{run}'"
         assert job.query(sources) == [(source,)]

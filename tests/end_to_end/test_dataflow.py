@@ -14,7 +14,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import threading
 import uuid
@@ -22,6 +21,7 @@ import zlib
 from datetime import date
 from pathlib import Path
 
+import environments
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from google.cloud import bigquery, storage
@@ -310,11 +310,17 @@ def worker(staged, tmp_path_factory):
     """An empty environment into which the staged package was installed, as a worker of Dataflow does; its Python."""
     folder = tmp_path_factory.mktemp("worker")
     (folder / "workflow.tar.gz").write_bytes(staged.objects["workflow.tar.gz"])
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+
+    def install(venv, *options):
+        command = [venv / "bin/python", "-m", "pip", "install", "-q", "--no-compile", *options]
+        done = subprocess.run([*command, folder / "workflow.tar.gz"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
     # Beam's own image has Beam and its dependencies already; here they are installed too, all as they are locked.
-    install = [folder / "venv/bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT / "constraints.txt"]
-    done = subprocess.run([*install, folder / "workflow.tar.gz"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    lock = ROOT / "constraints.txt"
+    key = [lock.read_text(), (ROOT / "setup.py").read_text()]
+    environments.create(folder / "venv", "worker", key, lambda venv: install(venv, "-c", lock))
+    install(folder / "venv", "--no-deps", "--force-reinstall")
     yield folder / "venv/bin/python"
     shutil.rmtree(folder)
 

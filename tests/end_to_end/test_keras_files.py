@@ -35,23 +35,16 @@ def check(job, run, model):
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"),
+    ("names", "flags"),
     [
-        ("functional", BY_NAME),
-        ("special", BY_NAME),
-        ("adapted", BY_NAME),
-        ("subclassed", ()),
-        ("configured", ()),
-        ("keras2_functional", BY_NAME),
-        ("keras2_subclassed", ()),
+        (("functional", "special", "adapted", "keras2_functional"), BY_NAME),
+        (("subclassed", "configured", "keras2_subclassed"), ()),
     ],
 )
 @pytest.mark.parametrize("piece_bytes", [8 << 20, 1000])
-def test_every_row_is_what_keras_says(job, store, keras_files, monkeypatch, name, flags, piece_bytes):
+def test_every_row_is_what_keras_says(job, store, keras_files, monkeypatch, names, flags, piece_bytes):
     monkeypatch.setattr("beam_pipeline.reading.pieces.PIECE_BYTES", piece_bytes)
-    run = log_file(store, keras_files(name).folder / "model.keras")
-    assert job.run(run, *flags) == 0
-    check(job, run, keras_files(name))
+    job.publish_all(store, {name: keras_files(name) for name in names}, "--allow_dimension_change", *flags)
 
 
 def test_a_file_of_any_name(job, store, keras_files, tmp_path, capsys):

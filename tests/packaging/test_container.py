@@ -1,7 +1,8 @@
 """The image and the Flex Template, as far as they go without a Docker engine.
 
 The Dockerfile is read by a small interpreter: it copies into a folder and runs the RUN lines with a new virtual
-environment in place of /usr/local. What other images bring is stood in for by programs that say how they were called.
+environment in place of /usr/local; the layer of dependencies is kept from run to run, as Docker keeps it. What other
+images bring is stood in for by programs that say how they were called.
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import environments
 import pytest
 from google.cloud import storage
 from google.cloud.dataflow_v1beta3.types import TemplateMetadata
@@ -44,7 +46,7 @@ class Image:
     def __init__(self, folder):
         self._root = folder / "root"
         self._venv = folder / "venv"
-        subprocess.run([sys.executable, "-m", "venv", self._venv], check=True)
+        self._copied = []
         self.env, self.workdir, self.entrypoint = {}, Path("/"), []
         lines = instructions()
         stages = [at for at, (word, _) in enumerate(lines) if word == "FROM"]
@@ -85,6 +87,15 @@ class Image:
         self.env |= dict(pair.split("=", 1) for pair in rest.split())
 
     def _run(self, rest):
+        if self._venv.exists():
+            self.run(["/bin/sh", "-c", rest])
+        else:
+            venv, key = self._venv, [*instructions(), *((ROOT / name).read_text() for name in self._copied)]
+            environments.create(venv, "image", key, lambda folder: self._first_layer(folder, rest))
+            self._venv = venv
+
+    def _first_layer(self, folder, rest):
+        self._venv = folder
         self.run(["/bin/sh", "-c", rest])
 
     def _copy(self, rest):
@@ -99,6 +110,7 @@ class Image:
         ignored = (ROOT / ".dockerignore").read_text().splitlines()
         for source in sources:
             assert f"!{source.split('/')[0]}" in ignored, f"{source} is not sent to the engine: see .dockerignore"
+            self._copied.append(source)
             if (ROOT / source).is_dir():  # A folder's content, with its times, as Docker does it.
                 shutil.copytree(ROOT / source, into, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
             else:

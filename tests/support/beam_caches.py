@@ -1,9 +1,11 @@
-"""Caches of what Beam works out anew for every pipeline: a third of what a job costs in a test's own process.
+"""Caches of what Beam works out anew for every pipeline: half of what a job costs in a test's own process.
 
-Each answer depends on its arguments alone, so a job does what it does without them. Jobs in processes of their own run
-without. tests/packaging/test_private_apis.py says what of Beam this relies on.
+Each answer depends on its arguments alone, so a job does what it does without them. What users start runs without: in
+tests the cold commands and the workers that are processes. tests/packaging/test_private_apis.py says what of Beam this
+relies on.
 """
 
+import argparse
 import copy
 import dis
 import functools
@@ -32,7 +34,7 @@ def _once_for_each_code(instructions):
 
 
 def _once_for_each_method(arguments):
-    """Beam looks for state in every method of every DoFn, eight times for each."""
+    """Beam looks for state in the signature of every method of every DoFn, eight times."""
     of_method = functools.cache(lambda function, owner: arguments(types.MethodType(function, owner)))
 
     @functools.wraps(arguments)
@@ -59,7 +61,10 @@ def _once_for_each_command_line(init):
     def cached(self, flags=None, **overrides):
         if overrides or flags is None or isinstance(flags, str):
             init(self, flags, **overrides)
-        else:
-            vars(self).update(copy.deepcopy(parsed(type(self), tuple(flags))), _flags=flags)
+            return
+        kept = parsed(type(self), tuple(flags))
+        # Values are shared but for lists, which Beam appends to.
+        values = {name: copy.copy(value) for name, value in kept["_all_options"].items()}
+        vars(self).update(_flags=flags, _visible_options=argparse.Namespace(**values), _all_options=values)
 
     return cached

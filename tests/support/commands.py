@@ -21,6 +21,8 @@ import tempfile
 import threading
 import time
 
+import beam_caches
+
 PRELOADED = (
     "beam_pipeline.launch.launcher",
     "beam_pipeline.comparison.command",
@@ -216,6 +218,7 @@ def run(request):
 def main():
     for name in PRELOADED:
         importlib.import_module(name)
+    beam_caches.install()
     assert threading.active_count() == 1, threading.enumerate()
     # Otherwise each child collects, and so copies, what it has of the server: at its end alone a second of a processor.
     gc.freeze()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.launch.launcher import launch
@@ -37,6 +37,25 @@ class Job:
     def run(self, run_id, *flags):
         """Runs in this process; returns the exit code."""
         return launch(self.config(run_id, *flags))
+
+    def publish_all(self, store, models, *flags):
+        """Publishes models in one job, each as the training of another day; asserts that every row is its library's.
+
+        Args:
+            store: to which they are logged, in an experiment of this test.
+            models: by their names.
+            flags: the same for all.
+        """
+        runs = {}
+        for number, (name, model) in enumerate(models.items()):
+            start = MARCH_1 + timedelta(days=number)
+            runs[name] = (str(start.date()), store.log(model, name, start, experiment=self.dataset))
+        assert self.run(None, f"--experiment_name={self.dataset}", "--all_runs", *flags) == 0
+        for tower in ("user", "item"):
+            rows = self.rows(tower)
+            assert rows.keys() == {*runs.values()}
+            for name, model in models.items():
+                assert rows[runs[name]] == model.rows(tower), f"{tower} of {name}"
 
     def config(self, run_id, *flags):
         return parse([*self._flags, *([f"--run_id={run_id}"] if run_id else []), *flags])

@@ -75,7 +75,8 @@ def _key(script, names):
 
 
 def _sources(script):
-    """Returns a script and those that it imports."""
+    """Returns a script, those that it imports and the examples that it runs."""
     text = (SUPPORT / script).read_text(encoding="utf-8")
     imported = re.findall(r"^(?:from|import) (make_\w+)", text, re.MULTILINE)
-    return [script, *(source for module in imported for source in _sources(f"{module}.py"))]
+    examples = [ROOT / path for path in sorted({*re.findall(r"examples/\w+\.py", text)})]
+    return [script, *examples, *(source for module in imported for source in _sources(f"{module}.py"))]

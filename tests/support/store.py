@@ -1,6 +1,11 @@
 """A real MLflow store, to which models are logged as the trainer does."""
 
+import json
+import shutil
+import sqlite3
 from pathlib import Path
+
+from models import made_by
 
 
 class Store:
@@ -53,3 +58,15 @@ class Store:
 
         bucket = storage.Client().bucket(self._warehouse.bucket)
         return [blob.name for blob in bucket.list_blobs(prefix=f"tmp/{folder}/")]
+
+
+def example_runs(name, folder):
+    """Copies a store of make_examples.py into a folder; returns its URI and its runs' ids, the earliest first."""
+    kept = made_by("make_examples.py")(name).folder
+    shutil.copytree(kept, folder)
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            database.execute(
+                f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(kept.resolve()), str(folder))
+            )
+    return f"sqlite:///{folder}/mlflow.db", json.loads((folder / "runs.json").read_text(encoding="utf-8"))

@@ -1,18 +1,16 @@
 """Trained models: the demo's own, with an item that was planted and without; and what becomes of their runs in MLflow."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from history import History
 from mlflow.tracking import MlflowClient
+from store import example_runs
 
 from beam_pipeline.launch.launcher import launch
 from beam_pipeline.launch.options import parse
 
-ROOT = Path(__file__).parents[3]
 PLANTED = "item-jazz-007"
 
 
@@ -21,20 +19,12 @@ def demo(warehouse, commands, tmp_path_factory):
     """Three trainings of the demo, published: between the first two nothing is planted, before the third an item is."""
     from google.cloud import bigquery
 
-    folder = tmp_path_factory.mktemp("demo")
+    folder = tmp_path_factory.mktemp("demo") / "store"
     client = bigquery.Client(project=warehouse.project)
     dataset = f"demo_{os.getpid()}"
     client.create_dataset(dataset)
     history = History(client, dataset, f"{warehouse.temp_location}/{dataset}", commands)
-    history.tracking_uri = f"sqlite:///{folder}/mlflow.db"
-    train = [sys.executable, str(ROOT / "examples/train_two_tower.py"), f"--tracking_uri={history.tracking_uri}"]
-    history.runs = []
-    for number, planted in enumerate(([], [], [f"--moved_item={PLANTED}"])):
-        start = f"--start=2026-03-{1 + 7 * number:02}T23:30"
-        command = [*train, f"--artifact_root={folder}/artifacts", start, f"--seed={number + 1}", *planted]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        history.runs.append(done.stdout.strip())
+    history.tracking_uri, history.runs = example_runs("demo", folder)
     flags = [f"--dataset={dataset}", f"--temp_location={warehouse.temp_location}/{dataset}"]
     all_runs = ["--experiment_name=two_tower", "--all_runs", f"--tracking_uri={history.tracking_uri}"]
     assert launch(parse([*all_runs, *flags])) == 0
