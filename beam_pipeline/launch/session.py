@@ -86,7 +86,7 @@ def find_projects(billing: str | None, of_dataset: str | None) -> tuple[str, str
         of_dataset: from --dataset=PROJECT.DATASET.
 
     Raises:
-        ConfigError: neither is there, and no emulator.
+        ConfigError: neither is given, and there is no emulator.
     """
     jobs = billing or of_dataset or (emulators.PROJECT if emulators.emulated() else None)
     if not jobs:
@@ -144,7 +144,7 @@ def _location(project: str, dataset: str) -> str:
             f"bq --location=EU mk --dataset {':'.join(dataset.rsplit('.', 1))}"
         ) from error
     except (GoogleAPICallError, GoogleAuthError) as error:
-        raise ConfigError(f"BigQuery did not answer for dataset {dataset}: {first_line(error)}") from error
+        raise ConfigError(f"BigQuery cannot look up dataset {dataset}: {first_line(error)}") from error
 
 
 def _create_datasets(project: str, config: JobConfig) -> None:

@@ -39,7 +39,7 @@ def connected(tracking_uri: str | None, missing: str, check: str) -> Iterator[Co
     Raises:
         ConfigError: MLflow is not installed, or the server rejected the credentials.
         RunNotFoundError: there is no such thing.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
     """
     uri = store_uri(tracking_uri)
     require_store(uri)
@@ -96,7 +96,7 @@ def asking(uri: str, missing: str, *, seconds: int | None = None, retries: int =
     Raises:
         ConfigError: the server rejected the credentials.
         RunNotFoundError: there is no such thing.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
     """
     from mlflow.exceptions import MlflowException
 

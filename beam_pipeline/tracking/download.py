@@ -50,7 +50,7 @@ def copied(model: Model, folder: str, tracking_uri: str | None, progress: Progre
     Raises:
         ArtifactMissingError: there are no files.
         TruncatedFileError: less arrived than was announced.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
         ConfigError: a store wants credentials or a library.
     """
     try:

@@ -76,7 +76,7 @@ def find_model(
         UnsupportedModelError: it is an HDF5 file.
         SeveralModelsError: it has several, which are listed.
         ConfigError: its store cannot be read from here.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
     """
     with connected(tracking_uri, f"the artifacts of run {run.run_id} are not", model_uri or "the run") as (client, uri):
         if model_uri:

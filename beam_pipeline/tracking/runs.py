@@ -42,7 +42,7 @@ def find_run(
 
     Raises:
         RunNotFoundError: no such run, experiment or model, or none is FINISHED.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
         ConfigError: MLflow is not installed, the server wants credentials, or no run is behind the model.
         PipelineError: what `find_latest_run` raises.
     """
@@ -95,7 +95,7 @@ def find_latest_run(
 
     Raises:
         RunNotFoundError: no such experiment, or no FINISHED run.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
         ArtifactMissingError: none of the latest runs has the model, or the upload of the latest was not finished.
         UnsupportedModelError: the latest has it as an HDF5 file.
         ConfigError: MLflow is not installed, a store wants credentials or a library, or the latest has several models.
@@ -161,7 +161,7 @@ def find_runs(
 
     Raises:
         RunNotFoundError: no such experiment, or no such run.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
         ConfigError: MLflow is not installed, or the server wants credentials.
     """
     with connected(tracking_uri, f"no experiment {experiment_name!r}", "--experiment_name") as (client, uri):
@@ -209,7 +209,7 @@ def tag_run(run_id: str, tags: dict[str, str], tracking_uri: str | None = None) 
 
     Raises:
         RunNotFoundError: there is no such run.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
         ConfigError: it rejected the credentials.
     """
     with connected(tracking_uri, f"no run {run_id!r}", "--run_id") as (client, _):
@@ -224,7 +224,7 @@ def log_comparison(
 
     Raises:
         RunNotFoundError: there is no such run.
-        TrackingServerError: there is no server at that place, or it does not respond.
+        TrackingServerError: there is no server at that address, or it does not respond.
         ConfigError: it rejected the credentials.
     """
     with connected(tracking_uri, f"no run {run_id!r}", "--to") as (client, _):

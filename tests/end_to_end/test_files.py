@@ -249,7 +249,7 @@ VECTOR = pa.list_(pa.float32())
         ("a.parquet", bad(id=[b"a", b"\xff"], vector=pa.array([[1.0, 2]] * 2, VECTOR)), "is not UTF-8"),
         ("a.parquet", bad(id=["a"], vector=["x"]), "column 'vector' has type string, and a vector is a list of floats"),
         ("a.parquet", bad(name=["a"], vector=["x"]), "0 columns named id or item_id; its columns are 'name', 'vector'"),
-        ("a.parquet", lambda path: path.write_bytes(b"PAR1 no parquet"), "is no Parquet file, or truncated"),
+        ("a.parquet", lambda path: path.write_bytes(b"PAR1 no parquet"), "is not a Parquet file, or truncated"),
         ("a.npy", lambda path: np.save(path, np.zeros((3, 2), "f4")), "a.npy has no ids: name them with --ids item=PATH"),
         ("a.npz", lambda path: np.savez_compressed(path, v=np.zeros((3, 2), "f4")), "is compressed or encrypted"),
         ("a.pt", lambda path: path.write_bytes(b"x"), "is of a kind that is not read"),

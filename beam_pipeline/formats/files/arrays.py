@@ -194,13 +194,13 @@ def _read_npy(file: ByteFile, name: str, span: Span, checksum: Checksum | None =
 def _read_safetensors(file: ByteFile) -> dict[str, Array]:
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
     if not 2 <= length <= min(_MAX_TENSORS_HEADER, file.size - 8):
-        raise CorruptFileError(f"{file.path} is no safetensors file, or truncated: its header has {length:,} bytes")
+        raise CorruptFileError(f"{file.path} is not a safetensors file, or truncated: its header has {length:,} bytes")
     try:
         header = json.loads(file.read(8, length))
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{file.path} is no safetensors file: its header is no JSON ({error})") from error
+        raise CorruptFileError(f"{file.path} is not a safetensors file: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise CorruptFileError(f"{file.path} is no safetensors file: its header is no JSON object")
+        raise CorruptFileError(f"{file.path} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     base, found = 8 + length, {}
     for name, tensor in header.items():

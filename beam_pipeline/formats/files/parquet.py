@@ -266,7 +266,7 @@ def opened(path: str, open_file: OpenFile) -> Iterator[File]:
     """
     with open_file(path) as source:
         if source.size < 12 or source.read(source.size - 4, 4) not in (b"PAR1", b"PARE"):
-            raise CorruptFileError(f"{path} is no Parquet file, or truncated; write it again")
+            raise CorruptFileError(f"{path} is not a Parquet file, or truncated; write it again")
         if source.read(source.size - 4, 4) == b"PARE":
             raise UnsupportedModelError(f"{path} is encrypted, and cannot be read")
         if (footer := int.from_bytes(source.read(source.size - 8, 4), "little")) > _MAX_FOOTER:

@@ -36,7 +36,7 @@ _PASSING_FUNCTIONS = frozenset(
     {"cast", "expand_dims", "getitem", "identity", "reshape", "squeeze", "stop_gradient", "transpose"}
 )
 _LAST = (-1, 1, [-1], [1], None)
-"""Axes of the values of a row: vectors are [rows, values], as a rule."""
+"""Axes of the values of a row: vectors are [rows, values], usually."""
 
 
 class Calls:

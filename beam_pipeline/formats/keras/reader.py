@@ -110,7 +110,7 @@ class KerasFile:
         return self._matrix(self._layers.without_lookup(name, layer).embedding)
 
     def tails(self, layers: Mapping[str, str], without_lookup: Collection[str] = ()) -> dict[str, Tail]:
-        """Returns how towers go on after their embeddings, until they meet each other or are returned.
+        """Returns how towers continue after their embeddings, until they meet each other or are returned.
 
         The code of a subclassed model is not in the file: of that only the layers inside of a tower can be seen.
 

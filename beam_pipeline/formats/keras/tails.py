@@ -1,4 +1,4 @@
-"""How the towers of a Keras model go on after their embeddings: by its calls, or by the layers beside an embedding."""
+"""How the towers of a Keras model continue after their embeddings: by its calls, or by the layers beside an embedding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(
     indexes: Mapping[str, Index] = MappingProxyType({}),
     all_indexes: Collection[Index] = (),
 ) -> dict[str, Tail]:
-    """Returns how towers go on after their embeddings, until they meet each other or are returned.
+    """Returns how towers continue after their embeddings, until they meet each other or are returned.
 
     Args:
         path: of the file, for messages.

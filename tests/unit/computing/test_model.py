@@ -102,7 +102,7 @@ def test_parquet_is_read_by_row_group(deep, tmp_path):
 
 def test_damaged_parquet_is_one_line(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(50) + b"PAR0")
-    with pytest.raises(CorruptFileError, match="is no Parquet file, or truncated; write it again"):
+    with pytest.raises(CorruptFileError, match="is not a Parquet file, or truncated; write it again"):
         ParquetFiles("", (str(tmp_path / "a.parquet"),)).schema()
     with pytest.raises(ArtifactMissingError, match="does not exist"):
         ParquetFiles("", (str(tmp_path / "b.parquet"),)).schema()

@@ -185,8 +185,8 @@ def test_truncated(tmp_path):
         ('{"v":{"shape":[2,2],"data_offsets":[0,16]}}', CorruptFileError, "no dtype"),
         ('{"v":3}', CorruptFileError, "no dtype"),
         ('{"v":{"dtype":"I8","shape":[16],"data_offsets":[0,16]}}', UnsupportedModelError, "no tensor of floats"),
-        ("[]", CorruptFileError, "no JSON object"),
-        ("{]", CorruptFileError, "its header is no JSON"),
+        ("[]", CorruptFileError, "not a JSON object"),
+        ("{]", CorruptFileError, "its header is not JSON"),
         ("", CorruptFileError, "its header has 0 bytes"),
     ],
 )  # fmt: skip

@@ -179,11 +179,11 @@ def test_damage_is_noticed_where_pages_have_checksums(tmp_path):
 def test_a_file_that_is_none(tmp_path):
     path = tmp_path / "v.parquet"
     path.write_bytes(b"no parquet at all")
-    with pytest.raises(CorruptFileError, match="is no Parquet file, or truncated"):
+    with pytest.raises(CorruptFileError, match="is not a Parquet file, or truncated"):
         vectors_of(path)
     written(path, rows_of())
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CorruptFileError, match="is no Parquet file, or truncated"):
+    with pytest.raises(CorruptFileError, match="is not a Parquet file, or truncated"):
         vectors_of(path)
     path.write_bytes(b"PAR1" + bytes(8) + b"\xff\xff\xff\x7fPAR1")
     with pytest.raises(UnsupportedModelError, match="a footer of 2,147,483,647 bytes"):
