@@ -1,4 +1,4 @@
-"""How the towers of a Keras model continue after their embeddings: by its calls, or by the layers beside an embedding."""
+"""How the towers of a Keras model continue after their embeddings: by its calls, or by what is beside an embedding."""
 
 from __future__ import annotations
 
