@@ -99,6 +99,8 @@ class Commands:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Read when Python starts; `run` does what it says for each command.
+                env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             )
         return self
 
@@ -199,6 +201,8 @@ def run(request):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request["environment"])
+    if os.environ.get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)
     time.tzset()
     tempfile.tempdir = None
     os.chdir(request["cwd"])
