@@ -1,4 +1,5 @@
 import dataclasses
+import time
 from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
@@ -403,6 +404,19 @@ def test_literals():
         ValueError, match=r"^\"it's\" is not allowed in the publish script: only letters, digits and _ \. : - are$"
     ):
         tables.literal("it's")
+
+
+@pytest.fixture
+def tokyo(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+def test_times_are_in_utc_wherever_the_job_runs(tokyo):
+    assert tables.literal(datetime(2026, 3, 1, 12, tzinfo=UTC)) == "TIMESTAMP '2026-03-01 12:00:00.000000+00'"
 
 
 def test_the_first_version_can_be_used():

@@ -105,6 +105,7 @@ def test_where_integers_of_one_size_are_cut(encoding, size):
     span = Span(3, 3 + 5 * size)
     found = list(encodings.cuts(None, Vocabulary("ids", span, encoding, 1), 2))
     assert found == [(2, 3 + 2 * size), (2, 3 + 4 * size), (1, 3 + 5 * size)]
+    assert {type(number) for cut in found for number in cut} == {int}
 
 
 def test_strings_that_are_no_protobuf():
