@@ -265,9 +265,7 @@ def main(argv):
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--dimension", type=int, default=64)
     parser.add_argument("--times", type=int, default=3, help="runs of each engine and cut")
-    parser.add_argument(
-        "--minutes", type=float, default=9, help="after which no run of a second or third round begins"
-    )
+    parser.add_argument("--minutes", type=float, default=9, help="after which no run of a second or third round begins")
     parser.add_argument("--engines", help="names as in the table, separated by commas; default: all; '': none")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one run")
     parser.add_argument("--cut", default="5,20", help="millions of ids that are cut; the last is extrapolated")
