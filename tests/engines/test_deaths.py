@@ -262,6 +262,6 @@ def test_at_random_moments(retrying, job, asked, run, watched):
         else:
             assert_rows(job, given)
     for given in jobs:
-        assert run(given.run_id, *retrying, *given.flags).returncode == 0
+        assert run(given.run_id, *retrying, *given.flags, timeout=600).returncode == 0
         assert_rows(job, given)
     assert_nothing_stays(job)
