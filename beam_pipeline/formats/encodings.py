@@ -118,7 +118,7 @@ def _line_cuts(file: ByteFile, span: Span, rows: int, checksum: Checksum | None 
         lines = (lines + len(ends)) % rows
     if lines or done < span.end:
         # Lines after the last cut, the last of them perhaps without its newline.
-        unfinished = span.end > span.start and file.read(span.end - 1, 1) != b"\n"
+        unfinished = file.read(span.end - 1, 1) != b"\n"
         yield lines + unfinished, span.end
 
 

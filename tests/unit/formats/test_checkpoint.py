@@ -18,6 +18,7 @@ from beam_pipeline.errors import (
     UnsupportedModelError,
 )
 from beam_pipeline.files import ByteFile
+from beam_pipeline.formats.protobuf import Span
 from beam_pipeline.formats.saved_model import checkpoint
 from beam_pipeline.formats.saved_model.checkpoint import Entry
 
@@ -324,3 +325,15 @@ def test_strings_that_are_refused(arguments, error, message):
         string(**arguments)
     assert str(refusal.value) == f"bundle.{message}"
     assert string(b"\x02crc.ab", crc=google_crc32c.value(b"\x02\0\0\0crc.ab")) == b"ab"
+
+
+def test_a_type_is_read_up_to_what_follows_it():
+    """What follows may be a hundred million strings, and says nothing of type and shape."""
+
+    def read(data):
+        return checkpoint.read_type(ByteFile("model", io.BytesIO(data), len(data)), Span(0, len(data)))
+
+    known = b"\x08\x07" + field(2, field(2, b"\x08\x05"))
+    assert read(b"") == (0, [])
+    assert read(known) == (7, [5])
+    assert read(known + b"\x18\x02\x08\x09") == (7, [5])  # a version, and another type behind it
