@@ -28,7 +28,7 @@ OTHER_PROGRAMS = """
     --location --soft-delete-duration --impersonate-service-account --service-account-email --tag --rm --user
     --entrypoint --image --sdk-language --metadata-file --template-file-gcs-location --staging-location
     --temp-location --parameters --serve-artifacts --strict --service_port --container_executable --port
-    --flink-master
+    --flink-master --runs --ways
 """
 REPORTS = "--output"  # of python -m beam_pipeline.report
 
