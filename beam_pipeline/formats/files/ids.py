@@ -20,7 +20,6 @@ ROWS = "rows"
 """Instead of a path: the number of a row is its id."""
 
 _MAX_HEADER = 64 << 10
-_MAX_NAMED = 12
 _BLANKS = b" \t\r\n"
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"\x28\xb5": "zstandard", b"BZ": "bzip2"}
@@ -150,18 +149,12 @@ def _from_csv(file: ByteFile, tower: str, names: tuple[str, str] | None) -> Voca
         header = next(csv.reader(io.StringIO(line.decode("utf-8-sig").strip("\r\n"))), [])
     except (csv.Error, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{file.path}: its first line is no header of CSV ({error})") from error
-    positions = []
-    for wanted in ([names[0]], [names[1]]) if names else (parquet.ID_COLUMNS, parquet.ROW_COLUMNS):
-        called = [name.format(tower=tower) for name in wanted] if names is None else wanted
-        fitting = [position for position, name in enumerate(header) if name in called]
-        if len(fitting) != 1:
-            there = ", ".join(repr(name[:100]) for name in header[:_MAX_NAMED]) or "none"
-            raise UnsupportedModelError(
-                f"{file.path} has {len(fitting)} columns named {' or '.join(called)}; its first line names {there}: "
-                f"name them with --ids {tower}=PATH#ID,ROW"
-            )
-        positions.append(fitting[0])
+    remedy = f"name them with --ids {tower}=PATH#ID,ROW"
+    called = [[name.format(tower=tower) for name in wanted] for wanted in (parquet.ID_COLUMNS, parquet.ROW_COLUMNS)]
+    ids, rows = (
+        parquet.only_column(file.path, header, wanted, "its first line names", remedy)
+        for wanted in ([[name] for name in names] if names else called)
+    )
     if start >= file.size:
         raise BadIdError(f"{file.path} has no lines after its header: no ids")
-    columns = (positions[0], positions[1])
-    return Vocabulary(file.path, Span(start, file.size), Encoding.CSV, 0, in_row_order=False, columns=columns)
+    return Vocabulary(file.path, Span(start, file.size), Encoding.CSV, 0, in_row_order=False, columns=(ids, rows))

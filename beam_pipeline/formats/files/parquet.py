@@ -315,19 +315,34 @@ def _bounded(path: str, files: list[tuple[str, tuple[int, ...]]]) -> tuple[tuple
 
 def _columns(path: str, file: File, tower: str, values: Sequence[str], flag: str, metavar: str) -> tuple[str, str]:
     """Returns the names of the columns of ids and of values, if the file has one of each that is called so."""
-    there = file.parquet.schema_arrow.names
-    found = []
-    for names in (ID_COLUMNS, values):
-        wanted = [name.format(tower=tower) for name in names]
-        fitting = [name for name in there if name in wanted]
-        if len(fitting) != 1:
-            shown_names = ", ".join(repr(name[:100]) for name in there[:_MAX_NAMED]) or "none"
-            raise UnsupportedModelError(
-                f"{path} has {len(fitting)} columns named {' or '.join(wanted)}; its columns are {shown_names}: name "
-                f"them with {flag} {tower}=PATH#ID,{metavar}"
-            )
-        found.append(fitting[0])
-    return found[0], found[1]
+    names, remedy = file.parquet.schema_arrow.names, f"name them with {flag} {tower}=PATH#ID,{metavar}"
+    ids, others = (
+        names[only_column(path, names, [name.format(tower=tower) for name in wanted], "its columns are", remedy)]
+        for wanted in (ID_COLUMNS, values)
+    )
+    return ids, others
+
+
+def only_column(path: str, names: Sequence[str], wanted: Sequence[str], place: str, remedy: str) -> int:
+    """Returns the position of the only column that has one of the wanted names.
+
+    Args:
+        path: of the file, for messages.
+        names: of all columns.
+        wanted: what it may be called.
+        place: where the names are, for messages.
+        remedy: what helps, for messages.
+
+    Raises:
+        UnsupportedModelError: there is none, or more than one.
+    """
+    fitting = [position for position, name in enumerate(names) if name in wanted]
+    if len(fitting) != 1:
+        found = ", ".join(repr(name[:100]) for name in names[:_MAX_NAMED]) or "none"
+        raise UnsupportedModelError(
+            f"{path} has {len(fitting)} columns named {' or '.join(wanted)}; {place} {found}: {remedy}"
+        )
+    return fitting[0]
 
 
 def _index(path: str, file: File, column: str) -> int:
