@@ -176,25 +176,27 @@ def test_a_tower_that_goes_on_is_refused_as_others_are(job, store, tmp_path, cap
     assert "continues after the embedding of 'user_embedding': user_dense (Dense)" in line
 
 
+def without_vectors(tmp_path):
+    """Returns artifacts of a run that logged something else."""
+    folder = tmp_path / "nothing"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no vectors")
+    return Files(folder)
+
+
 def test_all_runs(job, store, files, tmp_path):
-    other = tmp_path / "nothing"
-    other.mkdir()
-    (other / "notes.txt").write_text("no vectors")
     name = "files, all runs"
     first = store.log({"": files}, "a", MARCH_1, experiment=name)
-    store.log({"": Files(other)}, "none", MARCH_1 + timedelta(days=1), experiment=name)
+    store.log({"": without_vectors(tmp_path)}, "none", MARCH_1 + timedelta(days=1), experiment=name)
     second = store.log({"": files}, "b", MARCH_1 + timedelta(days=2), experiment=name)
     assert job.run(None, f"--experiment_name={name}", "--all_runs", *flags("*.parquet")) == 0
     assert job.rows("item") == {(DAY, first): files.rows("item"), ("2026-03-03", second): files.rows("item")}
 
 
 def test_the_latest_run_is_one_that_has_the_file(job, store, files, tmp_path):
-    other = tmp_path / "nothing"
-    other.mkdir()
-    (other / "notes.txt").write_text("no vectors")
     name = "files, latest run"
     run = store.log({"": files}, "a", MARCH_1, experiment=name)
-    store.log({"": Files(other)}, "none", MARCH_1 + timedelta(days=1), experiment=name)
+    store.log({"": without_vectors(tmp_path)}, "none", MARCH_1 + timedelta(days=1), experiment=name)
     assert job.run(None, f"--experiment_name={name}", *flags("*_parts/part-*.parquet#sku,emb")) == 0
     assert job.rows("item") == {(DAY, run): files.rows("item")}
 
@@ -347,25 +349,9 @@ def test_files_behind_a_server_are_copied_and_removed(job, store, files, tmp_pat
     assert store.load_files(job.dataset) == []
 
 
-def test_the_graph_for_dataflow(job, store, warehouse, files):
-    from google.cloud import storage
-
+def test_the_graph_for_dataflow(job, store, files):
     run = store.log({"": files}, "files for dataflow", MARCH_1, bucket=True)
-    staging = f"gs://warehouse/tmp/{job.dataset}"
-    done = job.subprocess(
-        run,
-        "--vectors=user=user.npy,item=item_parts#sku,emb",
-        "--ids=user=user_rows.csv",
-        "--runner=DataflowRunner",
-        "--region=europe-west1",
-        f"--project={job.client.project}",
-        f"--template_location={staging}/job",
-        f"--staging_location={staging}",
-        "--no_auth",
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    blobs = storage.Client().list_blobs(warehouse.bucket, prefix=f"tmp/{job.dataset}/")
-    (graph,) = [blob.download_as_bytes() for blob in blobs if blob.name.endswith("pipeline.pb")]
+    graph = job.dataflow_graph(run, "--vectors=user=user.npy,item=item_parts#sku,emb", "--ids=user=user_rows.csv")
     assert b"Cut item/ReadGroups" in graph
     assert b"Cut user/Sort" in graph
     assert b"Cut user/ReadGroups" not in graph

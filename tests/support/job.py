@@ -7,6 +7,8 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
+from google.cloud import storage
+
 from beam_pipeline.bigquery.tables import Destination
 from beam_pipeline.launch.launcher import launch
 from beam_pipeline.launch.options import parse
@@ -32,6 +34,7 @@ class Job:
             f"--dataset={dataset}",
             f"--temp_location={temp_location}",
         ]
+        self._temp_location = temp_location
         self._commands = commands
 
     def run(self, run_id, *flags):
@@ -75,6 +78,25 @@ class Job:
     def cold(self, run_id, *flags, **options):
         """Runs as a user does, imports and all."""
         return subprocess.run(self.command(run_id, *flags), capture_output=True, text=True, check=False, **options)
+
+    def dataflow_graph(self, run_id, *flags):
+        """Builds the job for Dataflow, where nobody runs it; returns the graph that it would be given, as bytes."""
+        bucket, _, folder = self._temp_location.removeprefix("gs://").partition("/")
+        done = self.subprocess(
+            run_id,
+            *flags,
+            "--runner=DataflowRunner",
+            "--region=europe-west1",
+            f"--project={self.client.project}",
+            f"--template_location={self._temp_location}/job",
+            f"--staging_location={self._temp_location}",
+            "--no_auth",
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        blobs = {blob.name: blob for blob in storage.Client().list_blobs(bucket, prefix=f"{folder}/")}
+        assert f"{folder}/job" in blobs
+        (graph,) = [name for name in blobs if name.endswith("/pipeline.pb")]
+        return blobs[graph].download_as_bytes()
 
     def hooked(self, tmp_path, hook, run_id, *flags):
         """Starts the job in a process of its own whose code a test changes first; nothing else can stop it midway."""
