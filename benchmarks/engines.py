@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,10 @@ import bench
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.append(str(ROOT / "tests/support"))
+
+from servers import free_port, running  # noqa: E402 - that is where it is
+
 REPEATING = ROOT / "tests/support/retrying.py"
 """A job service of several workers; Beam's own has one."""
 HUNDRED_MILLION = 100_000_000
@@ -98,32 +101,14 @@ class Workers(threading.Thread):
 
 
 @contextmanager
-def running(command, environment):
+def serving(command, environment):
     """Runs a server on a free port, given as its last argument, until the block ends; gives the port.
 
     In the benchmark's folder: Beam's boot program leaves a file where it is started.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [*command, str(port)],
-        cwd=Path(environment["BENCH_BUCKET"]).with_name("tmp"),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
+    port, folder = free_port(), Path(environment["BENCH_BUCKET"]).with_name("tmp")
+    with running([*command, str(port)], folder / f"server_{port}.log", port, cwd=folder, env=environment):
         yield port
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def engines(tools, environment, stack):
@@ -140,13 +125,13 @@ def engines(tools, environment, stack):
         return found
     pool = [sys.executable, "-m", "apache_beam.runners.worker.worker_pool_main"]
     pool += [f"--container_executable={tools / 'boot'}", "--service_port"]
-    port = stack.enter_context(running(pool, {**environment, "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1"}))
+    port = stack.enter_context(serving(pool, {**environment, "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1"}))
     workers = ["--environment_type=EXTERNAL", f"--environment_config=localhost:{port}", "--shared_files"]
     service = [sys.executable, "-m", "apache_beam.runners.portability.local_job_service_main", "--port"]
-    port = stack.enter_context(running(service, environment))
+    port = stack.enter_context(serving(service, environment))
     portable = ["--runner=PortableRunner", *workers]
     found["Beam's job service"] = (1, 1, [*portable, f"--job_endpoint=localhost:{port}"], True)
-    port = stack.enter_context(running([sys.executable, str(REPEATING), "--port"], environment))
+    port = stack.enter_context(serving([sys.executable, str(REPEATING), "--port"], environment))
     for count in (1, 2, 4):
         flags = [*portable, f"--job_endpoint=localhost:{port}", f"--direct_num_workers={count}"]
         found[f"the tests' job service {count}"] = (count, count, flags, True)

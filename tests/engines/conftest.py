@@ -2,10 +2,8 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import traffic as proxy
 from models import made_by
+from servers import free_port, running
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / ".engines"
@@ -27,32 +26,6 @@ def pytest_generate_tests(metafunc):
     """A test that takes an engine runs on each."""
     if "engine" in metafunc.fixturenames:
         metafunc.parametrize("engine", ENGINES, indirect=True)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def running(command, log, port, **options):
-    """Runs a server until the block ends, with all that it started; waits until its port answers."""
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, **options)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture(scope="session")
