@@ -155,6 +155,7 @@ class _Positioned(io.RawIOBase):
         return len(data)
 
     def _range(self, offset: int, length: int) -> bytes:
+        """Returns these bytes, all of which are there; each subclass has its own place to take them from."""
         raise NotImplementedError
 
 
